@@ -1,0 +1,17 @@
+"""The protocol: whatever edge and hub must understand identically, and nothing else.
+
+What belongs here passes one question: would a third implementation, in another language,
+have to agree on this?
+
+    tensors.py         numpy and the wire: datatypes, byte order, limits
+    inference.py       Open Inference requests, responses, errors; encode and decode; no transport
+    grpc_service.py    serves any InferenceServer over gRPC
+    rest_service.py    serves any InferenceServer over HTTP
+    client.py          asks any Open Inference server
+    release.py         the bundle: what a model release consists of, read and verified
+    certificate.py     the risk certificate: a threshold and the bound that holds at it
+    score.py           the scale that thresholds live on
+    hardware.py        the hardware class: what measurements and certificates are keyed by
+    documents.py       canonical JSON and digests
+    v1/                generated from protos/fogline/v1, never edited
+"""

@@ -1,0 +1,113 @@
+"""Asks any Open Inference server: the agent's uplink and a hub's upstream engines.
+
+One channel, asynchronous, errors as ``InferenceError``. Every byte sent and received is
+counted, because on a cellular link the bytes are the bill.
+"""
+
+from dataclasses import dataclass
+
+import grpc
+
+from fogline_protocol import inference
+from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
+from fogline_protocol.inference import (
+    InferenceError,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ServerFault,
+)
+from fogline_protocol.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How to reach a server that is not on loopback: its authority, and who we are."""
+
+    ca_pem: bytes | None = None  # None: the system's authorities
+    token: str = ""
+
+
+class Client:
+    """A connection to one server. Use it inside one event loop; ``close`` it in the end."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        credentials: Credentials | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        options = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            # Retries and their budget are decided by the caller, which knows the deadline.
+            ("grpc.enable_retries", 0),
+            # The default back-off of up to two minutes would keep a link that is up again dark.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options)
+        else:
+            secure = grpc.ssl_channel_credentials(root_certificates=credentials.ca_pem)
+            self._channel = grpc.aio.secure_channel(target, secure, options)
+            if credentials.token:
+                self._metadata = (("authorization", f"Bearer {credentials.token}"),)
+        self.target = target
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    async def infer(self, request: InferRequest, timeout_s: float | None = None) -> InferResponse:
+        """Return the server's answer.
+
+        Raises:
+            InferenceError: the server refused, failed, or could not be reached in time.
+        """
+        data = inference.encode_request(request)
+        return inference.decode_response(await self.call(f"/{SERVICE}/ModelInfer", data, timeout_s))
+
+    async def server_ready(self, timeout_s: float | None = None) -> bool:
+        """Return whether the server says it is ready.
+
+        Raises:
+            InferenceError: it could not be asked.
+        """
+        answer = await self.call(f"/{SERVICE}/ServerReady", b"", timeout_s)
+        return pb.ServerReadyResponse.FromString(answer).ready
+
+    async def model_metadata(
+        self, name: str, version: str = "", timeout_s: float | None = None
+    ) -> ModelMetadata:
+        """Return a model's contract.
+
+        Raises:
+            InferenceError: there is no such model, or the server could not be asked.
+        """
+        request = pb.ModelMetadataRequest(name=name, version=version).SerializeToString()
+        return inference.decode_metadata(
+            await self.call(f"/{SERVICE}/ModelMetadata", request, timeout_s)
+        )
+
+    async def call(self, path: str, request: bytes, timeout_s: float | None = None) -> bytes:
+        """Make one unary call over bytes.
+
+        Raises:
+            InferenceError: any status but OK, translated.
+        """
+        self.bytes_sent += len(request)
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(path)
+        try:
+            answer = await method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            kind = inference.ERRORS.get(error.code().name, ServerFault)
+            raise kind(error.details() or error.code().name) from None
+        except grpc.aio.UsageError:
+            raise InferenceError("the connection was closed") from None
+        self.bytes_received += len(answer)
+        return answer
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        await self._channel.close()

@@ -1,0 +1,314 @@
+"""The bundle: the directory that the workshop produces and that hub and device accept.
+
+    bundle.json            the root: names every file that counts by SHA-256
+    variants/*.onnx        one artifact per class of hardware
+    selftest.npz           golden inputs and the fp32 reference's outputs
+    README.md              model card
+    certificates/*.json    one per hardware class      } outside the root's digest: they can be
+    report.json            figures, timings            } issued again without a new release
+
+``read`` is the only way in. It trusts nothing: names that leave the directory, links, files
+that are missing, longer or different, and documents that contradict themselves are refused.
+"""
+
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from fogline_protocol import certificate, documents
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.documents import DocumentError
+from fogline_protocol.tensors import DTYPES, TensorSpec
+from fogline_protocol.v1 import release_pb2 as pb
+
+ROOT = "bundle.json"
+CERTIFICATES = "certificates"
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+SEMANTIC_VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?")
+
+
+class BundleRefused(Exception):
+    """The directory is not an intact bundle. The message says what is wrong with which file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """The hub's model that a bundle escalates to."""
+
+    model: str
+    bundle_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a row's certainty is computed: ``function`` of the tensor ``output``."""
+
+    function: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One artifact of a bundle."""
+
+    name: str
+    path: str
+    precision: str
+    providers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """What a file of a bundle must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a device's outputs may stray from the golden ones."""
+
+    max_abs_error: float
+    min_agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """Golden vectors, and the tolerance of each variant by name."""
+
+    path: str
+    tolerances: Mapping[str, Tolerance]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The root document of a bundle."""
+
+    model: str
+    version: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch: int  # 0: the model has no batch dimension
+    variants: tuple[Variant, ...]
+    self_test: SelfTest
+    files: Mapping[str, File]
+    labels: tuple[str, ...] = ()
+    score: Score | None = None
+    escalates_to: Pairing | None = None
+    description: str = ""
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant called ``name``.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        raise KeyError(name)
+
+    def to_json(self) -> bytes:
+        """Return the canonical root document."""
+        message = pb.Bundle(
+            model=self.model,
+            version=self.version,
+            max_batch=self.max_batch,
+            labels=self.labels,
+            description=self.description,
+            inputs=[_spec_message(s) for s in self.inputs],
+            outputs=[_spec_message(s) for s in self.outputs],
+            variants=[
+                pb.Variant(name=v.name, path=v.path, precision=v.precision, providers=v.providers)
+                for v in self.variants
+            ],
+            self_test=pb.SelfTest(
+                path=self.self_test.path,
+                tolerances={
+                    name: pb.Tolerance(max_abs_error=t.max_abs_error, min_agreement=t.min_agreement)
+                    for name, t in self.self_test.tolerances.items()
+                },
+            ),
+            files={
+                path: pb.File(sha256=file.sha256, bytes=file.bytes)
+                for path, file in self.files.items()
+            },
+        )
+        if self.score is not None:
+            message.score.CopyFrom(pb.Score(function=self.score.function, output=self.score.output))
+        if self.escalates_to is not None:
+            message.escalates_to.CopyFrom(
+                pb.Pairing(
+                    model=self.escalates_to.model, bundle_sha256=self.escalates_to.bundle_sha256
+                )
+            )
+        return documents.canonical(message)
+
+
+@dataclass(frozen=True, slots=True)
+class BundleDirectory:
+    """An intact bundle on disk: every named file was read and has the digest it should have."""
+
+    path: Path
+    bundle: Bundle
+    sha256: str  # of the root document
+    certificates: tuple[Certificate, ...] = field(default=())
+
+    def file(self, name: str) -> Path:
+        """Return where the file ``name`` of the bundle lies."""
+        return self.path / name
+
+    def variant_sha256(self, variant: Variant) -> str:
+        """Return the digest of a variant's artifact."""
+        return self.bundle.files[variant.path].sha256
+
+
+def parse(data: bytes) -> Bundle:
+    """Read a root document and check that it does not contradict itself.
+
+    Raises:
+        DocumentError: not a root document, or one that cannot describe a bundle.
+    """
+    message = documents.parse(data, pb.Bundle(), ROOT)
+    bundle = Bundle(
+        model=message.model,
+        version=message.version,
+        inputs=tuple(_spec(s) for s in message.inputs),
+        outputs=tuple(_spec(s) for s in message.outputs),
+        max_batch=message.max_batch,
+        labels=tuple(message.labels),
+        description=message.description,
+        variants=tuple(
+            Variant(v.name, v.path, v.precision, tuple(v.providers)) for v in message.variants
+        ),
+        self_test=SelfTest(
+            message.self_test.path,
+            {
+                name: Tolerance(t.max_abs_error, t.min_agreement)
+                for name, t in message.self_test.tolerances.items()
+            },
+        ),
+        files={path: File(f.sha256, f.bytes) for path, f in message.files.items()},
+        score=Score(message.score.function, message.score.output)
+        if message.HasField("score")
+        else None,
+        escalates_to=Pairing(message.escalates_to.model, message.escalates_to.bundle_sha256)
+        if message.HasField("escalates_to")
+        else None,
+    )
+    problem = _contradiction(bundle)
+    if problem is not None:
+        raise DocumentError(f"{ROOT}: {problem}")
+    return bundle
+
+
+def read(path: Path) -> BundleDirectory:
+    """Read and verify the bundle in the directory ``path``.
+
+    Raises:
+        BundleRefused: anything at all is missing, different or out of place.
+    """
+    try:
+        data = _regular_file(path, ROOT).read_bytes()
+        bundle = parse(data)
+        for name, want in bundle.files.items():
+            file = _regular_file(path, name)
+            size = file.stat().st_size
+            if size != want.bytes:
+                raise BundleRefused(f"{name}: {size} bytes, the root document says {want.bytes}")
+            found = documents.sha256_of_file(file)
+            if found != want.sha256:
+                raise BundleRefused(
+                    f"{name}: SHA-256 is {found}, the root document says {want.sha256}"
+                )
+        return BundleDirectory(path, bundle, documents.sha256(data), _certificates(path, bundle))
+    except DocumentError as error:
+        raise BundleRefused(f"{path}: {error}") from None
+    except OSError as error:
+        raise BundleRefused(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+def _certificates(path: Path, bundle: Bundle) -> tuple[Certificate, ...]:
+    folder = path / CERTIFICATES
+    if not folder.is_dir():
+        return ()
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        document = certificate.parse(
+            _regular_file(path, f"{CERTIFICATES}/{file.name}").read_bytes()
+        )
+        if (document.model, document.version) != (bundle.model, bundle.version):
+            raise BundleRefused(
+                f"{CERTIFICATES}/{file.name}: it speaks of {document.model} {document.version}"
+            )
+        found.append(document)
+    return tuple(found)
+
+
+def _regular_file(root: Path, name: str) -> Path:
+    """Return ``root / name`` if nothing on the way below ``root`` is a link or a surprise."""
+    at = root
+    for part in PurePosixPath(name).parts:
+        at = at / part
+        if stat.S_ISLNK(at.lstat().st_mode):
+            raise BundleRefused(f"{name}: links are not allowed in a bundle")
+    if not stat.S_ISREG(at.lstat().st_mode):
+        raise BundleRefused(f"{name}: not a regular file")
+    return at
+
+
+def _contradiction(bundle: Bundle) -> str | None:
+    if not MODEL_NAME.fullmatch(bundle.model):
+        return f"model name {bundle.model!r} must be lower-case letters, digits, '_' and '-'"
+    if not SEMANTIC_VERSION.fullmatch(bundle.version):
+        return f"version {bundle.version!r} is not a semantic version"
+    if not bundle.inputs or not bundle.outputs:
+        return "inputs and outputs must be named"
+    for spec in (*bundle.inputs, *bundle.outputs):
+        if spec.datatype not in DTYPES:
+            return f"tensor {spec.name!r} has the unknown datatype {spec.datatype!r}"
+        if bundle.max_batch and (not spec.shape or spec.shape[0] != -1):
+            return f"tensor {spec.name!r} must start with the batch dimension -1"
+    for name, file in bundle.files.items():
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or name != "/".join(parts)
+            or name.startswith("/")
+            or ".." in parts
+            or "\\" in name
+        ):
+            return f"file name {name!r} is not a plain path inside the bundle"
+        if parts[0] == CERTIFICATES or name == ROOT:
+            return f"file name {name!r} is reserved"
+        if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
+            return f"file {name!r} has no SHA-256"
+    if not bundle.variants:
+        return "a bundle needs at least one variant"
+    names = [variant.name for variant in bundle.variants]
+    if len(set(names)) != len(names):
+        return f"variant names repeat: {names}"
+    for variant in bundle.variants:
+        if variant.path not in bundle.files:
+            return f"variant {variant.name!r} names the file {variant.path!r}, which is not listed"
+        if variant.name not in bundle.self_test.tolerances:
+            return f"variant {variant.name!r} has no self-test tolerance"
+    if bundle.self_test.path not in bundle.files:
+        return "the self-test vectors are not listed"
+    if bundle.score is not None:
+        if bundle.score.output not in [spec.name for spec in bundle.outputs]:
+            return f"the score reads {bundle.score.output!r}, which is not an output"
+    elif bundle.escalates_to is not None:
+        return "a bundle that escalates needs a score"
+    return None
+
+
+def _spec(message: pb.TensorSpec) -> TensorSpec:
+    return TensorSpec(message.name, message.datatype, tuple(message.shape))
+
+
+def _spec_message(spec: TensorSpec) -> pb.TensorSpec:
+    return pb.TensorSpec(name=spec.name, datatype=spec.datatype, shape=spec.shape)

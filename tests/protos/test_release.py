@@ -1,0 +1,223 @@
+"""The bundle's root document and the way in: an intact directory, or a refusal by name."""
+
+import datetime
+import json
+import math
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fogline_protocol import certificate, documents, release
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.documents import DocumentError
+from fogline_protocol.release import (
+    Bundle,
+    BundleRefused,
+    File,
+    Pairing,
+    Score,
+    SelfTest,
+    Tolerance,
+    Variant,
+)
+from fogline_protocol.tensors import TensorSpec
+
+CONTENT = {"variants/fp32.onnx": b"not really a model", "selftest.npz": b"vectors"}
+
+
+def a_bundle(**changes):
+    fields = {
+        "model": "digits",
+        "version": "1.0.0",
+        "inputs": (TensorSpec("image", "FP32", (-1, 1, 8, 8)),),
+        "outputs": (TensorSpec("logits", "FP32", (-1, 10)),),
+        "max_batch": 64,
+        "variants": (Variant("fp32", "variants/fp32.onnx", "fp32", ("CPUExecutionProvider",)),),
+        "self_test": SelfTest("selftest.npz", {"fp32": Tolerance(1e-3, 1.0)}),
+        "files": {path: File(documents.sha256(data), len(data)) for path, data in CONTENT.items()},
+        "labels": ("0", "1"),
+        "score": Score("max_softmax", "logits"),
+        "escalates_to": Pairing("digits-hub", "ab" * 32),
+        "description": "a digit",
+    }
+    return Bundle(**{**fields, **changes})
+
+
+def a_certificate(**changes):
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    fields = {
+        "model": "digits",
+        "version": "1.0.0",
+        "variant": "fp32",
+        "variant_sha256": documents.sha256(CONTENT["variants/fp32.onnx"]),
+        "hub_model": "digits-hub",
+        "hub_sha256": "cd" * 32,
+        "hardware_class": "x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
+        "score_function": "max_softmax",
+        "score_output": "logits",
+        "alpha": 0.05,
+        "delta": 0.05,
+        "items": 350,
+        "scenes": 350,
+        "allowed_losses": 10,
+        "threshold": 0.75,
+        "escalation_rate": 0.2,
+        "escalation_rate_upper": 0.26,
+        "reference_score_quantiles": (0.1, 0.9),
+        "calibration_sha256": "ef" * 32,
+        "sampling": "one augmented copy per digit",
+        "issued_at": now,
+        "expires_at": now + datetime.timedelta(days=365),
+    }
+    return Certificate(**{**fields, **changes})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "digits-1.0.0"
+    for path, data in CONTENT.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    (root / release.ROOT).write_bytes(a_bundle().to_json())
+    (root / release.CERTIFICATES).mkdir()
+    (root / release.CERTIFICATES / "here.json").write_bytes(a_certificate().to_json())
+    return root
+
+
+def test_a_root_document_survives_the_disk():
+    assert release.parse(a_bundle().to_json()) == a_bundle()
+
+
+def test_an_intact_directory_is_read_with_its_certificates(folder):
+    read = release.read(folder)
+    assert read.bundle == a_bundle()
+    assert read.certificates == (a_certificate(),)
+    assert read.sha256 == documents.sha256(a_bundle().to_json())
+    assert read.variant_sha256(read.bundle.variant("fp32")) == a_certificate().variant_sha256
+
+
+@pytest.mark.parametrize("path", [*CONTENT, release.ROOT])
+def test_a_bundle_altered_in_any_byte_is_refused(folder, path):
+    intact = (folder / path).read_bytes()
+    for at in range(len(intact)):
+        altered = bytearray(intact)
+        altered[at] ^= 1
+        (folder / path).write_bytes(altered)
+        try:
+            # A changed root may still be a root; then it is another bundle, by its digest.
+            assert release.read(folder).sha256 != documents.sha256(intact)
+            assert path == release.ROOT
+        except BundleRefused:
+            pass
+
+
+def test_files_that_are_missing_longer_or_links_are_refused_by_name(folder):
+    model = folder / "variants/fp32.onnx"
+    model.write_bytes(CONTENT["variants/fp32.onnx"] + b"!")
+    with pytest.raises(BundleRefused, match=r"variants/fp32\.onnx: 19 bytes, .* says 18"):
+        release.read(folder)
+    model.unlink()
+    with pytest.raises(BundleRefused, match="No such file"):
+        release.read(folder)
+    os.symlink("/etc/passwd", model)
+    with pytest.raises(BundleRefused, match="links are not allowed"):
+        release.read(folder)
+    model.unlink()
+    model.mkdir()
+    with pytest.raises(BundleRefused, match="not a regular file"):
+        release.read(folder)
+
+
+def test_a_linked_folder_inside_a_bundle_is_refused(folder, tmp_path):
+    (folder / "variants").rename(tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", folder / "variants")
+    with pytest.raises(BundleRefused, match="links are not allowed"):
+        release.read(folder)
+
+
+def test_a_certificate_of_another_release_is_refused(folder):
+    other = a_certificate(version="2.0.0").to_json()
+    (folder / release.CERTIFICATES / "here.json").write_bytes(other)
+    with pytest.raises(BundleRefused, match=r"it speaks of digits 2\.0\.0"):
+        release.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model": "../up"}, "model name"),
+        ({"version": "1"}, "semantic version"),
+        ({"inputs": ()}, "inputs and outputs"),
+        ({"inputs": (TensorSpec("i", "FP33", (-1,)),)}, "unknown datatype"),
+        ({"inputs": (TensorSpec("i", "FP32", (1, 8)),)}, "batch dimension"),
+        ({"variants": ()}, "at least one variant"),
+        ({"variants": (Variant("x", "absent.onnx", "fp32", ()),)}, "not listed"),
+        ({"self_test": SelfTest("selftest.npz", {})}, "no self-test tolerance"),
+        ({"self_test": SelfTest("absent.npz", {"fp32": Tolerance(0, 0)})}, "vectors are not"),
+        ({"score": Score("max_softmax", "z")}, "not an output"),
+        ({"score": None}, "needs a score"),
+        ({"files": {"/etc/passwd": File("ab" * 32, 1)}}, "plain path"),
+        ({"files": {"a/../b": File("ab" * 32, 1)}}, "plain path"),
+        ({"files": {"a//b": File("ab" * 32, 1)}}, "plain path"),
+        ({"files": {"a\\b": File("ab" * 32, 1)}}, "plain path"),
+        ({"files": {"certificates/x.json": File("ab" * 32, 1)}}, "reserved"),
+        ({"files": {"a": File("short", 1)}}, "no SHA-256"),
+    ],
+)
+def test_a_root_document_that_contradicts_itself_is_refused(changes, text):
+    with pytest.raises(DocumentError, match=text):
+        release.parse(a_bundle(**changes).to_json())
+
+
+def test_an_unknown_field_is_refused():
+    fields = json.loads(a_bundle().to_json())
+    fields["surprise"] = 1
+    with pytest.raises(DocumentError, match="surprise"):
+        release.parse(json.dumps(fields).encode())
+
+
+@given(st.binary(max_size=100))
+def test_arbitrary_bytes_are_no_root_document_and_no_certificate(data):
+    with pytest.raises(DocumentError):
+        release.parse(data)
+    with pytest.raises(DocumentError):
+        certificate.parse(data)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.0, -math.inf, math.inf])
+def test_a_certificate_survives_the_disk_with_every_threshold(threshold):
+    document = a_certificate(threshold=threshold)
+    assert certificate.parse(document.to_json()) == document
+    assert len(document.id) == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"alpha": 0.0}, "alpha and delta"),
+        ({"threshold": math.nan}, "not a number"),
+        ({"scenes": 400}, "more scenes than items"),
+        ({"allowed_losses": -1}, "too few scenes"),
+        ({"risk": "regret"}, "unknown risk"),
+    ],
+)
+def test_a_certificate_with_figures_that_cannot_be_is_refused(changes, text):
+    with pytest.raises(DocumentError, match=text):
+        certificate.parse(a_certificate(**changes).to_json())
+
+
+def test_a_certificate_covers_one_file_on_one_hardware_class_until_it_expires():
+    document = a_certificate()
+    here = {
+        "variant_sha256": document.variant_sha256,
+        "hardware_class": document.hardware_class,
+        "now": document.issued_at,
+    }
+    assert document.objection(**here) is None
+    assert "another file" in document.objection(**{**here, "variant_sha256": "00"})
+    assert "was measured on x86_64+avx2" in document.objection(
+        **{**here, "hardware_class": "aarch64"}
+    )
+    assert "expired" in document.objection(**{**here, "now": document.expires_at})
