@@ -1,0 +1,234 @@
+"""The command ``fogline``: run a hub, and operate it."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import structlog
+
+from cloud_hub import config as config_module
+from cloud_hub.errors import HubError
+
+T = TypeVar("T")
+
+_DATA = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Data directory of the hub [default: fogline-hub].",
+)
+_CONFIG = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file with any of the options, e.g. max_batch = 64.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="fogline")
+def main() -> None:
+    """The hub of fogline: answers what devices escalate, and is operated from here.
+
+    Every option may also come from the environment (FOGLINE_HUB_MAX_BATCH=64) or a TOML file
+    (--config); flags win over the environment, which wins over the file.
+    """
+
+
+@main.command()
+@_CONFIG
+@_DATA
+@click.option("--grpc", metavar="HOST:PORT", help="Open Inference gRPC [default: 127.0.0.1:8001].")
+@click.option(
+    "--http",
+    metavar="HOST:PORT",
+    help="REST, console, health and metrics [default: 127.0.0.1:8000]. Port 0 takes a free one.",
+)
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Serve this Triton-style directory: NAME/1/model.onnx.",
+)
+@click.option("--name", help="Shown in the console [default: fogline-hub].")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM chain of the doors.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of the doors.")
+@click.option("--max-batch", type=int, help="Rows in one run of an engine [default: 64].")
+@click.option("--max-queue-rows", type=int, help="Rows waiting per model [default: 1024].")
+@click.option("--threads", type=int, help="Threads of one engine, 0: all cores [default: 0].")
+@click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
+@click.option("--drain-s", type=float, help="Time for requests in flight at the end [default: 10].")
+@click.option("--offline-after-s", type=float, help="Silence of an offline device [default: 30].")
+def serve(config_file: Path | None, **flags: Any) -> None:
+    """Run the hub until it is told to stop (Ctrl-C, SIGTERM).
+
+    The addresses in use are written to DATA/endpoints.json once both doors are open. Doors
+    that other machines can reach need TLS files and a token for every caller.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    _run(lambda: _serve(config_module.load(given, config_file)))
+
+
+async def _serve(config: config_module.HubConfig) -> None:
+    from cloud_hub.hub import Hub  # here, so that --help does not wait for ONNX Runtime
+
+    _log_to_stderr()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with Hub(config) as hub:
+        click.echo(_screen(hub))
+        await stop.wait()
+        click.echo("fogline: draining, then stopping")
+
+
+def _screen(hub: Any) -> str:
+    scheme = "https" if hub.config.tls_cert else "http"
+    lines = [
+        f"fogline hub {hub.config.name!r} is ready",
+        f"  console   {scheme}://{hub.http_address}/",
+        f"  REST      {scheme}://{hub.http_address}/v2     metrics /metrics, health /readyz",
+        f"  gRPC      {hub.grpc_address}",
+        f"  data      {hub.config.data.resolve()}",
+    ]
+    statuses = hub.repository.status()
+    if not statuses:
+        lines.append("  models    none: start with --models DIR, laid out as NAME/1/model.onnx")
+    for status in statuses:
+        where = f"on {status.provider}" if status.state == "READY" else status.reason
+        lines.append(
+            f"  model     {status.name} version {status.version or '-'}: {status.state} {where}"
+        )
+    return "\n".join(lines)
+
+
+@main.group()
+def token() -> None:
+    """Bearer tokens for callers from other machines."""
+
+
+@token.command("create")
+@_CONFIG
+@_DATA
+@click.option("--tenant", default="default", show_default=True, help="Who pays and may see.")
+@click.option("--label", default="", help="What the token is for; shown in lists.")
+@click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True)
+def token_create(
+    config_file: Path | None, data: Path | None, tenant: str, label: str, days: int
+) -> None:
+    """Make a token and print it: the only time it can be seen."""
+
+    async def create(identity: Any) -> str:
+        made: str = await identity.create(tenant, label, days * 86400.0, time.time())
+        return made
+
+    click.echo(_with_identity(config_file, data, create))
+
+
+@token.command("list")
+@_CONFIG
+@_DATA
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def token_list(config_file: Path | None, data: Path | None, as_json: bool) -> None:
+    """List tokens without their secrets."""
+
+    async def rows(identity: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": t.token_id,
+                "tenant": t.tenant,
+                "label": t.label,
+                "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(t.expires_at)),
+                "revoked": t.revoked,
+            }
+            for t in await identity.tokens()
+        ]
+
+    found = _with_identity(config_file, data, rows)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for t in found:
+        state = "revoked" if t["revoked"] else f"until {t['expires_at']}"
+        click.echo(f"{t['id']}  {t['tenant']:<16} {state:<28} {t['label']}")
+    if not found:
+        click.echo("no token: make one with `fogline token create`")
+
+
+@token.command("revoke")
+@_CONFIG
+@_DATA
+@click.argument("token_id")
+def token_revoke(config_file: Path | None, data: Path | None, token_id: str) -> None:
+    """End a token by its id, as `fogline token list` shows it."""
+
+    async def revoke(identity: Any) -> bool:
+        ended: bool = await identity.revoke(token_id)
+        return ended
+
+    if not _with_identity(config_file, data, revoke):
+        raise SystemExit(f"fogline: no token {token_id!r}; `fogline token list` shows the ids")
+    click.echo(f"token {token_id} is revoked; a running hub notices within seconds")
+
+
+def _with_identity(
+    config_file: Path | None, data: Path | None, work: Callable[[Any], Coroutine[Any, Any, T]]
+) -> T:
+    """Run ``work`` on the token table of the configured data directory."""
+
+    async def run() -> T:
+        from cloud_hub.fleet.identity import Identity
+        from cloud_hub.hub import DATABASE
+        from cloud_hub.store.store import Store
+
+        given = {} if data is None else {"data": data}
+        config = config_module.load(given, config_file)
+        await asyncio.to_thread(config.data.mkdir, parents=True, exist_ok=True)
+        store = await Store.open(f"sqlite:///{config.data / DATABASE}")
+        try:
+            return await work(Identity(store))
+        finally:
+            await store.close()
+
+    return _run(run)
+
+
+def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run to the end; a refusal becomes one sentence and its exit code."""
+    try:
+        return asyncio.run(work())
+    except HubError as error:
+        click.echo(f"fogline: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def _log_to_stderr() -> None:
+    """JSON lines for machines, plain lines for a terminal; the standard library's too."""
+    shared = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+    ]
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer()
+        if sys.stderr.isatty()
+        else structlog.processors.JSONRenderer()
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)

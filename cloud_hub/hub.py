@@ -1,0 +1,240 @@
+"""The composition root: builds the hub's parts, joins them, and stops them in order.
+
+The only file that knows all sides. ``fogline serve`` and the system tests both use ``Hub``.
+
+Start                                           Stop
+  1 lock the data directory                       readiness turns false, /v2/health/ready says so
+  2 database: open, migrate                       gRPC: no new calls, those in flight finish
+  3 models: load, warm                            HTTP: the same
+  4 gRPC door                                     engines
+  5 HTTP door: REST, console, metrics             history is written, database closes
+  6 endpoints.json names both                     the lock goes with the process
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import ssl
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+from aiohttp import web
+
+from cloud_hub import metrics as metrics_module
+from cloud_hub.config import HubConfig, is_loopback, split_address
+from cloud_hub.console.app import add_console
+from cloud_hub.errors import StartRefused
+from cloud_hub.fleet import reports
+from cloud_hub.fleet.devices import Devices
+from cloud_hub.fleet.identity import Identity
+from cloud_hub.inference import admission
+from cloud_hub.inference.repository import Limits, Repository
+from cloud_hub.inference.server import HubServer
+from cloud_hub.insight.history import History
+from cloud_hub.metrics import Metrics
+from cloud_hub.store.store import Store
+from fogline_protocol import grpc_service, rest_service
+
+ENDPOINTS = "endpoints.json"
+DATABASE = "hub.sqlite"
+
+
+class Hub:
+    """One running hub: ``async with Hub(config) as hub: await hub.wait_stopped()``."""
+
+    def __init__(self, config: HubConfig) -> None:
+        self.config = config
+        self.grpc_address = ""
+        self.http_address = ""
+        self.metrics = Metrics()
+        self.repository = Repository(
+            self.metrics,
+            Limits(config.max_batch, config.max_queue_rows, config.threads),
+        )
+        self.server = HubServer(config.name, self.repository, self.metrics)
+        self._parts = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Start.
+
+        Raises:
+            StartRefused: the data directory or a port is in use, or a needed token is missing.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._parts.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Drain and stop."""
+        self.server.draining = True
+        await self._parts.aclose()
+
+    async def _start(self) -> None:
+        data = self.config.data
+        self._parts.enter_context(_locked(data))
+        self.store = await Store.open(f"sqlite:///{data / DATABASE}")
+        self._parts.push_async_callback(self.store.close)
+        self.identity = Identity(self.store)
+        self.devices = Devices(self.store, offline_after_s=self.config.offline_after_s)
+        self.history = await History.open(self.store)
+        self._parts.push_async_callback(self.history.close)
+
+        self._parts.push_async_callback(self.repository.close)
+        if self.config.models is not None:
+            await self.repository.load_directory(self.config.models)
+
+        self.grpc_address = await self._open_grpc()
+        self.http_address = await self._open_http()
+        _write_endpoints(data / ENDPOINTS, {"grpc": self.grpc_address, "http": self.http_address})
+
+    async def _open_grpc(self) -> str:
+        address = self.config.grpc
+        guarded = await self._is_guarded(address)
+        server = grpc_service.new_server(
+            max_message_bytes=self.config.max_message_bytes,
+            interceptors=[admission.TokenInterceptor(self.identity.authenticate)]
+            if guarded
+            else [],
+        )
+        server.add_generic_rpc_handlers(
+            (grpc_service.handler(self.server), reports.handler(self._accept_report))
+        )
+        host, _ = split_address(address)
+        try:
+            if self.config.tls_cert is not None and self.config.tls_key is not None:
+                pair = (self.config.tls_key.read_bytes(), self.config.tls_cert.read_bytes())
+                port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            else:
+                port = server.add_insecure_port(address)
+        except RuntimeError:
+            raise StartRefused(
+                f"cannot listen on {address} (gRPC): the port is in use or the address is not "
+                "this machine's; choose another with --grpc HOST:PORT"
+            ) from None
+        await server.start()
+        self._parts.push_async_callback(server.stop, self.config.drain_s)
+        return _joined(host, port)
+
+    async def _open_http(self) -> str:
+        address = self.config.http
+        guarded = await self._is_guarded(address)
+        app = web.Application(
+            client_max_size=self.config.max_message_bytes,
+            middlewares=[admission.rest_middleware(self.identity.authenticate)] if guarded else [],
+        )
+        rest_service.add_routes(app, self.server)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._render_metrics)
+        add_console(
+            app,
+            history=self.history,
+            devices=self.devices,
+            models=self.repository.status,
+            authenticate=self.identity.authenticate if guarded else None,
+            hub_name=self.config.name,
+            grpc_address=self.grpc_address,
+        )
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=self.config.drain_s)
+        await runner.setup()
+        self._parts.push_async_callback(runner.cleanup)
+        host, port = split_address(address)
+        site = web.TCPSite(runner, host, port, ssl_context=self._ssl_context())
+        try:
+            await site.start()
+        except OSError as error:
+            reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror
+            raise StartRefused(
+                f"cannot listen on {address} (HTTP): {reason}; choose another with --http HOST:PORT"
+            ) from None
+        return _joined(host, runner.addresses[0][1])
+
+    async def _is_guarded(self, address: str) -> bool:
+        """Return whether callers of this door must show a token; refuse if nobody could."""
+        if is_loopback(address):
+            return False
+        if not await self.identity.any_valid(time.time()):
+            raise StartRefused(
+                f"{address} can be reached from other machines, and no valid token exists: make "
+                f"one with `fogline token create --data {self.config.data}`"
+            )
+        return True
+
+    def _ssl_context(self) -> ssl.SSLContext | None:
+        if self.config.tls_cert is None or self.config.tls_key is None:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.config.tls_cert, self.config.tls_key)
+        except ssl.SSLError as error:
+            raise StartRefused(
+                f"{self.config.tls_cert} and {self.config.tls_key} are no TLS pair: {error}"
+            ) from None
+        return context
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.json_response({"alive": True})
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        reasons = [
+            f"model {status.name}: {status.reason}"
+            for status in self.repository.status()
+            if status.state != "READY"
+        ]
+        if self.server.draining:
+            reasons.append("the hub is shutting down")
+        return web.json_response(
+            {"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200
+        )
+
+    async def _render_metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            body=self.metrics.render(), headers={"Content-Type": metrics_module.CONTENT_TYPE}
+        )
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@contextlib.contextmanager
+def _locked(data: Path):  # type: ignore[no-untyped-def]
+    """Hold the data directory for this process alone; the lock ends with the process."""
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        lock = os.open(data / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StartRefused(f"data directory {data}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartRefused(
+                f"data directory {data} is in use by another hub: stop it or choose another --data"
+            ) from None
+        (data / ENDPOINTS).unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _write_endpoints(path: Path, endpoints: dict[str, str]) -> None:
+    """Write in one step: a reader sees all addresses or no file."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        json.dump(endpoints, file)
+    os.replace(name, path)

@@ -1,0 +1,62 @@
+"""Who may call: bearer tokens at doors that other machines can reach, on gRPC and HTTP alike."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from aiohttp import web
+
+from cloud_hub.fleet.identity import Caller
+from fogline_protocol import grpc_service, rest_service
+from fogline_protocol.inference import Unauthenticated
+
+Handler = grpc.RpcMethodHandler[Any, Any]
+Authenticate = Callable[[str], Awaitable[Caller | None]]
+
+_HINT = "send 'authorization: Bearer TOKEN'; `fogline token create` makes one"
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Lets only callers with a valid token through to any method."""
+
+    def __init__(self, authenticate: Authenticate) -> None:
+        self._authenticate = authenticate
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Refuse before a byte of the request is parsed."""
+        header = dict(details.invocation_metadata or ()).get("authorization", "")
+        problem = await _problem(self._authenticate, str(header))
+        if problem is None:
+            return await continuation(details)
+
+        async def refuse(_request: Any, context: grpc_service.Context) -> bytes:
+            await grpc_service.abort(context, problem)
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def rest_middleware(authenticate: Authenticate) -> Any:
+    """Return aiohttp middleware that asks for a token on the inference routes."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: rest_service.Handler) -> web.StreamResponse:
+        if request.path.startswith("/v2") and not request.path.startswith("/v2/health"):
+            problem = await _problem(authenticate, request.headers.get("Authorization", ""))
+            if problem is not None:
+                return rest_service.error_response(problem)
+        return await handler(request)
+
+    return check
+
+
+async def _problem(authenticate: Authenticate, header: str) -> Unauthenticated | None:
+    scheme, _, token = header.partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        return Unauthenticated(f"this hub wants to know its callers: {_HINT}")
+    if await authenticate(token.strip()) is None:
+        return Unauthenticated(f"the token is unknown, revoked or expired: {_HINT}")
+    return None

@@ -1,0 +1,204 @@
+"""Gathers requests into batches for one engine and hands every caller its rows back.
+
+``queue.Queue`` decides, ``Batcher`` waits. Each request owns its future, so a caller may
+leave at any moment without costing the others their answer.
+"""
+
+import asyncio
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cloud_hub.inference.queue import Queue
+from fogline_protocol.inference import DeadlineExceeded, Overloaded, ServerFault, Unavailable
+from fogline_protocol.tensors import Array
+
+Arrays = Mapping[str, Array]
+
+
+class Engine(Protocol):
+    """Runs one loaded model on a batch."""
+
+    async def run(self, inputs: Arrays) -> Arrays:
+        """Return every output, one row per input row: ``[n, ...] -> [n, ...]``."""
+        ...
+
+
+class Observer(Protocol):
+    """Learns what a batch was like; must not raise."""
+
+    def batch_ran(self, rows: int, queued_s: Sequence[float], compute_s: float) -> None:
+        """A batch of ``rows`` rows ran; one waiting time per request in it."""
+        ...
+
+    def requests_expired(self, count: int) -> None:
+        """So many requests ran out of time before an engine was free."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """One request, from arrival to answer."""
+
+    inputs: Arrays
+    rows: int
+    key: Hashable
+    arrived: float  # seconds, monotonic
+    deadline: float | None
+    answer: asyncio.Future[Arrays]  # the caller may cancel it at any moment
+
+    @property
+    def gone(self) -> bool:
+        """Whether its caller has left."""
+        return self.answer.done()
+
+
+class Batcher:
+    """Runs a queue's batches on one engine, one at a time.
+
+    Owner of the queue; everything happens on one event loop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        batches: bool,
+        max_batch: int,
+        max_queue_rows: int,
+        observer: Observer,
+    ) -> None:
+        self._engine = engine
+        self._batches = batches
+        self._max_batch = max_batch if batches else 1
+        self._max_queue_rows = max_queue_rows
+        self._observer = observer
+        self._queue: Queue[Waiting] = Queue(self._max_batch)
+        self._arrived = asyncio.Event()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Batcher {len(self._queue)} requests of {self._queue.rows} rows waiting>"
+
+    async def infer(self, inputs: Arrays, deadline: float | None) -> Arrays:
+        """Return the engine's outputs for these inputs, whose shapes the door has checked.
+
+        A request with more rows than a batch holds is split and joined again.
+
+        Raises:
+            Overloaded: too many rows are waiting already.
+            DeadlineExceeded: ``deadline`` (seconds of ``time.monotonic()``) passed first.
+            Unavailable: the batcher was closed.
+            ServerFault: the engine failed.
+        """
+        if self._closed:
+            raise Unavailable("the model is being unloaded")
+        rows = len(next(iter(inputs.values()))) if self._batches else 1
+        if self._queue.rows + rows > self._max_queue_rows:
+            raise Overloaded(
+                f"{self._queue.rows} rows are waiting, {rows} more would exceed the limit of "
+                f"{self._max_queue_rows}: come back later or raise max_queue_rows"
+            )
+        if rows <= self._max_batch:
+            return await self._enqueue(inputs, rows, deadline)
+        slices = [
+            {name: array[at : at + self._max_batch] for name, array in inputs.items()}
+            for at in range(0, rows, self._max_batch)
+        ]
+        parts = await _all_or_none(
+            [self._enqueue(part, len(next(iter(part.values()))), deadline) for part in slices]
+        )
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    async def serve(self) -> None:
+        """Run batches until cancelled; what still waits then is told so."""
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                while len(self._queue):
+                    await self._step()
+                    # An inline engine never waits: let answers leave between two batches.
+                    await asyncio.sleep(0)
+        finally:
+            self._closed = True
+            for waiting in self._queue.drain():
+                _fail(waiting, Unavailable("the model is being unloaded"))
+
+    def _enqueue(self, inputs: Arrays, rows: int, deadline: float | None) -> asyncio.Future[Arrays]:
+        answer: asyncio.Future[Arrays] = asyncio.get_running_loop().create_future()
+        key = tuple((name, array.dtype, array.shape[1:]) for name, array in inputs.items())
+        self._queue.add(Waiting(inputs, rows, key, time.monotonic(), deadline, answer))
+        self._arrived.set()
+        return answer
+
+    async def _step(self) -> None:
+        started = time.monotonic()
+        taken = self._queue.take(started)
+        for waiting in taken.expired:
+            _fail(waiting, DeadlineExceeded("the deadline passed before an engine was free"))
+        if taken.expired:
+            self._observer.requests_expired(len(taken.expired))
+        batch = taken.batch
+        if not batch:
+            return
+        rows = sum(waiting.rows for waiting in batch)
+        try:
+            outputs = await self._engine.run(_join(batch))
+            if self._batches:
+                for name, array in outputs.items():
+                    if len(array) != rows:
+                        raise ServerFault(
+                            f"output {name!r} has {len(array)} rows for {rows} rows of input"
+                        )
+        except asyncio.CancelledError:
+            for waiting in batch:
+                _fail(waiting, Unavailable("the model is being unloaded"))
+            raise
+        except Exception as error:
+            # Every caller in the batch learns of it, and the loop lives on for the next one.
+            fault = (
+                error
+                if isinstance(error, ServerFault)
+                else ServerFault(f"the engine failed: {error}")
+            )
+            for waiting in batch:
+                _fail(waiting, fault)
+            return
+        self._observer.batch_ran(
+            rows, [started - waiting.arrived for waiting in batch], time.monotonic() - started
+        )
+        at = 0
+        for waiting in batch:
+            if not waiting.answer.done():
+                waiting.answer.set_result(
+                    outputs
+                    if len(batch) == 1
+                    else {name: array[at : at + waiting.rows] for name, array in outputs.items()}
+                )
+            at += waiting.rows
+
+
+def _join(batch: Sequence[Waiting]) -> Arrays:
+    if len(batch) == 1:
+        return batch[0].inputs
+    return {
+        name: np.concatenate([waiting.inputs[name] for waiting in batch])
+        for name in batch[0].inputs
+    }
+
+
+async def _all_or_none(answers: Sequence[asyncio.Future[Arrays]]) -> list[Arrays]:
+    try:
+        return await asyncio.gather(*answers)
+    finally:
+        for answer in answers:  # one part failed or the caller left: the others need not run
+            answer.cancel()
+
+
+def _fail(waiting: Waiting, error: Exception) -> None:
+    if not waiting.answer.done():
+        waiting.answer.set_exception(error)

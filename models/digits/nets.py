@@ -1,0 +1,104 @@
+"""The two nets of the family, and how they are trained.
+
+Training is deterministic on one machine with one torch build: one thread, seeded, the
+scanner's randomness included. Elsewhere the weights differ in their last bits and so does
+every digest (model-workshop, "Export").
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+Images = NDArray[np.float32]  # [n, 1, 8, 8]
+Labels = NDArray[np.int64]  # [n]
+
+CLASSES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How long and how hard a net is trained."""
+
+    epochs: int
+    seed: int = 0
+    batch: int = 64
+    max_learning_rate: float = 1e-2
+    weight_decay: float = 1e-2
+
+
+def edge_net(width: int) -> nn.Sequential:
+    """Return the small net: two convolutions of ``width`` and twice that, and one linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * width, CLASSES),
+    )
+
+
+def hub_net() -> nn.Sequential:
+    """Return the large net: five convolutions, global average pooling, dropout, one linear layer."""
+    channels = [(1, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2)]
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in channels:
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, CLASSES)]
+    return nn.Sequential(*layers, *head)
+
+
+def train(
+    make: Callable[[], nn.Sequential],
+    how: Training,
+    images: Images,
+    labels: Labels,
+    augment: Callable[[Images, np.random.Generator], Images],
+    progress: Callable[[int, float], None],
+) -> nn.Sequential:
+    """Return a net in eval mode, trained on fresh augmented copies of ``images`` every epoch.
+
+    ``progress`` is told each epoch's number, counted from 1, and its mean loss.
+    """
+    torch.set_num_threads(1)  # sums in another order are other weights
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(how.seed)
+    rng = np.random.default_rng(how.seed)
+    net = make()
+    steps = -(-len(images) // how.batch)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=how.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, how.max_learning_rate, epochs=how.epochs, steps_per_epoch=steps
+    )
+    loss_of = nn.CrossEntropyLoss()
+    net.train()
+    for epoch in range(1, how.epochs + 1):
+        order = rng.permutation(len(images))
+        seen = torch.from_numpy(augment(images[order], rng))
+        wanted = torch.from_numpy(labels[order])
+        total = 0.0
+        for start in range(0, len(order), how.batch):
+            optimizer.zero_grad()
+            loss = loss_of(net(seen[start : start + how.batch]), wanted[start : start + how.batch])
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach())
+        progress(epoch, total / steps)
+    return net.eval()
+
+
+def parameters(net: nn.Sequential) -> int:
+    """Return how many numbers a net has learned."""
+    return sum(part.numel() for part in net.parameters())

@@ -1,0 +1,270 @@
+"""Issues certificates: the escalation threshold of one artifact on this machine, with its bound.
+
+The very file that ships is run, on the provider that ships, row by row as a device runs it,
+against one named file of the hub's bundle. What the resulting number means and does not mean
+(escalation.md 7): it holds for requests drawn like the calibration set, one item per scene,
+over all requests and not per class, for as long as the hub serves that very file.
+
+``certify`` decides, ``save`` writes. The bound itself is ``bound.py``.
+"""
+
+import datetime
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fogline_models import archive, bound
+from fogline_models.errors import BadInput
+from fogline_models.session import CPU, Session, hardware_class
+from fogline_protocol import documents
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
+from fogline_protocol.score import FUNCTIONS
+from fogline_protocol.tensors import Array, TensorError
+
+REFERENCE_QUANTILES = 64
+ESCALATION_DELTA = 0.01  # the drift alarm needs a rate that is hardly ever exceeded by chance
+INPUT = "input."
+UNSTATED = "not stated"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a certificate promises, and for how long."""
+
+    alpha: float = 0.01
+    delta: float = 0.05
+    valid_for: datetime.timedelta = datetime.timedelta(days=365)
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("delta", self.delta)):
+            if not 0 < value < 1:
+                raise BadInput(f"{name} must lie between 0 and 1, got {value:g}")
+        if self.valid_for <= datetime.timedelta(0):
+            raise BadInput("a certificate must be valid for at least a day")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """Items drawn like the requests to come, and never used for training."""
+
+    inputs: Mapping[str, Array]  # {name: [n, ...]}
+    scenes: Array  # [n]; items of one scene are copies, not evidence
+    sampling: str  # how the items were drawn, for people
+    sha256: str  # of the file
+
+    @property
+    def independent(self) -> Array:
+        """The index of one item per scene, the first, in file order."""
+        _, first = np.unique(self.scenes, return_index=True)
+        return np.sort(first)
+
+
+def read_calibration(path: Path) -> CalibrationSet:
+    """Read a calibration set from an npz archive.
+
+    It holds ``input.<name>`` for every input, and optionally ``scene`` (one number per item;
+    without it every item counts as a scene of its own) and ``sampling`` (a text).
+
+    Raises:
+        BadInput: no intact archive, no inputs, or arrays of different lengths.
+    """
+    arrays = archive.read(path)
+    inputs = {
+        name.removeprefix(INPUT): array for name, array in arrays.items() if name.startswith(INPUT)
+    }
+    if not inputs:
+        found = ", ".join(sorted(arrays)) or "nothing"
+        raise BadInput(f"{path}: expected arrays named {INPUT}<name>, found {found}")
+    if any(array.ndim == 0 for array in inputs.values()):
+        raise BadInput(f"{path}: every input must have one row per item, found a single number")
+    count = len(next(iter(inputs.values())))
+    scenes = arrays.get("scene", np.arange(count))
+    lengths = {name: len(array) for name, array in inputs.items()}
+    lengths["scene"] = len(scenes) if scenes.ndim == 1 else -1
+    if count == 0 or set(lengths.values()) != {count}:
+        raise BadInput(f"{path}: expected one row per item in every array, found {lengths}")
+    sampling = str(arrays.get("sampling", UNSTATED))
+    return CalibrationSet(inputs, scenes, sampling, documents.sha256_of_file(path))
+
+
+def certify(
+    edge: BundleDirectory,
+    hub: BundleDirectory,
+    data: CalibrationSet,
+    terms: Terms,
+    *,
+    issued_at: datetime.datetime,
+    variant: str,
+    hub_variant: str | None = None,
+    provider: str = CPU,
+) -> Certificate:
+    """Return the certificate of one variant of ``edge`` on this machine.
+
+    ``hub_variant`` is the file of ``hub`` that will answer escalations, by default its first.
+
+    Raises:
+        BadInput: the bundles are not a pair, the data does not fit them or is too little for
+            the terms, or a model does not run here or gives values that are not finite.
+        MissingExtra: onnxruntime is not installed.
+    """
+    score = edge.bundle.score
+    _check_pair(edge, hub)
+    if score is None:
+        raise BadInput(f"{_title(edge.bundle)} names no score, so it has no threshold to certify")
+    if score.function not in FUNCTIONS:
+        raise BadInput(
+            f"{_title(edge.bundle)} asks for the score {score.function!r}, "
+            f"known are {', '.join(FUNCTIONS)}"
+        )
+    edge_variant = _variant(edge.bundle, variant)
+    peer = _variant(hub.bundle, hub_variant or hub.bundle.variants[0].name)
+    rows = data.independent
+    inputs = {name: array[rows] for name, array in data.inputs.items()}
+    for side in (edge, hub):
+        _check_inputs(side.bundle, inputs)
+    allowed = bound.allowed_losses(len(rows), terms.alpha, terms.delta)
+    if allowed < 0:
+        raise BadInput(
+            f"{len(rows)} independent scenes are too few to certify alpha {terms.alpha:g} at "
+            f"delta {terms.delta:g}: at least {bound.items_needed(terms.alpha, terms.delta)} "
+            f"are needed"
+        )
+    # One row at a time, as a device answers: kernels may round otherwise in a batch.
+    local = _logits(edge, edge_variant, provider, inputs, score.output, rows_at_once=1)
+    remote = _logits(hub, peer, CPU, inputs, score.output, hub.bundle.max_batch or 1)
+    answers = remote.argmax(axis=1)
+    if len(np.unique(answers)) < 2:
+        raise BadInput(
+            f"the hub's model gives all {len(rows)} calibration items the same answer "
+            f"({_label(hub.bundle, int(answers[0]))}): calibrate on items of every class"
+        )
+    scores = FUNCTIONS[score.function](local)
+    found = bound.threshold(scores, local.argmax(axis=1) != answers, allowed)
+    escalated = int((scores <= found).sum())
+    quantiles = np.quantile(
+        scores.astype(np.float64), (np.arange(REFERENCE_QUANTILES) + 0.5) / REFERENCE_QUANTILES
+    )
+    return Certificate(
+        model=edge.bundle.model,
+        version=edge.bundle.version,
+        variant=edge_variant.name,
+        variant_sha256=edge.variant_sha256(edge_variant),
+        hub_model=hub.bundle.model,
+        hub_sha256=hub.variant_sha256(peer),
+        hardware_class=hardware_class(provider),
+        score_function=score.function,
+        score_output=score.output,
+        alpha=terms.alpha,
+        delta=terms.delta,
+        items=len(data.scenes),
+        scenes=len(rows),
+        allowed_losses=allowed,
+        threshold=found,
+        escalation_rate=escalated / len(rows),
+        escalation_rate_upper=bound.upper_bound(escalated, len(rows), ESCALATION_DELTA),
+        reference_score_quantiles=tuple(float(q) for q in quantiles),
+        calibration_sha256=data.sha256,
+        sampling=data.sampling,
+        issued_at=issued_at,
+        expires_at=issued_at + terms.valid_for,
+    )
+
+
+def save(certificate: Certificate, folder: Path) -> Path:
+    """Write a certificate into ``folder`` in one step, over an older one of its kind.
+
+    The name follows from hardware class and variant, so a folder holds one of each kind.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    slug = re.sub(r"[^a-z0-9_.]+", "-", certificate.hardware_class.lower())
+    target = folder / f"{slug}.{certificate.variant}.json"
+    unfinished = target.with_suffix(".unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(certificate.to_json())
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise BadInput(f"cannot write {target}: {error.strerror}") from None
+    return target
+
+
+def folder_of(bundle: BundleDirectory) -> Path:
+    """Return where a bundle keeps its certificates."""
+    return bundle.path / CERTIFICATES
+
+
+def _check_pair(edge: BundleDirectory, hub: BundleDirectory) -> None:
+    pairing = edge.bundle.escalates_to
+    if pairing is None:
+        raise BadInput(f"{_title(edge.bundle)} escalates to no model: nothing to certify against")
+    if (pairing.model, pairing.bundle_sha256) != (hub.bundle.model, hub.sha256):
+        raise BadInput(
+            f"{_title(edge.bundle)} escalates to {pairing.model} with bundle "
+            f"{pairing.bundle_sha256[:16]}, got {_title(hub.bundle)} with bundle {hub.sha256[:16]}"
+        )
+    if edge.bundle.inputs != hub.bundle.inputs:
+        raise BadInput(
+            f"{_title(edge.bundle)} and {_title(hub.bundle)} take different inputs: "
+            f"{edge.bundle.inputs} and {hub.bundle.inputs}"
+        )
+
+
+def _variant(bundle: Bundle, name: str) -> Variant:
+    try:
+        return bundle.variant(name)
+    except KeyError:
+        known = ", ".join(variant.name for variant in bundle.variants)
+        raise BadInput(f"{_title(bundle)} has no variant {name!r}, it has {known}") from None
+
+
+def _check_inputs(bundle: Bundle, inputs: Mapping[str, Array]) -> None:
+    wanted = {spec.name: spec for spec in bundle.inputs}
+    if wanted.keys() != inputs.keys():
+        raise BadInput(
+            f"{_title(bundle)} takes the inputs {', '.join(sorted(wanted))}, "
+            f"the calibration set has {', '.join(sorted(inputs))}"
+        )
+    for name, array in inputs.items():
+        try:
+            problem = wanted[name].mismatch(array)
+        except TensorError as error:
+            problem = str(error)
+        if problem is not None:
+            raise BadInput(f"calibration input {name!r}: {problem}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise BadInput(f"calibration input {name!r} holds values that are not finite")
+
+
+def _logits(
+    directory: BundleDirectory,
+    variant: Variant,
+    provider: str,
+    inputs: Mapping[str, Array],
+    output: str,
+    rows_at_once: int,
+) -> Array:
+    outputs = Session(directory.file(variant.path), provider).run(inputs, rows_at_once)
+    if output not in outputs:
+        raise BadInput(f"{_title(directory.bundle)} has no output {output!r} to compare")
+    logits = outputs[output].reshape(len(outputs[output]), -1)
+    if not np.isfinite(logits).all():
+        raise BadInput(
+            f"{_title(directory.bundle)}, variant {variant.name}: the output {output!r} is not "
+            f"finite on {int((~np.isfinite(logits)).any(axis=1).sum())} calibration items"
+        )
+    return logits
+
+
+def _title(bundle: Bundle) -> str:
+    return f"{bundle.model} {bundle.version}"
+
+
+def _label(bundle: Bundle, answer: int) -> str:
+    return repr(bundle.labels[answer]) if answer < len(bundle.labels) else f"class {answer}"

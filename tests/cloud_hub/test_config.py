@@ -1,0 +1,68 @@
+"""The hub's options: precedence, and a precise refusal of everything else."""
+
+import pytest
+
+from cloud_hub import config
+from cloud_hub.errors import ConfigRefused
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path, monkeypatch):
+    file = tmp_path / "hub.toml"
+    file.write_text('max_batch = 8\nthreads = 2\nname = "file"\n')
+    monkeypatch.setenv("FOGLINE_HUB_THREADS", "3")
+    monkeypatch.setenv("FOGLINE_HUB_NAME", "environment")
+    loaded = config.load({"name": "flag"}, file)
+    assert (loaded.max_batch, loaded.threads, loaded.name) == (8, 3, "flag")
+    assert loaded.max_queue_rows == 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_bach = 8", "unknown option 'max_bach' in .*did you mean 'max_batch'"),
+        ('max_batch = "many"', "max_batch: .*integer.*'many'"),
+        ("max_batch = 0", "max_batch: .*greater than or equal to 1"),
+        ('grpc = "8001"', "grpc: '8001' is not HOST:PORT"),
+        ('grpc = "127.0.0.1:99999"', "is not HOST:PORT"),
+        ('grpc = "0.0.0.0:8001"', "can be reached from other machines.*fogline token create"),
+        ('http = "[::]:80"', "can be reached from other machines"),
+        ('tls_cert = "absent.pem"', "belong together"),
+        ('models = "absent"', "models: absent is not a directory"),
+        ("max_batch = ", "hub.toml: "),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_by_name(tmp_path, text, words):
+    file = tmp_path / "hub.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigRefused, match=words):
+        config.load({}, file)
+
+
+def test_a_missing_file_and_an_unknown_variable_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigRefused, match="No such file"):
+        config.load({}, tmp_path / "absent.toml")
+    monkeypatch.setenv("FOGLINE_HUB_GRCP", "127.0.0.1:1")
+    with pytest.raises(ConfigRefused, match="'grcp' in the environment: did you mean 'grpc'"):
+        config.load({}, None)
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [
+        ("127.0.0.1:0", True),
+        ("127.9.9.9:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.1:1", False),
+        ("hub.example:1", False),
+    ],
+)
+def test_only_addresses_of_this_machine_are_loopback(address, loopback):
+    assert config.is_loopback(address) is loopback

@@ -1,0 +1,24 @@
+"""What tests of several folders share: the committed digits, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def digits() -> Path:
+    """The folder of the digits family."""
+    return ROOT / "models" / "digits"
+
+
+@pytest.fixture
+def triton_directory(tmp_path: Path, digits: Path) -> Path:
+    """A Triton-style directory that serves digits-hub as version 3."""
+    root = tmp_path / "models"
+    folder = root / "digits-hub" / "3"
+    folder.mkdir(parents=True)
+    model = digits / "bundles" / "digits-hub-1.0.0" / "variants" / "fp32.onnx"
+    (folder / "model.onnx").write_bytes(model.read_bytes())
+    return root

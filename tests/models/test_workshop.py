@@ -1,0 +1,128 @@
+"""Export, quantization and a whole build, with torch: skipped where it is not installed."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip(
+    "torch", reason="needs torch: pip install 'fogline[models]' in an environment of its own"
+)
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[models]'")
+pytest.importorskip("sklearn", reason="needs scikit-learn: pip install 'fogline[models]'")
+
+from digits import data, nets, recipe  # noqa: E402 - only after torch is known to be there
+from fogline_models.errors import BadInput  # noqa: E402
+from fogline_models.export import export  # noqa: E402
+from fogline_models.quantize import quantize  # noqa: E402
+from fogline_models.session import Session  # noqa: E402
+from fogline_protocol import release  # noqa: E402
+from fogline_protocol.tensors import Array  # noqa: E402
+
+pytestmark = pytest.mark.workshop
+
+
+def examples(count: int = 7) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {"image": rng.random((count, 1, data.SIDE, data.SIDE), dtype=np.float32)}
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return nets.edge_net(4).eval()
+
+
+def export_to(folder: Path, module: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "fp32.onnx"
+    export(module, recipe.INPUTS, recipe.OUTPUTS, examples(), 16, {"b": "2", "a": "1"}, path)
+    return path
+
+
+def test_an_export_computes_what_torch_computes_at_any_batch(tmp_path: Path) -> None:
+    module = net()
+    session = Session(export_to(tmp_path, module))
+    for count in (1, 5, 16):
+        with torch.no_grad():
+            want = module(torch.from_numpy(examples(count)["image"])).numpy()
+        np.testing.assert_allclose(session.run(examples(count), 16)["logits"], want, atol=1e-5)
+
+
+def test_the_same_net_gives_the_same_bytes_in_another_folder(tmp_path: Path) -> None:
+    first = export_to(tmp_path / "a", net())
+    second = export_to(tmp_path / "somewhere" / "else", net())
+    assert first.read_bytes() == second.read_bytes()
+    assert b".py" not in first.read_bytes()
+    found = onnx.load(str(first))
+    assert [(p.key, p.value) for p in found.metadata_props] == [("a", "1"), ("b", "2")]
+    quantized = [path.with_name("int8.onnx") for path in (first, second)]
+    for source, target in zip((first, second), quantized, strict=True):
+        quantize(source, examples(100), {}, target)
+    assert quantized[0].read_bytes() == quantized[1].read_bytes()
+
+
+def test_quantizing_keeps_the_answers_and_uses_integers(tmp_path: Path) -> None:
+    fp32 = export_to(tmp_path, net())
+    quantize(fp32, examples(100), {}, tmp_path / "int8.onnx")
+    operators = {node.op_type for node in onnx.load(str(tmp_path / "int8.onnx")).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    before = Session(fp32).run(examples(100), 16)["logits"]
+    after = Session(tmp_path / "int8.onnx").run(examples(100), 16)["logits"]
+    assert np.abs(before - after).max() < 0.1 * np.abs(before).max()
+
+
+def test_a_net_in_train_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"train mode, call \.eval\(\)"):
+        export_to(tmp_path, net().train())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_net_that_answers_nan_is_refused(tmp_path: Path) -> None:
+    module = net()
+    with torch.no_grad():
+        module[-1].bias[3] = float("nan")
+    with pytest.raises(BadInput, match="not finite"):
+        export_to(tmp_path, module)
+
+
+def test_no_two_splits_share_a_digit_by_content() -> None:
+    images = [{image.tobytes() for image in split.images} for split in data.splits().values()]
+    for one, other in itertools.combinations(images, 2):
+        assert one.isdisjoint(other)
+    assert sum(map(len, images)) == data.TOTAL
+
+
+def test_training_again_gives_the_same_weights() -> None:
+    split = data.splits()["evaluation"]
+    how = nets.Training(epochs=2)
+    runs = [
+        nets.train(lambda: nets.edge_net(4), how, split.images, split.labels, data.scanned, print)
+        for _ in range(2)
+    ]
+    for one, other in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.timeout(300)
+def test_a_build_in_another_folder_gives_the_same_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A few epochs: the steps are the same, the nets are worse.
+    for name, epochs in (("HUB", 4), ("EDGE", 2), ("BETTER_EDGE", 4), ("BROKEN_EDGE", 4)):
+        plan = getattr(recipe, name)
+        short = dataclasses.replace(plan.training, epochs=epochs)
+        monkeypatch.setattr(recipe, name, dataclasses.replace(plan, training=short))
+    lines: list[str] = []
+    for folder in (tmp_path / "a", tmp_path / "somewhere" / "else"):
+        recipe.build(folder, lines.append)
+    assert any("training, epoch" in line for line in lines)
+    for name in ("digits-1.0.0", "digits-1.1.0", "digits-hub-1.0.0", "broken/digits-1.2.0"):
+        first = release.read(tmp_path / "a" / "bundles" / name)
+        second = release.read(tmp_path / "somewhere" / "else" / "bundles" / name)
+        assert first.sha256 == second.sha256
+    for name in ("calibration.npz", "traffic.npz", "splits.json"):
+        one = (tmp_path / "a" / name).read_bytes()
+        assert one == (tmp_path / "somewhere" / "else" / name).read_bytes()
