@@ -26,3 +26,9 @@ class ModelRefused(HubError):
     """A file is not a model this hub can serve: the message says why."""
 
     exit_code = 4
+
+
+class StoreFailed(HubError):
+    """The database cannot be used or cannot take a change: see to disk, rights or version."""
+
+    exit_code = 5

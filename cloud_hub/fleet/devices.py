@@ -1,0 +1,79 @@
+"""The devices the hub has heard of, and the one rule of presence.
+
+A device is online from its first report on, and offline once it was silent for
+``offline_after_s``. Kept in memory, where the console reads it every second, and written
+with the counts of the same reports.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cloud_hub.store import schema
+from cloud_hub.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a device last said of itself."""
+
+    name: str
+    first_seen: float  # seconds since the epoch, the hub's clock
+    last_seen: float
+    agent_version: str
+    hardware_class: str
+    link: str
+    rss_bytes: int
+
+
+class Devices:
+    """Every device seen. Owner of the presence rule; used on one event loop."""
+
+    def __init__(self, known: Sequence[Device], offline_after_s: float) -> None:
+        self._known = {device.name: device for device in known}
+        self._unsaved: set[str] = set()
+        self._offline_after_s = offline_after_s
+
+    @classmethod
+    async def open(cls, store: Store, offline_after_s: float) -> "Devices":
+        """Return the devices that the database knows."""
+
+        def load(connection: Connection) -> list[Device]:
+            return [Device(**row._mapping) for row in connection.execute(select(schema.device))]
+
+        return cls(await store.read(load), offline_after_s)
+
+    def seen(self, device: Device) -> None:
+        """Take over what a device says of itself now; its first sighting is kept."""
+        before = self._known.get(device.name)
+        if before is not None:
+            device = replace(device, first_seen=before.first_seen)
+        self._known[device.name] = device
+        self._unsaved.add(device.name)
+
+    def online(self, device: Device, now: float) -> bool:
+        """Return whether the device counts as online at ``now``."""
+        return now - device.last_seen < self._offline_after_s
+
+    def all(self) -> list[Device]:
+        """Return every device by name."""
+        return [self._known[name] for name in sorted(self._known)]
+
+    def take_unsaved(self) -> list[Device]:
+        """Return what changed since the last call, to be saved."""
+        changed = [self._known[name] for name in sorted(self._unsaved)]
+        self._unsaved.clear()
+        return changed
+
+
+def save(connection: Connection, devices: Sequence[Device]) -> None:
+    """Write devices as they are."""
+    if not devices:
+        return
+    rows = [{name: getattr(device, name) for name in Device.__slots__} for device in devices]
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    insert = dialect.insert(schema.device)
+    updated = {name: insert.excluded[name] for name in Device.__slots__ if name != "name"}
+    connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=updated), rows)

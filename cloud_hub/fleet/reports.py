@@ -1,0 +1,78 @@
+"""The door for what devices report: reads, checks limits, hands on.
+
+What a device says of itself is a stranger's text until checked here: names, numbers of
+entries and histograms are held to limits, so that one device cannot fill the hub.
+"""
+
+from collections.abc import Callable
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fogline_protocol import grpc_service
+from fogline_protocol.inference import BadRequest
+from fogline_protocol.release import MODEL_NAME
+from fogline_protocol.v1.fleet_pb2 import Telemetry, TelemetryReceipt
+
+SERVICE = "fogline.v1.Fleet"
+MAX_BYTES = 256 << 10
+MAX_MODELS = 64
+MAX_OUTCOMES = 256  # per model: tiers x qualities x reasons are far fewer
+MAX_BOUNDS = 64
+MAX_TEXT = 200
+
+Accept = Callable[[Telemetry], None]
+
+
+def handler(accept: Accept) -> grpc.GenericRpcHandler:
+    """Return the gRPC handler that takes reports."""
+
+    async def report(data: bytes, _context: grpc_service.Context) -> bytes:
+        accept(parse(data))
+        return TelemetryReceipt().SerializeToString()
+
+    return grpc_service.generic_handler(SERVICE, {"Report": report})
+
+
+def parse(data: bytes) -> Telemetry:
+    """Read a report.
+
+    Raises:
+        BadRequest: malformed, or beyond what an agent ever sends; the text names the part.
+    """
+    if len(data) > MAX_BYTES:
+        raise BadRequest(f"a report of {len(data)} bytes, at most {MAX_BYTES} are accepted")
+    try:
+        report = Telemetry.FromString(data)
+    except DecodeError:
+        raise BadRequest("the report is not a Telemetry message: malformed protobuf") from None
+    # A device's name obeys the same rule as a model's: it becomes part of topics and paths.
+    if not MODEL_NAME.fullmatch(report.device):
+        raise BadRequest(
+            f"device name {report.device!r} must be lower-case letters, digits, '_' and '-'"
+        )
+    if not 0 < len(report.boot_id) <= 64:
+        raise BadRequest("boot_id must have 1 to 64 characters")
+    if report.sequence >= 1 << 63:
+        raise BadRequest("sequence is absurd")
+    texts = [report.agent_version, report.hardware_class, report.link]
+    if len(report.models) > MAX_MODELS:
+        raise BadRequest(f"{len(report.models)} models, at most {MAX_MODELS} are accepted")
+    for model in report.models:
+        if max(len(model.outcomes), len(model.latencies)) > MAX_OUTCOMES:
+            raise BadRequest(f"model {model.model!r} has more than {MAX_OUTCOMES} outcomes")
+        texts += [model.model, model.release]
+        for outcome in model.outcomes:
+            texts += [outcome.tier, outcome.quality, outcome.reason]
+        for latency in model.latencies:
+            texts.append(latency.tier)
+            bounds = list(latency.bounds_s)
+            if len(latency.counts) != len(bounds) + 1 or len(bounds) > MAX_BOUNDS:
+                raise BadRequest(
+                    f"a histogram has one count more than bounds, and at most {MAX_BOUNDS} bounds"
+                )
+            if not bounds or bounds != sorted(bounds) or not 0 < bounds[0] <= bounds[-1] < 1e6:
+                raise BadRequest("the bounds of a histogram must be positive and ascending")
+    if any(len(text) > MAX_TEXT for text in texts):
+        raise BadRequest(f"a text is longer than {MAX_TEXT} characters")
+    return report

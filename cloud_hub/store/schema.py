@@ -1,0 +1,150 @@
+"""The tables of the hub, as they are after the last migration.
+
+Times are seconds since the epoch by the hub's clock. Counts only grow.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+# Who may call from another machine. The secret itself is never stored.
+token = Table(
+    "token",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("tenant", String(63), nullable=False),
+    Column("label", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("revoked", Boolean, nullable=False),
+)
+
+# Devices that have reported, as they last described themselves.
+device = Table(
+    "device",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("first_seen", Float, nullable=False),
+    Column("last_seen", Float, nullable=False),
+    Column("agent_version", String(64), nullable=False),
+    Column("hardware_class", String(200), nullable=False),
+    Column("link", String(32), nullable=False),
+    Column("rss_bytes", BigInteger, nullable=False),
+)
+
+# The last report of each of a device's recent starts: increments are differences to it, and
+# it is written in the same transaction as the increments, so nothing counts twice.
+boot = Table(
+    "boot",
+    metadata,
+    Column("device", String(63), ForeignKey("device.name"), primary_key=True),
+    Column("boot_id", String(64), primary_key=True),
+    Column("sequence", BigInteger, nullable=False),
+    Column("reported_at", Float, nullable=False),
+    Column("telemetry", LargeBinary, nullable=False),
+)
+
+# Rows answered, by minute and outcome.
+outcome = Table(
+    "outcome",
+    metadata,
+    Column("minute", Integer, primary_key=True, autoincrement=False),  # since the epoch
+    Column("device", String(63), ForeignKey("device.name"), primary_key=True),
+    Column("model", String(63), primary_key=True),
+    Column("release", String(200), primary_key=True),
+    Column("tier", String(16), primary_key=True),
+    Column("quality", String(16), primary_key=True),
+    Column("reason", String(32), primary_key=True),
+    Column("rows", BigInteger, nullable=False),
+)
+
+# Requests by duration: `counts` is a JSON list beside `bounds_s`.
+latency = Table(
+    "latency",
+    metadata,
+    Column("minute", Integer, primary_key=True, autoincrement=False),
+    Column("device", String(63), ForeignKey("device.name"), primary_key=True),
+    Column("model", String(63), primary_key=True),
+    Column("release", String(200), primary_key=True),
+    Column("tier", String(16), primary_key=True),
+    Column("bounds_s", Text, primary_key=True),
+    Column("counts", Text, nullable=False),
+)
+
+# Bytes between devices and hub for escalations.
+traffic = Table(
+    "traffic",
+    metadata,
+    Column("minute", Integer, primary_key=True, autoincrement=False),
+    Column("device", String(63), ForeignKey("device.name"), primary_key=True),
+    Column("sent", BigInteger, nullable=False),
+    Column("received", BigInteger, nullable=False),
+)
+
+Index("ix_device_last_seen", device.c.last_seen)
+
+# --- Releases and certificates (migration 0002); written by fleet/releases and fleet/certificates.
+#
+# A row exists when everything it speaks of is complete: blobs, signed index, signed
+# certificates. So these two tables are what the hub believes, and what is signed follows them.
+
+release = Table(
+    "release",
+    metadata,
+    Column("model", String(63), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # from 1, per model
+    Column("version", String(64), nullable=False),
+    Column("bundle_sha256", String(64), nullable=False, unique=True),
+    Column("escalates_to", String(63)),  # a model, and the digest of its bundle
+    Column("escalates_to_sha256", String(64)),
+    Column("accepted_at", Float, nullable=False),
+    Column("forced", Boolean, nullable=False),  # past a self-test that it did not pass
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("document", Text, nullable=False),  # bundle.json
+    Column("index_document", Text, nullable=False),  # what is signed
+    Column("self_test", Text, nullable=False),  # JSON: figures by variant
+    Column("report", Text, nullable=False),  # report.json of the bundle, or empty
+    UniqueConstraint("model", "version", name="uq_release_model"),
+)
+
+certificate = Table(
+    "certificate",
+    metadata,
+    Column("model", String(63), primary_key=True),
+    Column("release", Integer, primary_key=True, autoincrement=False),
+    Column("id", String(16), primary_key=True),
+    Column("variant", String(64), nullable=False),
+    Column("hardware_class", String(200), nullable=False),
+    Column("issued_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("document", Text, nullable=False),  # the very bytes that are signed
+    Column("attached_at", Float, nullable=False),
+    Column("withdrawn_at", Float),
+    Column("reason", String(500), nullable=False),  # why it was withdrawn; empty while it holds
+    ForeignKeyConstraint(
+        ["model", "release"], ["release.model", "release.number"], name="fk_certificate_model"
+    ),
+)
