@@ -13,7 +13,7 @@ that are missing, longer or different, and documents that contradict themselves 
 
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -111,6 +111,20 @@ class Bundle:
                 return variant
         raise KeyError(name)
 
+    def files_for(self, variants: Collection[str]) -> frozenset[str]:
+        """Return the files that a device needs to run ``variants``: all but the other artifacts.
+
+        What lies beside an artifact under a longer name (external data, say) goes with it.
+
+        Raises:
+            KeyError: there is no variant of one of these names.
+        """
+        wanted = tuple(self.variant(name).path for name in variants)
+        others = tuple(v.path for v in self.variants if v.path not in wanted)
+        return frozenset(
+            name for name in self.files if name.startswith(wanted) or not name.startswith(others)
+        )
+
     def to_json(self) -> bytes:
         """Return the canonical root document."""
         message = pb.Bundle(
@@ -205,8 +219,15 @@ def parse(data: bytes) -> Bundle:
     return bundle
 
 
-def read(path: Path) -> BundleDirectory:
+def read(path: Path, *, variants: Collection[str] | None = None) -> BundleDirectory:
     """Read and verify the bundle in the directory ``path``.
+
+    Args:
+        path: the directory.
+        variants: names of the only variants that have to be there, on a device that fetched no
+            others; their artifacts and the self-test vectors must be intact, the model card and
+            the like may be missing. The artifacts of other variants are not looked at: do not
+            run them.
 
     Raises:
         BundleRefused: anything at all is missing, different or out of place.
@@ -214,7 +235,7 @@ def read(path: Path) -> BundleDirectory:
     try:
         data = _regular_file(path, ROOT).read_bytes()
         bundle = parse(data)
-        for name, want in bundle.files.items():
+        for name, want in _expected(bundle, path, variants).items():
             file = _regular_file(path, name)
             size = file.stat().st_size
             if size != want.bytes:
@@ -229,6 +250,28 @@ def read(path: Path) -> BundleDirectory:
         raise BundleRefused(f"{path}: {error}") from None
     except OSError as error:
         raise BundleRefused(f"{error.filename or path}: {error.strerror or error}") from None
+
+
+def _expected(bundle: Bundle, path: Path, variants: Collection[str] | None) -> Mapping[str, File]:
+    if variants is None:
+        return bundle.files
+    try:
+        needed = bundle.files_for(variants)
+    except KeyError as error:
+        names = ", ".join(v.name for v in bundle.variants)
+        raise BundleRefused(f"there is no variant {error.args[0]!r}, only {names}") from None
+    artifacts = tuple(bundle.variant(name).path for name in variants)
+    return {
+        name: file
+        for name, file in bundle.files.items()
+        if name in needed
+        and (
+            name.startswith(artifacts)
+            or name == bundle.self_test.path
+            or (path / name).is_symlink()
+            or (path / name).exists()
+        )
+    }
 
 
 def _certificates(path: Path, bundle: Bundle) -> tuple[Certificate, ...]:

@@ -143,9 +143,9 @@ async def test_grpc_errors_carry_their_code_and_never_an_empty_text(
 
 async def test_a_message_over_the_limit_is_refused_and_the_next_one_served(grpc_address):
     async with triton.InferenceServerClient(grpc_address) as theirs:
+        big = triton_input("image", np.zeros((1 << 18, 4), np.float32))
         with pytest.raises(InferenceServerException, match="larger than max"):
-            big = np.zeros((1 << 18, 4), np.float32)
-            await theirs.infer("echo", [triton_input("image", big)])
+            await theirs.infer("echo", [big])
         small = np.zeros((1, 4), np.float32)
         assert (await theirs.infer("echo", [triton_input("image", small)])) is not None
 

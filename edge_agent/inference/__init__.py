@@ -1,0 +1,7 @@
+"""The story of a request on the device.
+
+router.py     the agent as an Open Inference server: answers here, escalates, merges rows
+policy.py     pure: which rows escalate, and what quality an answer has
+uplink.py     the connection to the hub: coalesces, retries once, probes, counts bytes
+breaker.py    pure: when the hub is asked and when it is left alone
+"""

@@ -1,0 +1,623 @@
+"""The agent as an Open Inference server: answers here, escalates, merges rows.
+
+    check ─► engine ─► score ─► policy ─┬─ all rows certain ────────────► answer
+                                        └─ some are not ─► uplink ─► merge ─► answer
+
+The local answer comes first and is in hand before the hub is asked (``hub_only`` excepted),
+so whatever happens to link or hub costs the caller quality at most, never its answer. Rows
+are decided one by one; those that escalate leave in one request, and take their rows of the
+answer back. One deadline covers both legs.
+
+The router holds the releases in service in one place; ``install`` replaces one between two
+requests, and the old engine is closed when its last request is done.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from edge_agent.errors import HubLate, HubRefused, HubUnavailable
+from edge_agent.inference import policy
+from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situation, Terms
+from edge_agent.inference.uplink import Answer, Question, Uplink
+from edge_agent.runtime.release import Release
+from fogline_protocol import inference, tensors
+from fogline_protocol.inference import (
+    BadRequest,
+    DeadlineExceeded,
+    Forbidden,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    NotFound,
+    Overloaded,
+    Parameter,
+    ServerMetadata,
+    Unavailable,
+)
+from fogline_protocol.tensors import Array
+
+log = logging.getLogger("fogline.agent.router")
+
+PREFIX = "fogline."
+MODE = "fogline.mode"
+PRIVATE = "fogline.private"
+PER_ROW = "fogline.per_row"
+DIGEST = "fogline.digest"  # of the hub's model file, in the hub's answers
+_KNOWN = f"{MODE} ({', '.join(Mode)}), {PRIVATE} and {PER_ROW} (true or false)"
+# Ours to obey, not the hub's: the time left travels as the call's deadline.
+_NOT_FORWARDED = ("fogline.", "triton_", "timeout")
+
+EDGE, HUB, MIXED = "edge", "hub", "mixed"
+
+
+class Observer(Protocol):
+    """Learns how requests ended; must not raise."""
+
+    def answered(
+        self, model: str, release: str, tier: str, seconds: float, outcomes: Sequence[Decision]
+    ) -> None:
+        """Take note of one answered request; one decision per row."""
+        ...
+
+
+class _Options(NamedTuple):
+    """What the request's parameters ask for."""
+
+    mode: Mode = Mode.PREFER_EDGE
+    private: bool = False
+    per_row: bool = False
+
+
+_MODES: Mapping[Parameter, Mode] = {mode.value: mode for mode in Mode}
+
+
+class _Served:
+    """One release in service, and what changes about it while it is."""
+
+    __slots__ = (
+        "certificate_id",
+        "expires_at",
+        "label",
+        "output_names",
+        "release",
+        "retired",
+        "terms",
+        "uncertified",
+        "users",
+        "version",
+        "voided_by",
+    )
+
+    def __init__(self, release: Release) -> None:
+        certificate = release.choice.certificate
+        paired = release.bundle.escalates_to is not None and release.score is not None
+        self.release = release
+        self.label = release.label
+        self.version = release.version
+        self.output_names = [spec.name for spec in release.bundle.outputs]
+        self.uncertified = Terms(paired)
+        self.terms = self.uncertified
+        self.certificate_id = ""
+        self.expires_at = math.inf
+        if certificate is not None:
+            self.terms = Terms(paired, certificate.threshold)
+            self.certificate_id = certificate.id  # computed once: it hashes the document
+            self.expires_at = certificate.expires_at.timestamp()
+        self.voided_by = ""  # the digest of a hub model that the certificate does not speak of
+        self.users = 0
+        self.retired = False
+
+    def terms_now(self) -> Terms:
+        """Return what local answers may claim at this moment."""
+        if self.voided_by or time.time() >= self.expires_at:
+            return self.uncertified
+        return self.terms
+
+    def learn_digest(self, digest: Parameter | None) -> None:
+        """Hold the hub's model against the one that the certificate compares with."""
+        certificate = self.release.choice.certificate
+        if certificate is None or not isinstance(digest, str):
+            return
+        changed = digest if digest != certificate.hub_sha256 else ""
+        if changed == self.voided_by:
+            return
+        self.voided_by = changed
+        if changed:
+            log.warning(
+                "certificate %s of %s is void: the hub's %s is %s now, not %s; everything escalates",
+                self.certificate_id,
+                self.release.label,
+                certificate.hub_model,
+                changed,
+                certificate.hub_sha256,
+            )
+        else:
+            log.info("certificate %s of %s holds again", self.certificate_id, self.release.label)
+
+    def leave(self) -> None:
+        """Count a request out; the last one of a retired release closes its engine."""
+        self.users -= 1
+        if self.retired and self.users == 0:
+            self.release.engine.close()
+
+    def retire(self) -> None:
+        """Take no new requests; those in flight finish on the old engine."""
+        self.retired = True
+        if self.users == 0:
+            self.release.engine.close()
+
+
+class Router:
+    """Stands behind the agent's doors and its in-process API.
+
+    Owner of the table of served releases; everything happens on one event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        uplink: Uplink | None,
+        observer: Observer,
+        private: bool = False,
+        deadline_s: float = 2.0,
+        max_concurrency: int = 64,
+    ) -> None:
+        self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
+        self._uplink = uplink
+        self._observer = observer
+        self._deadline_s = deadline_s
+        self._max_concurrency = max_concurrency
+        self._in_flight = 0
+        self._options = _Options(private=private)
+        self._served: dict[str, _Served] = {}
+        self._hub_refusals: dict[str, str] = {}  # by hub model: said once, until it changes
+        self._metadata = ServerMetadata("fogline-agent", metadata.version("fogline"))
+
+    def install(self, release: Release) -> None:
+        """Serve ``release`` from the next request on; an earlier one of the model drains."""
+        old = self._served.get(release.bundle.model)
+        self._served[release.bundle.model] = _Served(release)
+        if old is not None:
+            old.retire()
+        log.info("serving %s: %s", release.label, release.choice.why)
+
+    def remove(self, model: str) -> None:
+        """Serve ``model`` no longer; requests in flight finish."""
+        old = self._served.pop(model, None)
+        if old is not None:
+            old.retire()
+
+    def serving(self, model: str) -> Release | None:
+        """Return the release that answers ``model`` now."""
+        served = self._served.get(model)
+        return None if served is None else served.release
+
+    def releases(self) -> list[Release]:
+        """Return the releases in service."""
+        return [served.release for served in self._served.values()]
+
+    def close(self) -> None:
+        """Retire every release."""
+        for model in list(self._served):
+            self.remove(model)
+
+    def server_metadata(self) -> ServerMetadata:
+        """Return who this is."""
+        return self._metadata
+
+    def server_ready(self) -> bool:
+        """Return whether applications may call."""
+        return not self.draining
+
+    def model_ready(self, name: str, version: str) -> bool:
+        """Return whether the model answers now."""
+        self._find(name, version)
+        return not self.draining
+
+    def model_metadata(self, name: str, version: str) -> ModelMetadata:
+        """Return the contract of a model, and how it is served on this device."""
+        served = self._find(name, version)
+        release = served.release
+        properties = {
+            "fogline.release": release.label,
+            "fogline.variant": release.choice.variant.name,
+            "fogline.provider": release.choice.provider,
+        }
+        if served.terms_now().has_certificate:
+            properties["fogline.certificate"] = served.certificate_id
+        return ModelMetadata(
+            name=name,
+            versions=(release.version,),
+            platform="onnxruntime_onnx",
+            inputs=release.bundle.inputs,
+            outputs=release.bundle.outputs,
+            properties=properties,
+        )
+
+    async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
+        """Answer one request.
+
+        Raises:
+            BadRequest: tensors that do not fit the model, or parameters nobody knows.
+            NotFound: the model is not served here, and the mode is not ``hub_only``.
+            Overloaded: too many requests are being answered already.
+            DeadlineExceeded: the caller's own time ran out before there was any answer.
+            InferenceError: mode ``hub_only``, and the hub's refusal or absence.
+        """
+        if self._in_flight >= self._max_concurrency:
+            raise Overloaded(
+                f"{self._in_flight} requests are being answered, the limit of max_concurrency: "
+                "come back later"
+            )
+        self._in_flight += 1
+        started = time.monotonic()
+        try:
+            options = self._options
+            if request.parameters:
+                options = _read_options(request.parameters, options)
+            if options.mode is Mode.HUB_ONLY:
+                return await self._pass_through(request, options, started, deadline)
+            served = self._find(request.model, request.version)
+            served.users += 1
+            try:
+                return await self._answer(served, request, options, started, deadline)
+            finally:
+                served.leave()
+        finally:
+            self._in_flight -= 1
+
+    def _find(self, name: str, version: str) -> _Served:
+        served = self._served.get(name)
+        if served is None:
+            known = ", ".join(sorted(self._served)) or "none"
+            raise NotFound(
+                f"no model {name!r} on this device, which serves {known}; "
+                f"{MODE}=hub_only asks the hub"
+            )
+        if version and version != served.version:
+            raise NotFound(f"model {name!r} has version {served.version}, got {version!r}")
+        return served
+
+    async def _answer(
+        self,
+        served: _Served,
+        request: InferRequest,
+        options: _Options,
+        started: float,
+        deadline: float | None,
+    ) -> InferResponse:
+        release = served.release
+        bundle = release.bundle
+        inputs = request.inputs
+        inference.check_inputs(bundle.inputs, inputs)
+        names: Sequence[str] = served.output_names
+        if request.outputs:
+            names = inference.check_outputs(bundle.outputs, request.outputs)
+        rows = _rows(inputs) if bundle.max_batch else 1
+
+        outputs, scores = await _run_here(release, inputs, names, rows, deadline)
+
+        terms = served.terms_now()
+        finish = deadline if deadline is not None else started + self._deadline_s
+        time_left_s = finish - time.monotonic()
+        uplink = self._uplink
+        situation = Situation(
+            options.mode,
+            options.private,
+            uplink is not None and uplink.link_up,
+            time_left_s,
+            0.0 if uplink is None else uplink.round_trip_s,
+        )
+        decisions = policy.decide_rows(scores, terms, situation)
+        escalated = [row for row, decision in enumerate(decisions) if decision.escalate]
+        if escalated:
+            outputs = await self._escalate(
+                served, request, outputs, scores, decisions, escalated, situation
+            )
+        elif uplink is not None and any(d.reason is Reason.DEADLINE for d in decisions):
+            uplink.refresh()
+
+        overall = policy.worst(decisions) if decisions else _NO_ROWS
+        tier = _tier(decisions)
+        parameters: dict[str, Parameter] = {
+            "fogline.tier": tier,
+            "fogline.quality": overall.quality.value,
+            "fogline.reason": overall.reason.value,
+            "fogline.release": served.label,
+        }
+        if release.score is not None and scores:
+            parameters["fogline.score"] = min(scores)
+        if not options.private and terms.has_certificate:
+            parameters["fogline.certificate"] = served.certificate_id
+        if options.per_row:
+            outputs = {**outputs, **_per_row(decisions, scores if release.score else None)}
+        self._observer.answered(
+            bundle.model, served.label, tier, time.monotonic() - started, decisions
+        )
+        return InferResponse(bundle.model, served.version, outputs, request.id, parameters)
+
+    async def _escalate(
+        self,
+        served: _Served,
+        request: InferRequest,
+        local: dict[str, Array],
+        scores: Sequence[float],
+        decisions: list[Decision],
+        rows: Sequence[int],
+        situation: Situation,
+    ) -> dict[str, Array]:
+        """Ask the hub for ``rows`` and return the merged outputs.
+
+        ``decisions`` is corrected in place for rows that got no answer from the hub.
+        """
+        uplink, pairing = self._uplink, served.release.bundle.escalates_to
+        assert uplink is not None  # the policy escalates only over a link that is up
+        assert pairing is not None  # and only for a paired release
+        has_rows = served.release.bundle.max_batch > 0
+        timeout_s = policy.hub_leg_s(situation.time_left_s)
+        groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
+        questions = [
+            Question(
+                model=pairing.model,
+                inputs=_select(request.inputs, group, len(decisions)),
+                rows=len(group) if has_rows else 0,
+                outputs=list(local),
+                parameters=_forwarded(request.parameters),
+            )
+            for group in groups
+        ]
+        merged = local
+        answers = await asyncio.gather(*(self._ask(uplink, q, timeout_s) for q in questions))
+        for group, answer in zip(groups, answers, strict=True):
+            if answer is not None:
+                served.learn_digest(answer.parameters.get(DIGEST))
+                whole = len(group) == len(decisions)
+                problem = None if whole else _cannot_merge(merged, answer.outputs)
+                if problem is None:
+                    merged = _merge(merged, answer.outputs, group, whole)
+                    continue
+                self._note_refusal(pairing.model, problem)
+            # As if the link were down, which for these rows it was.
+            without_hub = Situation(
+                situation.mode, situation.private, False, situation.time_left_s, 0.0
+            )
+            fallback = policy.decide_rows(
+                [scores[row] for row in group], served.terms_now(), without_hub
+            )
+            for row, decision in zip(group, fallback, strict=True):
+                decisions[row] = decision
+        return merged
+
+    async def _ask(self, uplink: Uplink, question: Question, timeout_s: float) -> Answer | None:
+        """Return the hub's answer, or None: then the local one stands."""
+        try:
+            answer = await uplink.ask(question, timeout_s)
+        except HubUnavailable:
+            return None  # the breaker knows, and says so when it opens
+        except HubRefused as error:
+            self._note_refusal(question.model, str(error))
+            return None
+        self._hub_refusals.pop(question.model, None)
+        return answer
+
+    def _note_refusal(self, model: str, text: str) -> None:
+        if self._hub_refusals.get(model) != text:
+            self._hub_refusals[model] = text
+            log.warning("the hub does not answer for %s: %s", model, text)
+
+    async def _pass_through(
+        self, request: InferRequest, options: _Options, started: float, deadline: float | None
+    ) -> InferResponse:
+        """Answer from the hub alone: mode ``hub_only``."""
+        if options.private:
+            if self._options.private:
+                raise Forbidden("this agent is private: nothing leaves the device, not to the hub")
+            raise BadRequest(f"{PRIVATE} and {MODE}=hub_only exclude each other")
+        uplink = self._uplink
+        if uplink is None:
+            raise Unavailable(f"{MODE}=hub_only, and this agent has no hub (option --hub)")
+        served = self._served.get(request.model)
+        model, version, rows = request.model, request.version, 0
+        names: Sequence[str] = request.outputs
+        if served is not None:
+            served = self._find(request.model, request.version)
+            bundle = served.release.bundle
+            inference.check_inputs(bundle.inputs, request.inputs)
+            names = inference.check_outputs(bundle.outputs, request.outputs)
+            rows = _rows(request.inputs) if bundle.max_batch else 0
+            if bundle.escalates_to is not None:
+                model, version = bundle.escalates_to.model, ""
+        if not uplink.link_up:
+            raise Unavailable("the hub cannot be reached at the moment")
+        finish = deadline if deadline is not None else started + self._deadline_s
+        question = Question(
+            model, request.inputs, rows, names, version, _forwarded(request.parameters)
+        )
+        try:
+            answer = await uplink.ask(question, finish - time.monotonic())
+        except HubLate as error:
+            raise DeadlineExceeded(str(error)) from None
+        except HubUnavailable as error:
+            raise Unavailable(f"the hub cannot be reached: {error}") from None
+        except HubRefused as error:
+            raise error.refusal from None
+        decisions = [_HUB_ONLY] * (rows or 1)
+        parameters: dict[str, Parameter] = {
+            "fogline.tier": HUB,
+            "fogline.quality": Quality.HUB.value,
+            "fogline.reason": Reason.MODE.value,
+            "fogline.release": answer.parameters.get("fogline.release", answer.model),
+        }
+        outputs = dict(answer.outputs)
+        if served is not None:
+            served.learn_digest(answer.parameters.get(DIGEST))
+            parameters["fogline.release"] = served.label
+            if options.per_row:
+                outputs |= _per_row(decisions, None)
+        self._observer.answered(
+            request.model,
+            str(parameters["fogline.release"]),
+            HUB,
+            time.monotonic() - started,
+            decisions,
+        )
+        version = answer.version if served is None else served.version
+        return InferResponse(request.model, version, outputs, request.id, parameters)
+
+
+_HUB_ONLY = Decision(True, Quality.HUB, Reason.MODE)
+
+
+def _read_options(parameters: Mapping[str, Parameter], defaults: _Options) -> _Options:
+    mode, private, per_row = defaults.mode, defaults.private, defaults.per_row
+    for key, value in parameters.items():
+        if not key.startswith(PREFIX):
+            continue
+        if key == MODE:
+            if value not in _MODES:
+                raise BadRequest(f"{MODE} must be one of {', '.join(Mode)}, got {value!r}")
+            mode = _MODES[value]
+        elif key == PRIVATE:
+            private = _flag(key, value) or defaults.private
+        elif key == PER_ROW:
+            per_row = _flag(key, value)
+        else:
+            raise BadRequest(f"unknown parameter {key!r}, known are {_KNOWN}")
+    return _Options(mode, private, per_row)
+
+
+def _flag(key: str, value: Parameter) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def _forwarded(parameters: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+    if not parameters:
+        return parameters
+    return {k: v for k, v in parameters.items() if not k.startswith(_NOT_FORWARDED)}
+
+
+def _rows(inputs: Mapping[str, Array]) -> int:
+    """Return the number of rows: checked inputs all start with the batch dimension."""
+    if len(inputs) == 1:
+        (only,) = inputs.values()
+        return len(only)
+    counts = {len(array) for array in inputs.values()}
+    if len(counts) != 1:
+        each = {name: len(array) for name, array in inputs.items()}
+        raise BadRequest(f"the inputs differ in their number of rows: {each}")
+    return counts.pop()
+
+
+async def _run_here(
+    release: Release,
+    inputs: Mapping[str, Array],
+    names: Sequence[str],
+    rows: int,
+    deadline: float | None,
+) -> tuple[dict[str, Array], list[float]]:
+    """Return the outputs ``names`` and one score per row, NaN where there is no score."""
+    bundle = release.bundle
+    wanted = names
+    if bundle.score is not None and bundle.score.output not in names:
+        wanted = [*names, bundle.score.output]
+    limit = bundle.max_batch or 1
+    if rows == 0:
+        values = _no_rows(bundle.outputs, wanted)
+    elif rows <= limit:
+        values = await release.engine.run(inputs, wanted, rows, deadline)
+    else:
+        parts = [
+            await release.engine.run(
+                {name: array[at : at + limit] for name, array in inputs.items()},
+                wanted,
+                min(limit, rows - at),
+                deadline,
+            )
+            for at in range(0, rows, limit)
+        ]
+        values = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    outputs = dict(zip(wanted, values, strict=True))
+    if release.score is None or bundle.score is None:
+        scores = [math.nan] * rows
+    else:
+        scored = outputs[bundle.score.output]
+        if len(wanted) > len(names):
+            del outputs[bundle.score.output]
+        if not rows:
+            scores = []
+        elif bundle.max_batch:
+            scores = release.score(scored).tolist()
+        else:
+            scores = release.score(scored[np.newaxis]).tolist()
+    return outputs, scores
+
+
+def _no_rows(specs: Sequence[tensors.TensorSpec], names: Sequence[str]) -> list[Array]:
+    """Return empty outputs, so that no engine has to know what zero rows mean."""
+    by_name = {spec.name: spec for spec in specs}
+    return [
+        np.empty(
+            [max(dim, 0) for dim in by_name[name].shape], tensors.dtype_of(by_name[name].datatype)
+        )
+        for name in names
+    ]
+
+
+def _select(inputs: Mapping[str, Array], rows: Sequence[int], total: int) -> Mapping[str, Array]:
+    if len(rows) == total:
+        return inputs
+    index = np.array(rows)
+    return {name: array[index] for name, array in inputs.items()}
+
+
+def _cannot_merge(local: Mapping[str, Array], hub: Mapping[str, Array]) -> str | None:
+    """Say why the hub's rows cannot stand beside local ones, or None if they can."""
+    for name, array in local.items():
+        other = hub[name]
+        if other.dtype != array.dtype or other.shape[1:] != array.shape[1:]:
+            return (
+                f"its output {name!r} is {other.dtype} {list(other.shape[1:])} per row, "
+                f"ours {array.dtype} {list(array.shape[1:])}"
+            )
+    return None
+
+
+def _merge(
+    local: dict[str, Array], hub: Mapping[str, Array], rows: Sequence[int], whole: bool
+) -> dict[str, Array]:
+    if whole:
+        return {name: hub[name] for name in local}
+    for name, array in local.items():
+        if not array.flags.writeable:
+            local[name] = array = array.copy()
+        array[rows] = hub[name]
+    return local
+
+
+# Nothing was asked, so nothing can be wrong with the answer.
+_NO_ROWS = Decision(False, Quality.CERTIFIED, Reason.CONFIDENT)
+
+
+def _tier(decisions: Sequence[Decision]) -> str:
+    if len(decisions) == 1:
+        return HUB if decisions[0].escalate else EDGE
+    hub = sum(decision.escalate for decision in decisions)
+    return EDGE if hub == 0 else HUB if hub == len(decisions) else MIXED
+
+
+def _per_row(decisions: Sequence[Decision], scores: Sequence[float] | None) -> dict[str, Array]:
+    tier = np.array([b"hub" if d.escalate else b"edge" for d in decisions], dtype=object)
+    quality = np.array([d.quality.value.encode() for d in decisions], dtype=object)
+    found: dict[str, Array] = {"fogline.tier": tier, "fogline.quality": quality}
+    if scores is not None:
+        found["fogline.score"] = np.array(scores, dtype=np.float32)
+    return found

@@ -1,0 +1,108 @@
+"""A release that is loaded and may be served: bundle, engine, certificate, score.
+
+``load`` is the way from a directory to something that answers. It blocks for as long as
+ONNX Runtime needs; call it in a thread while another release is being served.
+"""
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.errors import ReleaseRefused
+from edge_agent.runtime import providers, variants
+from edge_agent.runtime.engine import Engine
+from edge_agent.runtime.variants import Choice
+from fogline_protocol import release as protocol
+from fogline_protocol import score as scores
+from fogline_protocol.release import Bundle, BundleDirectory
+from fogline_protocol.tensors import Array
+
+
+@dataclass(slots=True, eq=False)
+class Release:
+    """One bundle, loaded. Whoever serves it closes its engine."""
+
+    directory: BundleDirectory
+    choice: Choice
+    engine: Engine
+    number: int = 0  # the hub's number of the release; 0: installed by hand
+    score: Callable[[Array], Array] | None = None  # [n, ...] -> [n]; None: there is no scale
+
+    @property
+    def bundle(self) -> Bundle:
+        """The root document."""
+        return self.directory.bundle
+
+    @property
+    def label(self) -> str:
+        """What people call it, e.g. ``digits@1.0.0``."""
+        return f"{self.bundle.model}@{self.bundle.version}"
+
+    @property
+    def version(self) -> str:
+        """What Open Inference calls it. By convention there is no version 0."""
+        return str(self.number or 1)
+
+
+def load(path: Path, *, provider: str = "", threads: int = 0, number: int = 0) -> Release:
+    """Read and verify the bundle in ``path``, choose its variant for this device, load it.
+
+    ``provider`` restricts the choice to one execution provider.
+
+    Raises:
+        ReleaseRefused: the bundle is not intact or cannot run here; the text says why.
+    """
+    try:
+        directory = protocol.read(path)
+    except protocol.BundleRefused as error:
+        raise ReleaseRefused(f"bundle {path}: {error}") from None
+    return load_intact(directory, provider=provider, threads=threads, number=number)
+
+
+def load_intact(
+    directory: BundleDirectory, *, provider: str = "", threads: int = 0, number: int = 0
+) -> Release:
+    """Load a bundle that has been read already.
+
+    Raises:
+        ReleaseRefused: it cannot run here; the text says why.
+    """
+    choice = choose(directory, provider)
+    bundle = directory.bundle
+    score = None
+    if bundle.score is not None:
+        score = scores.FUNCTIONS.get(bundle.score.function)
+        if score is None:
+            raise ReleaseRefused(
+                f"{directory.path}: score function {bundle.score.function!r} is unknown to this "
+                f"agent, which knows {', '.join(scores.FUNCTIONS)}"
+            )
+    engine = Engine(
+        directory.file(choice.variant.path),
+        provider=choice.provider,
+        inputs=bundle.inputs,
+        outputs=bundle.outputs,
+        threads=threads,
+    )
+    return Release(directory, choice, engine, number, score)
+
+
+def choose(directory: BundleDirectory, provider: str = "") -> Choice:
+    """Return the variant for this device, as ``variants.choose`` does.
+
+    Raises:
+        ReleaseRefused: nothing of it runs here, or ``provider`` does not exist here.
+    """
+    usable = providers.usable()
+    if provider:
+        if provider not in usable:
+            why = next((p.objection for p in providers.probe() if p.name == provider), None)
+            raise ReleaseRefused(
+                f"provider {provider} cannot be used on this device: "
+                f"{why or 'this ONNX Runtime does not have it'}; usable are {', '.join(usable)}"
+            )
+        usable = (provider,)
+    return variants.choose(
+        directory, usable, providers.hardware_class, datetime.datetime.now(datetime.UTC)
+    )

@@ -1,0 +1,91 @@
+"""Chooses which artifact of a bundle serves on this device, and on which provider.
+
+Certified comes first: a variant that is faster but has no certificate here would have to
+escalate everything. Among equals the bundle's order and the variant's order of providers
+decide, which the workshop sets by measurement.
+"""
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from edge_agent.errors import ReleaseRefused
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.release import Bundle, BundleDirectory, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to serve. ``why`` is a sentence for a person."""
+
+    variant: Variant
+    provider: str
+    certificate: Certificate | None
+    why: str
+
+
+def choose(
+    directory: BundleDirectory,
+    usable: Sequence[str],
+    hardware_class: Callable[[str], str],
+    now: datetime.datetime,
+) -> Choice:
+    """Return the best of what the bundle offers for the providers in ``usable``.
+
+    Raises:
+        ReleaseRefused: no variant is meant for any of them.
+    """
+    bundle = directory.bundle
+    fallback: Choice | None = None
+    objections: list[str] = []
+    for variant in bundle.variants:
+        for provider in variant.providers:
+            if provider not in usable:
+                continue
+            here = hardware_class(provider)
+            certificate, why_not = _valid_certificate(directory, variant, here, now)
+            place = f"{variant.name} on {provider}"
+            if certificate is not None:
+                return Choice(variant, provider, certificate, f"{place}: certified for {here}")
+            objections.append(f"{place}: {why_not}")
+            if fallback is None:
+                fallback = Choice(variant, provider, None, "")
+    if fallback is None:
+        wanted = sorted({name for variant in bundle.variants for name in variant.providers})
+        raise ReleaseRefused(
+            f"{directory.path}: {bundle.model} {bundle.version} has variants for "
+            f"{', '.join(wanted) or 'no provider'}, this device runs {', '.join(usable) or 'none'}"
+        )
+    return Choice(fallback.variant, fallback.provider, None, "; ".join(objections))
+
+
+def _valid_certificate(
+    directory: BundleDirectory, variant: Variant, here: str, now: datetime.datetime
+) -> tuple[Certificate | None, str]:
+    """Return the certificate that covers ``variant`` here and now, or why there is none."""
+    bundle = directory.bundle
+    if bundle.escalates_to is None:
+        return None, "the bundle names no model to escalate to, so there is nothing to certify"
+    issued = [c for c in directory.certificates if c.variant == variant.name]
+    why_not = "no certificate was issued for it"
+    # The newest first: it was made with what was learned since.
+    for certificate in sorted(issued, key=lambda c: c.issued_at, reverse=True):
+        objection = certificate.objection(
+            variant_sha256=directory.variant_sha256(variant), hardware_class=here, now=now
+        ) or _contradiction(bundle, certificate)
+        if objection is None:
+            return certificate, ""
+        why_not = f"certificate {certificate.id} does not hold: {objection}"
+    return None, why_not
+
+
+def _contradiction(bundle: Bundle, certificate: Certificate) -> str | None:
+    pairing, score = bundle.escalates_to, bundle.score
+    if pairing is None or certificate.hub_model != pairing.model:
+        return f"it compares with {certificate.hub_model!r}, which the bundle does not escalate to"
+    if score is None or (certificate.score_function, certificate.score_output) != (
+        score.function,
+        score.output,
+    ):
+        return "its threshold lives on another score"
+    return None

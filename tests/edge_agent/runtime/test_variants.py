@@ -1,0 +1,127 @@
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.errors import ReleaseRefused
+from edge_agent.runtime import providers, release, variants
+from edge_agent.runtime.providers import CPU
+from fogline_protocol.release import read
+from tests.edge_agent import bundles
+from tests.edge_agent.bundles import NOW
+
+TWO = ("int8", "fp32")
+
+
+def chosen(
+    path: Path,
+    usable: tuple[str, ...] = (CPU,),
+    now: datetime.datetime = NOW,
+    hardware_class: Callable[[str], str] = providers.hardware_class,
+) -> variants.Choice:
+    return variants.choose(read(path), usable, hardware_class, now)
+
+
+def test_a_certified_variant_comes_before_an_earlier_one_without(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b", variants=TWO, certified=False)
+    bundles.add_certificate(made, "fp32")
+    found = chosen(made.path)
+    assert found.variant.name == "fp32"
+    assert found.certificate is not None
+    assert found.why.startswith("fp32 on CPUExecutionProvider: certified for ")
+
+
+def test_among_equals_the_bundles_order_decides(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b", variants=TWO, certified=False)
+    assert chosen(made.path).variant.name == "int8"
+    bundles.add_certificate(made, "int8")
+    bundles.add_certificate(made, "fp32")
+    assert chosen(made.path).variant.name == "int8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why_not"),
+    [
+        ({"hardware_class": "mips/CPUExecutionProvider/onnxruntime-1.0"}, "measured on mips"),
+        ({"expires_at": NOW}, "it expired at"),
+        ({"variant_sha256": "0" * 64}, "it was measured on another file"),
+        ({"hub_model": "other"}, "which the bundle does not escalate to"),
+        ({"score_output": "x"}, "its threshold lives on another score"),
+    ],
+)
+def test_a_certificate_that_does_not_hold_here_is_not_relied_on(
+    tmp_path: Path, changes: dict[str, Any], why_not: str
+) -> None:
+    made = bundles.make(tmp_path / "b", certified=False)
+    bundles.add_certificate(made, **changes)
+    found = chosen(made.path)
+    assert found.certificate is None
+    assert why_not in found.why
+
+
+def test_the_newest_valid_certificate_counts(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b", certified=False)
+    day = datetime.timedelta(days=1)
+    bundles.add_certificate(made, threshold=0.5, issued_at=NOW - 3 * day)
+    newest = bundles.add_certificate(made, threshold=0.6, issued_at=NOW - 2 * day)
+    bundles.add_certificate(made, threshold=0.7, issued_at=NOW - day, expires_at=NOW)
+    assert chosen(made.path).certificate == newest
+
+
+def test_a_bundle_for_other_hardware_is_refused(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b", variant_providers=("QNNExecutionProvider",))
+    with pytest.raises(
+        ReleaseRefused, match="has variants for QNNExecutionProvider, this device runs CPU"
+    ):
+        chosen(made.path)
+
+
+def test_the_variants_order_of_providers_decides_between_usable_ones(tmp_path: Path) -> None:
+    made = bundles.make(
+        tmp_path / "b", variant_providers=("CUDAExecutionProvider", CPU), certified=False
+    )
+    assert chosen(made.path, usable=(CPU, "CUDAExecutionProvider")).provider.startswith("CUDA")
+    bundles.add_certificate(made)  # holds on the CPU
+    assert chosen(made.path, usable=(CPU, "CUDAExecutionProvider")).provider == CPU
+
+
+def test_the_probe_runs_on_the_cpu_and_never_leaves_the_device() -> None:
+    found = {provider.name: provider for provider in providers.probe()}
+    assert found[CPU].usable
+    assert "AzureExecutionProvider" not in found
+
+
+@pytest.mark.parametrize("absent", ["CUDAExecutionProvider", "AzureExecutionProvider"])
+def test_a_session_on_an_absent_provider_is_refused_and_not_moved_to_the_cpu(absent: str) -> None:
+    with pytest.raises(ReleaseRefused, match=absent):
+        providers.strict_session(bundles.DATA / "double.onnx", absent, 1)
+
+
+def test_a_demanded_provider_that_is_not_here_is_named(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b")
+    with pytest.raises(
+        ReleaseRefused, match="provider TensorrtExecutionProvider cannot be used on this device"
+    ):
+        release.load(made.path, provider="TensorrtExecutionProvider")
+
+
+def test_a_changed_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b")
+    with (made.path / "fp32.onnx").open("r+b") as file:
+        file.write(b"X")
+    with pytest.raises(ReleaseRefused, match=r"fp32\.onnx: SHA-256 is .*, the root document says"):
+        release.load(made.path)
+
+
+def test_a_directory_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReleaseRefused, match=r"bundle\.json: No such file"):
+        release.load(tmp_path)
+
+
+def test_the_committed_digits_run_here() -> None:
+    digits = release.load(bundles.DIGITS)
+    assert digits.label == "digits@1.0.0"
+    assert digits.version == "1"
+    digits.engine.close()
