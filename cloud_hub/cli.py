@@ -210,7 +210,7 @@ def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 def _log_to_stderr() -> None:
     """JSON lines for machines, plain lines for a terminal; the standard library's too."""
-    shared = [
+    shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
@@ -232,3 +232,4 @@ def _log_to_stderr() -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)

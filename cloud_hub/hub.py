@@ -19,6 +19,7 @@ import os
 import ssl
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -89,8 +90,8 @@ class Hub:
         self.store = await Store.open(f"sqlite:///{data / DATABASE}")
         self._parts.push_async_callback(self.store.close)
         self.identity = Identity(self.store)
-        self.devices = Devices(self.store, offline_after_s=self.config.offline_after_s)
-        self.history = await History.open(self.store)
+        self.devices = await Devices.open(self.store, self.config.offline_after_s)
+        self.history = await History.open(self.store, self.devices)
         self._parts.push_async_callback(self.history.close)
 
         self._parts.push_async_callback(self.repository.close)
@@ -111,7 +112,10 @@ class Hub:
             else [],
         )
         server.add_generic_rpc_handlers(
-            (grpc_service.handler(self.server), reports.handler(self._accept_report))
+            (
+                grpc_service.handler(self.server),
+                reports.handler(lambda report: self.history.accept(report, time.time())),
+            )
         )
         host, _ = split_address(address)
         try:
@@ -212,7 +216,7 @@ def _joined(host: str, port: int) -> str:
 
 
 @contextlib.contextmanager
-def _locked(data: Path):  # type: ignore[no-untyped-def]
+def _locked(data: Path) -> Iterator[None]:
     """Hold the data directory for this process alone; the lock ends with the process."""
     try:
         data.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Who may call: bearer tokens at doors that other machines can reach, on gRPC and HTTP alike."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from aiohttp import web
@@ -10,7 +10,7 @@ from cloud_hub.fleet.identity import Caller
 from fogline_protocol import grpc_service, rest_service
 from fogline_protocol.inference import Unauthenticated
 
-Handler = grpc.RpcMethodHandler[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Authenticate = Callable[[str], Awaitable[Caller | None]]
 
 _HINT = "send 'authorization: Bearer TOKEN'; `fogline token create` makes one"
@@ -24,9 +24,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    ) -> Handler:
         """Refuse before a byte of the request is parsed."""
         header = dict(details.invocation_metadata or ()).get("authorization", "")
         problem = await _problem(self._authenticate, str(header))

@@ -1,5 +1,7 @@
 """The door for reports: limits on what a device may say of itself."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +59,5 @@ def test_what_no_agent_ever_sends_is_refused_by_name(data, text):
 
 @given(st.binary(max_size=100))
 def test_arbitrary_bytes_are_a_report_or_refused(data):
-    try:
+    with contextlib.suppress(BadRequest):
         reports.parse(data)
-    except BadRequest as error:
-        assert str(error)

@@ -1,0 +1,210 @@
+"""Pages for people, complete as they leave the hub: scripts only keep their figures fresh."""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+import jinja2
+from aiohttp import web
+
+from cloud_hub.console import access, api, charts, views
+from cloud_hub.console.access import Door
+from cloud_hub.console.api import BadParameter, Insight
+from cloud_hub.console.assets import Assets
+from cloud_hub.console.views import Model
+
+WINDOWS_S = (60, 300, 900)  # the links above the figures
+LONGEST_FORM = 4096
+_WILDCARDS = ("0.0.0.0", "[::]")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An entry of the navigation."""
+
+    title: str
+    path: str
+
+
+NAVIGATION: Sequence[Place] = (Place("Overview", "/"),)
+
+
+class OverviewTopic:
+    """The overview page's figures, for the page itself and for tabs that watch it."""
+
+    def __init__(
+        self,
+        insight: Insight,
+        models: Callable[[], Iterable[Model]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._insight = insight
+        self._models = models
+        self._clock = clock
+
+    def parameters(self, given: Mapping[str, Any]) -> Hashable:
+        """Return the window asked for.
+
+        Raises:
+            BadParameter: it cannot be used, or something else was asked for.
+        """
+        unknown = set(given) - {"window_s"}
+        if unknown:
+            raise BadParameter(f"overview has no parameter {min(unknown)[:40]!r}, only window_s")
+        return api.window_s(given.get("window_s", api.DEFAULT_WINDOW_S))
+
+    def value(self, parameters: Any) -> views.Page:
+        """Return the page of this moment."""
+        now = self._clock()
+        return views.overview(
+            self._insight.overview(now, parameters),
+            self._models(),
+            now=now,
+        )
+
+
+class Pages:
+    """Answers people."""
+
+    def __init__(
+        self,
+        overview: OverviewTopic,
+        assets: Assets,
+        door: Door,
+        *,
+        hub_name: str,
+        grpc_address: str,
+        clock: Callable[[], float],
+    ) -> None:
+        self._overview = overview
+        self._door = door
+        self._grpc_address = grpc_address
+        self._clock = clock
+        self._templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("cloud_hub.console"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.globals.update(
+            asset=assets.url,
+            hub_name=hub_name,
+            navigation=NAVIGATION,
+            guarded=door.authenticate is not None,
+            chart_width=charts.WIDTH,
+            chart_height=charts.HEIGHT,
+        )
+
+    async def overview(self, request: web.Request) -> web.Response:
+        """Answer ``GET /?window=300``."""
+        asked = request.query.get("window", str(WINDOWS_S[1]))
+        if asked not in map(str, WINDOWS_S):
+            known = ", ".join(map(str, WINDOWS_S))
+            return self._render(
+                "error.html",
+                status=400,
+                title="No such window",
+                detail=f"window must be one of {known} seconds, got {asked[:40]!r}.",
+            )
+        window_s = int(asked)
+        return self._render(
+            "overview.html",
+            title="Overview",
+            here="/",
+            page=self._overview.value(float(window_s)),
+            window_s=window_s,
+            windows_s=WINDOWS_S,
+            command=f"fogline-agent run --hub {self._address_for(request)} "
+            "--bundle models/digits/bundles/digits-1.0.0",
+        )
+
+    async def login(self, request: web.Request) -> web.Response:
+        """Answer ``GET /login``."""
+        return self._login_page(request, "")
+
+    async def sign_in(self, request: web.Request) -> web.StreamResponse:
+        """Answer ``POST /login``: a token becomes a session."""
+        if self._door.authenticate is None:
+            raise web.HTTPSeeOther("/")
+        if not access.is_same_origin(request):
+            raise web.HTTPForbidden(text="this form was sent by a page of another site")
+        if not access.is_confidential(request):
+            return self._login_page(request, "", status=403)
+        form = await _form(request)
+        token = form.get("token", "").strip()
+        if not token or await self._door.authenticate(token) is None:
+            return self._login_page(
+                request,
+                "This token is unknown, revoked or expired.",
+                status=403,
+                then=form.get("next", "/"),
+            )
+        response = web.Response(status=303, headers={"Location": _local(form.get("next", "/"))})
+        response.set_cookie(
+            access.COOKIE,
+            self._door.sessions.start(token, self._clock()),
+            max_age=access.SESSION_S,
+            path="/",
+            secure=True,
+            httponly=True,
+            samesite="Strict",
+        )
+        return response
+
+    async def sign_out(self, request: web.Request) -> web.StreamResponse:
+        """Answer ``POST /logout``."""
+        if not access.is_same_origin(request):
+            raise web.HTTPForbidden(text="this form was sent by a page of another site")
+        self._door.sessions.end(request.cookies.get(access.COOKIE, ""))
+        response = web.Response(status=303, headers={"Location": "/login"})
+        response.del_cookie(access.COOKIE, path="/", secure=True, httponly=True, samesite="Strict")
+        return response
+
+    def _login_page(
+        self, request: web.Request, error: str, *, status: int = 200, then: str | None = None
+    ) -> web.Response:
+        if self._door.authenticate is None:
+            raise web.HTTPSeeOther("/")
+        return self._render(
+            "login.html",
+            status=status,
+            title="Sign in",
+            error=error,
+            then=_local(then if then is not None else request.query.get("next", "/")),
+            confidential=access.is_confidential(request),
+        )
+
+    def _address_for(self, request: web.Request) -> str:
+        """Return the hub's gRPC address as the reader's machine can name it."""
+        host, _, port = self._grpc_address.rpartition(":")
+        if host not in _WILDCARDS:
+            return self._grpc_address
+        name = request.url.host or host
+        return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+    def _render(self, template: str, *, status: int = 200, **values: Any) -> web.Response:
+        return web.Response(
+            status=status,
+            text=self._templates.get_template(template).render(**values),
+            content_type="text/html",
+        )
+
+
+async def _form(request: web.Request) -> Mapping[str, str]:
+    """Return a small form. Strangers may send one, so nothing large is read."""
+    body = b""
+    while len(body) <= LONGEST_FORM and (chunk := await request.content.readany()):
+        body += chunk
+    if len(body) > LONGEST_FORM:
+        raise web.HTTPRequestEntityTooLarge(
+            LONGEST_FORM, len(body), text=f"a form has at most {LONGEST_FORM} bytes"
+        )
+    return dict(parse_qsl(body.decode(errors="replace")))
+
+
+def _local(path: str) -> str:
+    """Return where to go after signing in, never another site."""
+    elsewhere = path[:1] != "/" or path[1:2] in ("/", "\\") or not path.isprintable()
+    return "/" if elsewhere else path
