@@ -47,6 +47,12 @@ class Process:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; None while it runs."""
+        assert self._process is not None
+        return self._process.returncode
+
     async def start(self) -> None:
         """Start and wait until its doors are open.
 
@@ -136,7 +142,7 @@ class Fleet:
 
     async def _start_hub(self, grpc: str, http: str) -> None:
         self.hub.command = (
-            _script("fogline"), "serve", "--data", str(self.hub.data), "--name", "demo",
+            script("fogline"), "serve", "--data", str(self.hub.data), "--name", "demo",
             "--grpc", grpc, "--http", http, "--models", str(self.root / "models"),
         )  # fmt: skip
         await self.hub.start()
@@ -144,7 +150,7 @@ class Fleet:
     def _agent(self, name: str, hub: str, *options: str) -> Process:
         data = self.root / name
         command = (
-            _script("fogline-agent"), "run", "--device", name, "--data", str(data), "--hub", hub,
+            script("fogline-agent"), "run", "--device", name, "--data", str(data), "--hub", hub,
             "--bundle", str(self._edge_bundle), "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0",
             "--unix", str(self.root / "sockets" / f"{name}.sock"), *options,
         )  # fmt: skip
@@ -154,7 +160,8 @@ class Fleet:
         await asyncio.gather(*(process.stop() for process in (*self.agents, self.hub)))
 
 
-def _script(name: str) -> str:
+def script(name: str) -> str:
+    """Return the path of an installed command of this environment."""
     return os.path.join(os.path.dirname(sys.executable), name)
 
 
