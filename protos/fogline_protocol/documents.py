@@ -37,8 +37,13 @@ def parse(data: bytes, into: M, what: str) -> M:
     if len(data) > MAX_DOCUMENT_BYTES:
         raise DocumentError(f"{what}: {len(data)} bytes, at most {MAX_DOCUMENT_BYTES} are accepted")
     try:
-        return json_format.Parse(data, into)
-    except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
+        fields = json.loads(data)
+        if not isinstance(fields, dict):  # an empty list would pass for an empty message
+            raise DocumentError(f"{what}: expected a JSON object")
+        return json_format.ParseDict(fields, into)
+    except (json_format.ParseError, ValueError, RecursionError) as error:
+        if isinstance(error, DocumentError):
+            raise
         raise DocumentError(f"{what}: {error}") from None
 
 

@@ -178,6 +178,12 @@ def test_an_unknown_field_is_refused():
         release.parse(json.dumps(fields).encode())
 
 
+@pytest.mark.parametrize("data", [b"[]", b"null", b"3", b'"x"', b"{", b"\xff", b"[" * 100_000])
+def test_json_that_is_no_object_is_no_document(data):
+    with pytest.raises(DocumentError):
+        release.parse(data)
+
+
 @given(st.binary(max_size=100))
 def test_arbitrary_bytes_are_no_root_document_and_no_certificate(data):
     with pytest.raises(DocumentError):

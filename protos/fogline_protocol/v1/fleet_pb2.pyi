@@ -73,6 +73,20 @@ class TelemetryReceipt(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ContactRequest(_message.Message):
+    __slots__ = ("device",)
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    def __init__(self, device: _Optional[str] = ...) -> None: ...
+
+class ContactResponse(_message.Message):
+    __slots__ = ("mqtt", "http")
+    MQTT_FIELD_NUMBER: _ClassVar[int]
+    HTTP_FIELD_NUMBER: _ClassVar[int]
+    mqtt: str
+    http: str
+    def __init__(self, mqtt: _Optional[str] = ..., http: _Optional[str] = ...) -> None: ...
+
 class Desired(_message.Message):
     __slots__ = ("schema", "generation", "hub_epoch", "releases")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
