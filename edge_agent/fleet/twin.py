@@ -1,0 +1,406 @@
+"""What the hub wants of this device against what the device has: desired and reported.
+
+Decides whether a desired document is adopted, ignored or refused, and which models then have
+to change. Nothing here touches network, clock or disk; the one thing that must survive a power
+cut, the sequence number of reports, comes from a ``ReportSequence``.
+
+    adopted   its generation is above all seen; it replaces what the updater is working on
+    ignored   stale or repeated: an ordinary event, the broker repeats whatever it likes
+    refused   malformed or absurd: the hub is told why, and this device goes on as it was
+
+The generation alone decides which of two documents is newer: not the order of arrival, not the
+hub's epoch. That is what makes duplicates, reordering and a second hub's leftovers harmless.
+"""
+
+import enum
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from fogline_protocol import documents
+from fogline_protocol.documents import DocumentError
+from fogline_protocol.release import MODEL_NAME
+from fogline_protocol.topics import check_name
+from fogline_protocol.v1 import fleet_pb2 as pb
+
+SCHEMA = 1
+MAX_DESIRED_BYTES = 4 << 10
+# JSON numbers are exact up to here, and no honest counter gets near it: a document beyond it
+# would make the device deaf to every later one.
+MAX_COUNTER = 1 << 53
+MAX_RELEASES = 32
+MAX_CERTIFICATES = 16
+_MAX_VERSION = 64
+_MAX_TARGET = 512
+_MAX_SENTENCE = 500
+_MAX_FIGURES = 32
+# Relative, no empty or dotted level: a target path becomes part of a URL and of a file name.
+_TARGET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
+
+
+class Phase(enum.StrEnum):
+    """Where a model stands on its way to the desired release."""
+
+    ACCEPTED = "accepted"
+    DOWNLOADING = "downloading"
+    VERIFYING = "verifying"
+    SELF_TEST = "self-test"
+    SHADOW = "shadow"
+    TRIAL = "trial"
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled-back"
+    REJECTED = "rejected"
+
+
+class ReportSequence(Protocol):
+    """Numbers the reports of this device for as long as it lives."""
+
+    def next_sequence(self) -> int:
+        """Return a number above every earlier one, also across power cuts.
+
+        It is durable when this returns: a number used twice is a report that the hub ignores.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WantedRelease:
+    """One model as the hub wants it."""
+
+    model: str
+    release: int
+    version: str
+    index_target: str  # TUF target path
+    certificate_targets: tuple[str, ...] = ()  # TUF target paths
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredState:
+    """All that the hub wants of this device, under one generation."""
+
+    generation: int
+    hub_epoch: str
+    releases: tuple[WantedRelease, ...]  # by model name; one per model
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the device has of one model: the release it serves and the certificates it knows."""
+
+    release: int
+    certificate_targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Make ``desired`` true. Stop whatever is being done for an older generation."""
+
+    desired: DesiredState
+    preempts: bool  # an older generation is still being worked on
+    install: tuple[WantedRelease, ...]  # fetch, verify, test, activate
+    recertify: tuple[WantedRelease, ...]  # the release is right, its certificates are not
+
+
+@dataclass(frozen=True, slots=True)
+class Ignore:
+    """Nothing to do, and nothing wrong. ``reason`` is for the log."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the hub: a stable ``code`` and a sentence for a person."""
+
+    code: str
+    sentence: str
+    generation: int = 0  # the one refused, as far as it could be read
+
+
+Decision = Adopt | Ignore | Refuse
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStanding:
+    """How one model stands, for the next report."""
+
+    model: str
+    phase: Phase
+    desired_release: int = 0
+    active_release: int = 0  # 0: none from the hub
+    previous_release: int = 0
+    active_version: str = ""
+    code: str = ""  # empty while nothing is wrong
+    sentence: str = ""
+    attempt: int = 0
+    figures: Mapping[str, float] = field(default_factory=dict)
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class DesiredRefused(Exception):
+    """A desired document that must not be adopted."""
+
+    def __init__(self, code: str, sentence: str, generation: int = 0) -> None:
+        super().__init__(sentence)
+        self.refusal = Refuse(code, sentence, generation)
+
+
+def read_desired(payload: bytes) -> DesiredState:
+    """Return the desired state that ``payload`` describes.
+
+    Raises:
+        DesiredRefused: it is too large, malformed, of another schema, or absurd.
+    """
+    if len(payload) > MAX_DESIRED_BYTES:
+        raise DesiredRefused(
+            "desired/too-large",
+            f"The desired document has {len(payload)} bytes; at most {MAX_DESIRED_BYTES} are "
+            "accepted. Name fewer releases or certificates.",
+        )
+    try:
+        document = documents.parse(payload, pb.Desired(), "desired document")
+    except DocumentError as error:
+        raise DesiredRefused(
+            "desired/malformed", _shortened(f"The desired document cannot be read: {error}")
+        ) from None
+    if document.schema != SCHEMA:
+        raise DesiredRefused(
+            "desired/schema",
+            f"The desired document is written in schema {document.schema}; this agent reads "
+            f"{SCHEMA}. Update the older of the two.",
+        )
+    generation = document.generation
+    if not 1 <= generation <= MAX_COUNTER:
+        raise DesiredRefused(
+            "desired/generation",
+            f"Generation {generation} is absurd: expected 1 to 2^53. Adopting it would make "
+            "this device deaf to every later one.",
+        )
+    if len(document.releases) > MAX_RELEASES:
+        raise DesiredRefused(
+            "desired/releases",
+            f"{len(document.releases)} releases are wanted at once; at most {MAX_RELEASES} are "
+            "accepted.",
+            generation,
+        )
+    wanted = {one.model: _wanted(one, generation) for one in document.releases}
+    if len(wanted) != len(document.releases):
+        raise DesiredRefused(
+            "desired/twice", "The desired document names a model more than once.", generation
+        )
+    return DesiredState(
+        generation, document.hub_epoch, tuple(wanted[model] for model in sorted(wanted))
+    )
+
+
+def _wanted(one: pb.DesiredRelease, generation: int) -> WantedRelease:
+    if MODEL_NAME.fullmatch(one.model) is None:
+        raise DesiredRefused(
+            "desired/model",
+            f"{one.model[:64]!r} is no name of a model: expected 1 to 63 of a-z, 0-9, '-' and "
+            "'_', beginning with a letter or digit.",
+            generation,
+        )
+    if not 1 <= one.release <= MAX_COUNTER:
+        raise DesiredRefused(
+            "desired/release",
+            f"Release {one.release} of {one.model} is no number of a release: expected 1 to 2^53.",
+            generation,
+        )
+    if len(one.version) > _MAX_VERSION:
+        raise DesiredRefused(
+            "desired/version",
+            f"The version of {one.model} has {len(one.version)} characters; at most "
+            f"{_MAX_VERSION} are accepted.",
+            generation,
+        )
+    if len(one.certificate_targets) > MAX_CERTIFICATES:
+        raise DesiredRefused(
+            "desired/certificates",
+            f"{len(one.certificate_targets)} certificates are named for {one.model}; at most "
+            f"{MAX_CERTIFICATES} are accepted.",
+            generation,
+        )
+    for target in (one.index_target, *one.certificate_targets):
+        if len(target) > _MAX_TARGET or _TARGET.fullmatch(target) is None:
+            raise DesiredRefused(
+                "desired/target",
+                f"{target[:64]!r} for {one.model} is no target path: expected names joined by "
+                "'/', none empty or beginning with a dot.",
+                generation,
+            )
+    return WantedRelease(
+        one.model,
+        one.release,
+        one.version,
+        one.index_target,
+        tuple(one.certificate_targets),
+    )
+
+
+def decide(
+    payload: bytes,
+    *,
+    applied: int,
+    working: DesiredState | None,
+    held: Mapping[str, Held],
+    known: DesiredState | None = None,
+) -> Decision:
+    """Return what a desired document means for a device that stands as described.
+
+    Args:
+        payload: the document as it arrived; empty when the hub has withdrawn its wishes.
+        applied: the generation that was last brought to its end, good or bad; 0 for none.
+        working: the desired state the updater is working on.
+        held: what the device has, by model.
+        known: the desired state of generation ``applied``, if it is still known.
+    """
+    if not payload:
+        # Clearing a retained message looks like this. No wishes is no wish to remove anything.
+        return Ignore("the hub has withdrawn its desired document")
+    try:
+        desired = read_desired(payload)
+    except DesiredRefused as refused:
+        return refused.refusal
+    seen = max(applied, working.generation if working else 0)
+    if desired.generation < seen:
+        return Ignore(f"generation {desired.generation} is older than {seen}")
+    if desired.generation == seen:
+        twin = working if working and working.generation == seen else known
+        if twin is not None and twin.releases != desired.releases:
+            return Refuse(
+                "desired/conflict",
+                f"Two different desired documents carry generation {seen}: a second hub, or one "
+                "restored from a backup. The first is kept; raise the generation.",
+                seen,
+            )
+        return Ignore(f"generation {seen} is known already")
+    install, recertify = _changes(desired, held)
+    return Adopt(desired, working is not None, install, recertify)
+
+
+def _changes(
+    desired: DesiredState, held: Mapping[str, Held]
+) -> tuple[tuple[WantedRelease, ...], tuple[WantedRelease, ...]]:
+    """Return what to install and what to recertify.
+
+    Models that are not named stay as they are: they may have been installed by hand.
+    """
+    install: list[WantedRelease] = []
+    recertify: list[WantedRelease] = []
+    for wanted in desired.releases:
+        has = held.get(wanted.model)
+        if has is None or has.release != wanted.release:
+            install.append(wanted)
+        elif set(has.certificate_targets) != set(wanted.certificate_targets):
+            recertify.append(wanted)
+    return tuple(install), tuple(recertify)
+
+
+class Twin:
+    """What is wanted of this device and what was made of it, over the life of one agent.
+
+    Owned by whoever runs the updater. ``adopted`` and ``applied`` are told, ``report`` asks.
+    """
+
+    def __init__(self, device: str, sequence: ReportSequence, *, applied: int = 0) -> None:
+        self._device = check_name(device, "device")
+        self._sequence = sequence
+        self._applied = applied
+        self._known: DesiredState | None = None  # of generation ``applied``
+        self._working: DesiredState | None = None
+
+    @property
+    def applied(self) -> int:
+        """The generation that was last brought to its end."""
+        return self._applied
+
+    @property
+    def working(self) -> DesiredState | None:
+        """What the updater is to make true at this moment."""
+        return self._working
+
+    def consider(self, payload: bytes, held: Mapping[str, Held]) -> Decision:
+        """Decide about a desired document, and remember it if it is adopted."""
+        decision = decide(
+            payload, applied=self._applied, working=self._working, held=held, known=self._known
+        )
+        if isinstance(decision, Adopt):
+            self._working = decision.desired
+        return decision
+
+    def finished(self, generation: int) -> bool:
+        """Note that the updater has brought ``generation`` to its end, good or bad.
+
+        Returns whether that was still wanted: False for one that has been pre-empted.
+        """
+        if self._working is None or self._working.generation != generation:
+            return False
+        self._applied, self._known, self._working = generation, self._working, None
+        return True
+
+    def report(self, standings: Sequence[ModelStanding]) -> bytes:
+        """Return the document that tells the hub how all models stand, with a new number."""
+        generation = self._working.generation if self._working else self._applied
+        return self._document(generation, standings)
+
+    def report_refusal(self, refusal: Refuse, standings: Sequence[ModelStanding]) -> bytes:
+        """Return the document that tells the hub why its desired state was refused."""
+        # A device without any model must be able to say no, too.
+        refused = [
+            replace(one, phase=Phase.REJECTED, code=refusal.code, sentence=refusal.sentence)
+            for one in (standings or [ModelStanding("", Phase.REJECTED)])
+        ]
+        return self._document(refusal.generation or self._applied, refused)
+
+    def _document(self, generation: int, standings: Sequence[ModelStanding]) -> bytes:
+        return reported(self._device, self._sequence.next_sequence(), generation, standings)
+
+
+def reported(
+    device: str, sequence: int, generation: int, standings: Sequence[ModelStanding]
+) -> bytes:
+    """Return the document that tells the hub how all models of ``device`` stand."""
+    models = [
+        pb.ReportedModel(
+            model=one.model,
+            desired_release=one.desired_release,
+            active_release=one.active_release,
+            previous_release=one.previous_release,
+            active_version=one.active_version,
+            phase=one.phase,
+            code=one.code,
+            sentence=_shortened(one.sentence),
+            attempt=one.attempt,
+            figures=_figures(one.figures),
+            bytes_done=one.bytes_done,
+            bytes_total=one.bytes_total,
+        )
+        for one in standings
+    ]
+    return documents.canonical(
+        pb.Reported(
+            schema=SCHEMA,
+            device=device,
+            sequence=sequence,
+            generation=generation,
+            models=models,
+        )
+    )
+
+
+def _shortened(sentence: str) -> str:
+    # A file name that is no UTF-8 must not keep the sentence that complains of it from the hub.
+    sentence = sentence.encode(errors="replace").decode()
+    if len(sentence) <= _MAX_SENTENCE:
+        return sentence
+    return sentence[: _MAX_SENTENCE - 3] + "..."
+
+
+def _figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return figures that JSON can carry everywhere: a deviation of NaN is in the sentence."""
+    finite = {name[:64]: value for name, value in figures.items() if math.isfinite(value)}
+    return dict(sorted(finite.items())[:_MAX_FIGURES])

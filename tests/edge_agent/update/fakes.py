@@ -1,0 +1,264 @@
+"""What surrounds an updater, in miniature: bundles whose weights are one number, a hub that is a
+folder, a self-test and a service that multiply. Each passes the contract of the real thing.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edge_agent.errors import ReleaseRefused
+from edge_agent.runtime.variants import Choice
+from edge_agent.update.lifecycle import StepFailed, StepInterrupted, StepRefused
+from edge_agent.update.machine import ModelReport
+from edge_agent.update.selftest import GoldenVectors, judge
+from edge_agent.update.slots import Target
+from edge_agent.update.surroundings import Progress
+from fogline_protocol import documents, release
+from fogline_protocol.release import Bundle, BundleDirectory, File, SelfTest, Tolerance, Variant
+from fogline_protocol.tensors import Array, TensorSpec
+
+BLOCK = 64
+RIGHT, WRONG = 2.0, -2.0  # what a model multiplies with, and should
+CPU = "CPUExecutionProvider"
+
+
+def weights(factor: float, version: str = "") -> bytes:
+    return json.dumps({"factor": factor, "version": version, "padding": "." * 500}).encode()
+
+
+def make_bundle(
+    folder: Path,
+    version: str,
+    *,
+    model: str = "doubler",
+    factor: float = RIGHT,
+    provider: str = CPU,
+) -> BundleDirectory:
+    """Write a bundle with two variants of a model that multiplies by ``factor``."""
+    (folder / "variants").mkdir(parents=True)
+    rows = np.arange(1, 25, dtype=np.float32).reshape(8, 3)
+    np.savez(folder / "selftest.npz", **{"input.x": rows, "output.y": rows * np.float32(RIGHT)})
+    for name in ("fp32", "int8"):
+        (folder / f"variants/{name}.onnx").write_bytes(weights(factor, f"{version} {name}"))
+    (folder / "README.md").write_text("# doubler\n", encoding="utf-8")
+    files = ("selftest.npz", "variants/fp32.onnx", "variants/int8.onnx", "README.md")
+    bundle = Bundle(
+        model=model,
+        version=version,
+        inputs=(TensorSpec("x", "FP32", (-1, 3)),),
+        outputs=(TensorSpec("y", "FP32", (-1, 3)),),
+        max_batch=5,
+        variants=tuple(
+            Variant(name, f"variants/{name}.onnx", name, (provider,)) for name in ("int8", "fp32")
+        ),
+        self_test=SelfTest(
+            "selftest.npz", {name: Tolerance(0.01, 0.99) for name in ("fp32", "int8")}
+        ),
+        files={
+            name: File(documents.sha256_of_file(folder / name), (folder / name).stat().st_size)
+            for name in files
+        },
+    )
+    (folder / release.ROOT).write_bytes(bundle.to_json())
+    return release.read(folder)
+
+
+def choose(directory: BundleDirectory) -> Choice:
+    """Take the first variant for the CPU."""
+    for variant in directory.bundle.variants:
+        if CPU in variant.providers:
+            return Choice(variant, CPU, None, "it is the first")
+    raise ReleaseRefused(f"{directory.bundle.model}: nothing runs on {CPU}")
+
+
+class Shelf:
+    """A hub that is a folder of bundles, ``<model>/<release>``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(
+        self,
+        number: int,
+        version: str,
+        *,
+        model: str = "doubler",
+        factor: float = RIGHT,
+        **more: str,
+    ) -> Target:
+        make_bundle(self.folder / model / str(number), version, model=model, factor=factor, **more)
+        return self.target(number, version, model=model)
+
+    def target(self, number: int, version: str, *, model: str = "doubler") -> Target:
+        return Target(model, number, version, f"{model}/{number}/index.json")
+
+
+class CopyFetch:
+    """Copies a release from a shelf, block by block, and resumes."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+        self.reachable = True
+        self.calls = 0
+        self.blocks_copied = 0
+        self.before_block: Callable[[], None] = lambda: None
+        self.gate = asyncio.Event()  # closed: stops between two blocks
+        self.gate.set()
+        self.waiting = asyncio.Event()
+
+    async def fetch(self, target: Target, into: Path, progress: Progress) -> None:
+        """Fill ``into``; see ``surroundings.Fetch``."""
+        self.calls += 1
+        if not self.reachable:
+            raise StepInterrupted("download/unreachable", "the hub does not answer")
+        source = self.shelf.folder / target.model / str(target.release)
+        if not source.is_dir():
+            raise StepRefused("download/unknown", f"there is no release {target.release}")
+        small = ["bundle.json", "selftest.npz", "README.md"]
+        for name in small:
+            await self._copy(source, into, name)
+        directory = release.read(into, variants=())
+        try:
+            chosen = choose(directory).variant.path
+        except ReleaseRefused as error:
+            raise StepRefused("download/no-variant", str(error)) from None
+        await self._copy(source, into, chosen)
+        wanted = {*small, chosen}
+        _keep_only(into, wanted)
+        total = sum((source / name).stat().st_size for name in wanted)
+        progress(total, total)
+
+    async def _copy(self, source: Path, into: Path, name: str) -> None:
+        data = (source / name).read_bytes()
+        path = into / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            here = (into / name).read_bytes()
+            if here != data[: len(here)]:
+                file.truncate(0)
+                here = b""
+            for start in range(len(here) // BLOCK * BLOCK, len(data), BLOCK):
+                if not self.gate.is_set():
+                    self.waiting.set()
+                    await self.gate.wait()
+                self.before_block()
+                file.truncate(start)
+                file.write(data[start : start + BLOCK])
+                file.flush()
+                self.blocks_copied += 1
+
+
+def _keep_only(folder: Path, wanted: set[str]) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in wanted:
+            path.unlink()
+
+
+def multiply(
+    directory: BundleDirectory, path: str
+) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    factor = np.float32(json.loads(directory.file(path).read_bytes())["factor"])
+    return lambda inputs: {"y": inputs["x"] * factor}
+
+
+class StubSelfTest:
+    """Judges as the real one does, in this process."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.failures: list[StepFailed] = []  # to raise, one per call
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.waiting = asyncio.Event()
+
+    async def run(
+        self, candidate: BundleDirectory, variant: str, provider: str
+    ) -> Mapping[str, float]:
+        """Return figures, or raise; see ``surroundings.SelfTest``."""
+        self.calls += 1
+        if not self.gate.is_set():
+            self.waiting.set()
+            await self.gate.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        bundle = candidate.bundle
+        golden = GoldenVectors.read(bundle, candidate.file(bundle.self_test.path))
+        run = multiply(candidate, bundle.variant(variant).path)
+        answers = [run(inputs) for inputs in golden.batches()]
+        figures = judge(bundle, golden, answers, bundle.self_test.tolerances[variant])
+        return {**figures, "seconds": 0.0, "peak_bytes": 0.0}
+
+
+class FakeServing:
+    """Serves by multiplying. ``active`` is what a caller would be answered with."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, BundleDirectory | None] = {}
+        self.history: list[str | None] = []  # versions, as they were activated
+        self.refusals: list[Exception] = []  # to raise, one per activation
+        self.engine_faults = 0
+        self.answers_wrongly = False
+
+    async def activate(self, model: str, bundle: BundleDirectory | None) -> None:
+        """Switch; see ``surroundings.Serving``."""
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.active[model] = bundle
+        self.history.append(None if bundle is None else bundle.bundle.version)
+
+    async def run(self, model: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Answer with what is active."""
+        bundle = self.active[model]
+        assert bundle is not None
+        if self.answers_wrongly:
+            return {"y": -inputs["x"]}
+        return multiply(bundle, choose(bundle).variant.path)(inputs)
+
+    def faults(self, model: str) -> int:
+        """Return the number the test has set."""
+        return self.engine_faults
+
+
+class Reports:
+    """Keeps what is reported, and lets a test wait for it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[ModelReport, ...]] = []
+        self._changed = asyncio.Condition()
+
+    async def report(self, models: tuple[ModelReport, ...]) -> None:
+        """Keep one report."""
+        async with self._changed:
+            self.seen.append(models)
+            self._changed.notify_all()
+
+    async def until(
+        self, condition: Callable[[ModelReport], bool], model: str = "doubler"
+    ) -> ModelReport:
+        """Return the newest report on ``model`` once it satisfies ``condition``."""
+
+        def newest() -> ModelReport | None:
+            models = self.seen[-1] if self.seen else ()
+            return next((m for m in models if m.model == model), None)
+
+        def satisfied() -> bool:
+            found = newest()
+            return found is not None and condition(found)
+
+        async with asyncio.timeout(20), self._changed:
+            await self._changed.wait_for(satisfied)
+            found = newest()
+            assert found is not None
+            return found
+
+    def phases(self, model: str = "doubler") -> list[str]:
+        """Return the phases of ``model`` as they were reported, repetitions left out."""
+        phases: list[str] = []
+        for models in self.seen:
+            for entry in models:
+                if entry.model == model and entry.phase != (phases or [""])[-1]:
+                    phases.append(entry.phase)
+        return phases
