@@ -55,6 +55,11 @@ def main() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Serve this Triton-style directory: NAME/1/model.onnx.",
 )
+@click.option(
+    "--mqtt",
+    metavar="URL",
+    help="Broker for device updates, mqtt://HOST:PORT [default: a Mosquitto of our own]; off: none.",
+)
 @click.option("--name", help="Shown in the console [default: fogline-hub].")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="PEM chain of the doors.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="PEM key of the doors.")
@@ -95,6 +100,7 @@ def _screen(hub: Any) -> str:
         f"  console   {scheme}://{hub.http_address}/",
         f"  REST      {scheme}://{hub.http_address}/v2     metrics /metrics, health /readyz",
         f"  gRPC      {hub.grpc_address}",
+        f"  MQTT      {hub.fleet.broker or 'none: ' + hub.fleet.trouble}",
         f"  data      {hub.config.data.resolve()}",
     ]
     statuses = hub.repository.status()
@@ -232,4 +238,167 @@ def _log_to_stderr() -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+_HUB = click.option("--hub", metavar="URL", help="Where the hub's HTTP door is, if not in DATA.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+
+
+def _url(config_file: Path | None, data: Path | None, hub: str | None) -> str:
+    from cloud_hub import operate
+
+    given = {} if data is None else {"data": data}
+    return operate.hub_url(hub, config_module.load(given, config_file).data)
+
+
+@main.group()
+def release() -> None:
+    """Releases: bundles that the hub has accepted, numbered and signed."""
+
+
+@release.command("push")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.option("--force", is_flag=True, help="Accept it although its self-test fails on the hub.")
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False, exists=True))
+def release_push(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    force: bool,
+    bundle: Path,
+) -> None:
+    """Make the bundle in directory BUNDLE a release.
+
+    The hub verifies every file, checks the pair it escalates to, runs its self-test on its own
+    engine, then numbers, stores and signs it. Pushing the same bundle again changes nothing.
+    """
+    from cloud_hub import operate
+
+    async def work() -> None:
+        made = await operate.push(_url(config_file, data, hub), bundle, force=force)
+        operate.echo(made, as_json, operate.release_lines([made]))
+
+    _run(work)
+
+
+@release.command("list")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+def release_list(
+    config_file: Path | None, data: Path | None, hub: str | None, as_json: bool
+) -> None:
+    """List every release, newest first."""
+    from cloud_hub import operate
+
+    async def work() -> None:
+        found = await operate.call(_url(config_file, data, hub), "GET", "/api/v1/releases")
+        operate.echo(found, as_json, operate.release_lines(found))
+
+    _run(work)
+
+
+@release.command("show")
+@_CONFIG
+@_DATA
+@_HUB
+@click.argument("name", metavar="MODEL@NUMBER")
+def release_show(config_file: Path | None, data: Path | None, hub: str | None, name: str) -> None:
+    """Show one release in full, as JSON: contract, variants, certificates, report."""
+    from cloud_hub import operate
+
+    model, _, number = name.partition("@")
+
+    async def work() -> None:
+        path = f"/api/v1/releases/{model}/{number or '0'}"
+        found = await operate.call(_url(config_file, data, hub), "GET", path)
+        operate.echo(found, True, iter(()))
+
+    _run(work)
+
+
+@main.group()
+def device() -> None:
+    """Devices: what is wanted of them, and what they say."""
+
+
+@device.command("list")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+def device_list(
+    config_file: Path | None, data: Path | None, hub: str | None, as_json: bool
+) -> None:
+    """List every device that has reported."""
+    from cloud_hub import operate
+
+    async def work() -> None:
+        found = await operate.call(_url(config_file, data, hub), "GET", "/api/v1/devices")
+        operate.echo(found, as_json, operate.device_lines(found))
+
+    _run(work)
+
+
+@device.command("show")
+@_CONFIG
+@_DATA
+@_HUB
+@click.argument("name")
+def device_show(config_file: Path | None, data: Path | None, hub: str | None, name: str) -> None:
+    """Show one device in full, as JSON: desired, reported, and its latest changes."""
+    from cloud_hub import operate
+
+    async def work() -> None:
+        found = await operate.call(_url(config_file, data, hub), "GET", f"/api/v1/devices/{name}")
+        operate.echo(found, True, iter(()))
+
+    _run(work)
+
+
+@device.command("set")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.option("--release", "name", required=True, metavar="MODEL@NUMBER", help="What to run.")
+@click.option("--all", "everywhere", is_flag=True, help="On every device that has reported.")
+@click.argument("devices", nargs=-1)
+def device_set(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    name: str,
+    everywhere: bool,
+    devices: tuple[str, ...],
+) -> None:
+    """Want a release on DEVICES, or on --all.
+
+    This states what is wanted and returns; devices that are away follow when they return.
+    `fogline device list` shows how far they are.
+    """
+    from cloud_hub import operate
+
+    if everywhere == bool(devices):
+        raise click.UsageError("name devices, or say --all: one of the two")
+
+    async def work() -> None:
+        body = {"release": name, "devices": list(devices) or None}
+        url = _url(config_file, data, hub)
+        found = await operate.call(url, "POST", "/api/v1/deployments", body=body)
+        line = f"{found['release']} is wanted on {', '.join(found['devices']) or 'no device'}"
+        operate.echo(found, as_json, iter([line]))
+
+    _run(work)

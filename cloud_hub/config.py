@@ -16,8 +16,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cloud_hub.errors import ConfigRefused
+from fogline_protocol.mqtt import BrokerAddress
 
 ENV_PREFIX = "FOGLINE_HUB_"
+ENDPOINTS = "endpoints.json"  # in the data directory: where a running hub can be found
 
 
 class HubConfig(BaseSettings):
@@ -29,6 +31,7 @@ class HubConfig(BaseSettings):
     grpc: str = "127.0.0.1:8001"  # Triton's ports, so that existing clients find us
     http: str = "127.0.0.1:8000"
     models: Path | None = None  # a Triton-style directory: name/1/model.onnx
+    mqtt: str = ""  # URL of a broker; empty: one of our own; "off": no devices to update
     name: str = "fogline-hub"  # shown in the console and in server metadata
 
     tls_cert: Path | None = None
@@ -45,6 +48,13 @@ class HubConfig(BaseSettings):
     @classmethod
     def _an_address(cls, value: str) -> str:
         split_address(value)
+        return value
+
+    @field_validator("mqtt")
+    @classmethod
+    def _a_broker(cls, value: str) -> str:
+        if value not in ("", "off"):
+            BrokerAddress.parse(value)
         return value
 
     @model_validator(mode="after")

@@ -6,9 +6,10 @@ Start                                           Stop
   1 lock the data directory                       readiness turns false, /v2/health/ready says so
   2 database: open, migrate                       gRPC: no new calls, those in flight finish
   3 models: load, warm                            HTTP: the same
-  4 gRPC door                                     engines
-  5 HTTP door: REST, console, metrics             history is written, database closes
-  6 endpoints.json names both                     the lock goes with the process
+  4 fleet: sign what is due, start the broker     broker, links
+  5 gRPC door                                     engines
+  6 HTTP door: REST, console, files, metrics      history is written, database closes
+  7 endpoints.json names them all                 the lock goes with the process
 """
 
 import contextlib
@@ -28,11 +29,13 @@ import grpc
 from aiohttp import web
 
 from cloud_hub import metrics as metrics_module
-from cloud_hub.config import HubConfig, is_loopback, split_address
+from cloud_hub.config import ENDPOINTS, HubConfig, is_loopback, split_address
 from cloud_hub.console.app import add_console
+from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
 from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
+from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import Identity
 from cloud_hub.inference import admission
 from cloud_hub.inference.repository import Limits, Repository
@@ -42,7 +45,6 @@ from cloud_hub.metrics import Metrics
 from cloud_hub.store.store import Store
 from fogline_protocol import grpc_service, rest_service
 
-ENDPOINTS = "endpoints.json"
 DATABASE = "hub.sqlite"
 
 
@@ -98,9 +100,22 @@ class Hub:
         if self.config.models is not None:
             await self.repository.load_directory(self.config.models)
 
+        # The same counts arrive over gRPC and over MQTT.
+        self._count: reports.Accept = lambda report: self.history.accept(report, time.time())
+        self.fleet = Fleet(
+            self.store,
+            data,
+            lambda path: OnnxRuntimeEngine(path, threads=self.config.threads),
+            self.devices,
+            self._count,
+        )
+        await self._parts.enter_async_context(self.fleet.running(self.config.mqtt))
         self.grpc_address = await self._open_grpc()
         self.http_address = await self._open_http()
-        _write_endpoints(data / ENDPOINTS, {"grpc": self.grpc_address, "http": self.http_address})
+        endpoints = {"grpc": self.grpc_address, "http": self.http_address}
+        if self.fleet.broker:
+            endpoints["mqtt"] = self.fleet.broker
+        _write_endpoints(data / ENDPOINTS, endpoints)
 
     async def _open_grpc(self) -> str:
         address = self.config.grpc
@@ -114,7 +129,7 @@ class Hub:
         server.add_generic_rpc_handlers(
             (
                 grpc_service.handler(self.server),
-                reports.handler(lambda report: self.history.accept(report, time.time())),
+                reports.handler(self._count, lambda: self.fleet.contact(self.url)),
             )
         )
         host, _ = split_address(address)
@@ -141,6 +156,7 @@ class Hub:
             middlewares=[admission.rest_middleware(self.identity.authenticate)] if guarded else [],
         )
         rest_service.add_routes(app, self.server)
+        app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._render_metrics)
@@ -148,6 +164,8 @@ class Hub:
             app,
             history=self.history,
             devices=self.devices,
+            fleet=self.fleet,
+            scratch=self.config.data / "uploads",
             models=self.repository.status,
             authenticate=self.identity.authenticate if guarded else None,
             hub_name=self.config.name,
@@ -166,6 +184,11 @@ class Hub:
                 f"cannot listen on {address} (HTTP): {reason}; choose another with --http HOST:PORT"
             ) from None
         return _joined(host, runner.addresses[0][1])
+
+    @property
+    def url(self) -> str:
+        """The hub's own HTTP address as a URL."""
+        return f"{'https' if self.config.tls_cert else 'http'}://{self.http_address}"
 
     async def _is_guarded(self, address: str) -> bool:
         """Return whether callers of this door must show a token; refuse if nobody could."""

@@ -5,8 +5,8 @@ in their own process, and the tests all use ``Agent``.
 
 Start                                             Stop
   1 lock the data directory                         readiness turns false
-  2 load the bundles, verify them                   gRPC, HTTP: no new calls, those in flight finish
-  3 uplink: connects in the background              telemetry: one last report
+  2 load what was committed last, or the bundles    gRPC, HTTP: no new calls, those in flight finish
+  3 uplink, fleet link: connect in the background   fleet link; telemetry: one last report
   4 telemetry                                       uplink
   5 gRPC doors: loopback, Unix socket               engines
   6 HTTP door                                       the lock goes with the process
@@ -27,6 +27,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,6 +40,7 @@ from edge_agent.errors import ConfigRefused, StartRefused
 from edge_agent.fleet.telemetry import FAREWELL_TIMEOUT_S, Link, Telemetry
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
+from edge_agent.managed import Managed
 from edge_agent.runtime import providers
 from edge_agent.runtime import release as releases
 from fogline_protocol import grpc_service, rest_service
@@ -112,20 +114,34 @@ class Agent:
         config = self.config
         self._parts.enter_context(_locked(config.data))
         self._parts.callback(self.router.close)
-        for path in config.bundle:
-            self.router.install(
-                await asyncio.to_thread(
-                    releases.load, path, provider=config.provider, threads=config.threads
+        if self.uplink is None:
+            for path in config.bundle:
+                self.router.install(
+                    await asyncio.to_thread(
+                        releases.load, path, provider=config.provider, threads=config.threads
+                    )
                 )
-            )
-        if self.uplink is not None:
+        else:
+            managed = self._manage(self.uplink)
+            await managed.restore()
             await self._parts.enter_async_context(self.uplink)
             if config.telemetry_interval_s > 0:
                 await self._start_telemetry(self.uplink)
+            following = asyncio.create_task(managed.run(), name="managed")
+            self._parts.push_async_callback(_ended, following)
         await self._open_grpc()
         await self._open_http()
         _write_endpoints(config.data / ENDPOINTS, self.endpoints)
         self._parts.callback((config.data / ENDPOINTS).unlink, missing_ok=True)
+
+    def _manage(self, uplink: Uplink) -> Managed:
+        return Managed(
+            self.config,
+            self.router,
+            uplink,
+            version=metadata.version("fogline"),
+            hardware=providers.hardware_class(self.config.provider or providers.usable()[0]),
+        )
 
     async def _start_telemetry(self, uplink: Uplink) -> None:
         reporter = asyncio.create_task(
@@ -216,6 +232,11 @@ def connection(config: AgentConfig) -> Callable[[], Client]:
     return functools.partial(
         Client, config.hub, credentials=credentials, max_message_bytes=config.max_message_bytes
     )
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _joined(host: str, port: int) -> str:

@@ -89,6 +89,16 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--telemetry-interval-s", type=float, help="Between reports to the hub, 0: none [default: 1]."
 )
+@click.option(
+    "--hub-root",
+    type=_PATH,
+    help="The hub's signed root of trust; on loopback the first one met is trusted.",
+)
+@click.option(
+    "--probation-s",
+    type=float,
+    help="A new release serves under watch this long before it is kept [default: 30].",
+)
 @click.option("--drain-s", type=float, help="Time for requests in flight at the end [default: 5].")
 def run(config_file: Path | None, **flags: Any) -> None:
     """Serve local applications until told to stop (Ctrl-C, SIGTERM).
@@ -300,3 +310,8 @@ def _log_to_stderr() -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )

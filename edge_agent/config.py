@@ -56,6 +56,8 @@ class AgentConfig:
     hub: str = ""  # HOST:PORT; empty: there is none
     hub_ca: Path | None = None  # PEM of the authority behind the hub's certificate
     hub_token_file: Path | None = None
+    hub_root: Path | None = None  # the hub's signed TUF root; on loopback the first one is trusted
+    probation_s: float = field(default=30.0, metadata=_limits(0, 86400))  # of a new release
     private: bool = False  # nothing that applications send ever leaves this device
 
     deadline_s: float = field(default=2.0, metadata=_limits(0.001, 3600))  # of calls without one
@@ -95,7 +97,7 @@ class AgentConfig:
                 raise ConfigRefused(f"hub: {error}") from None
             if port == 0:
                 raise ConfigRefused("hub: port 0 is nobody's address; give the hub's gRPC port")
-        for option in ("hub_ca", "hub_token_file"):
+        for option in ("hub_ca", "hub_token_file", "hub_root"):
             path = getattr(self, option)
             if path is not None and not path.is_file():
                 raise ConfigRefused(f"{option}: {path} is not a file")

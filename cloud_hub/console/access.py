@@ -5,8 +5,10 @@ answers only to loopback names, so that a web page cannot reach it by pointing a
 own at 127.0.0.1 (DNS rebinding). One that other machines reach asks for a token: programs
 send it as a bearer token, people sign in with it once and get a session.
 
-    a request -> host named right? -> signed in, or bearer? -> handler -> security headers
-                     421                 303 to /login, 401
+    a request -> host named right? -> change from our page? -> signed in, or bearer? -> handler
+                     421                       403                303 to /login, 401
+
+All answers carry the security headers.
 
 A session holds its token and asks about it anew at each request, so a revoked token ends its
 sessions too. Sessions live in memory: after a restart of the hub people sign in again.
@@ -133,6 +135,10 @@ class Door:
                 f"{request.host!r}: to open the console to other machines, start it with --http "
                 "on an address they reach, TLS and a token\n",
             )
+        # A loopback hub asks for no token, so this alone keeps other sites from operating it.
+        if request.method not in ("GET", "HEAD") and not is_same_origin(request):
+            origin = request.headers["Origin"]
+            return problem(403, f"a page of {origin} may not change anything at {request.host}")
         if audience is Audience.ANYONE or await self.admits(request):
             return None
         if audience is Audience.PEOPLE:

@@ -12,16 +12,19 @@ The rules of ``access.py`` hold for these routes and for no others.
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from aiohttp import web
 
 from cloud_hub.console.access import Audience, Authenticate, Door
 from cloud_hub.console.api import Api, Insight
 from cloud_hub.console.assets import Assets
+from cloud_hub.console.fleet_api import FleetApi
 from cloud_hub.console.live import Live
 from cloud_hub.console.pages import OverviewTopic, Pages
 from cloud_hub.console.views import Model
 from cloud_hub.fleet.devices import Devices
+from cloud_hub.fleet.fleet import Fleet
 
 
 def add_console(
@@ -29,6 +32,8 @@ def add_console(
     *,
     history: Insight,
     devices: Devices,
+    fleet: Fleet,
+    scratch: Path,
     models: Callable[[], Iterable[Model]],
     authenticate: Authenticate | None,
     hub_name: str,
@@ -41,6 +46,8 @@ def add_console(
         app: the hub's HTTP door, before it starts.
         history: what the fleet did.
         devices: the devices and the rule of presence.
+        fleet: releases, and what is wanted of devices.
+        scratch: a folder for uploads.
         models: returns the models of the hub and their states.
         authenticate: who a token stands for; None where only this machine reaches the hub.
         hub_name: how the hub calls itself.
@@ -68,5 +75,7 @@ def add_console(
     ):
         add = app.router.add_get if method == "GET" else app.router.add_post
         add(path, door.guarded(handler, audience))
+    for method, path, operate in FleetApi(fleet, devices, scratch, clock).routes():
+        app.router.add_route(method, path, door.guarded(operate, Audience.PROGRAMS))
     # Open sockets would hold the hub's drain until its time is up.
     app.on_shutdown.append(live.close)

@@ -118,7 +118,10 @@ class Live:
         if self._closing:
             return access.problem(503, "the hub is shutting down")
         socket = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_S, max_msg_size=LONGEST_MESSAGE, timeout=FAREWELL_S
+            heartbeat=HEARTBEAT_S,
+            max_msg_size=LONGEST_MESSAGE,
+            timeout=FAREWELL_S,
+            compress=False,  # what all tabs share would be compressed for each one anew
         )
         if not socket.can_prepare(request):
             return access.problem(

@@ -1,7 +1,7 @@
 """The devices the hub has heard of, and the one rule of presence.
 
 A device is online from its first report on, and offline once it was silent for
-``offline_after_s``. Kept in memory, where the console reads it every second, and written
+``offline_after_s`` or its broker has published its will. Kept in memory, where the console reads it every second, and written
 with the counts of the same reports.
 """
 
@@ -34,6 +34,7 @@ class Devices:
     def __init__(self, known: Sequence[Device], offline_after_s: float) -> None:
         self._known = {device.name: device for device in known}
         self._unsaved: set[str] = set()
+        self._left: set[str] = set()  # by their broker's word, until they are seen again
         self._offline_after_s = offline_after_s
 
     @classmethod
@@ -52,10 +53,15 @@ class Devices:
             device = replace(device, first_seen=before.first_seen)
         self._known[device.name] = device
         self._unsaved.add(device.name)
+        self._left.discard(device.name)
+
+    def left(self, name: str) -> None:
+        """Take a device's will over: it is offline until it is seen again."""
+        self._left.add(name)
 
     def online(self, device: Device, now: float) -> bool:
         """Return whether the device counts as online at ``now``."""
-        return now - device.last_seen < self._offline_after_s
+        return device.name not in self._left and now - device.last_seen < self._offline_after_s
 
     def all(self) -> list[Device]:
         """Return every device by name."""

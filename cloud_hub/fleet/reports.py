@@ -12,7 +12,12 @@ from google.protobuf.message import DecodeError
 from fogline_protocol import grpc_service
 from fogline_protocol.inference import BadRequest
 from fogline_protocol.release import MODEL_NAME
-from fogline_protocol.v1.fleet_pb2 import Telemetry, TelemetryReceipt
+from fogline_protocol.v1.fleet_pb2 import (
+    ContactRequest,
+    ContactResponse,
+    Telemetry,
+    TelemetryReceipt,
+)
 
 SERVICE = "fogline.v1.Fleet"
 MAX_BYTES = 256 << 10
@@ -22,16 +27,36 @@ MAX_BOUNDS = 64
 MAX_TEXT = 200
 
 Accept = Callable[[Telemetry], None]
+Contact = Callable[[], ContactResponse]
 
 
-def handler(accept: Accept) -> grpc.GenericRpcHandler:
-    """Return the gRPC handler that takes reports."""
+def handler(accept: Accept, contact: Contact) -> grpc.GenericRpcHandler:
+    """Return the gRPC handler that takes reports and tells devices where the rest is."""
 
     async def report(data: bytes, _context: grpc_service.Context) -> bytes:
         accept(parse(data))
         return TelemetryReceipt().SerializeToString()
 
-    return grpc_service.generic_handler(SERVICE, {"Report": report})
+    async def tell(data: bytes, _context: grpc_service.Context) -> bytes:
+        try:
+            request = ContactRequest.FromString(data)
+        except DecodeError:
+            raise BadRequest("malformed ContactRequest") from None
+        check_device(request.device)
+        return contact().SerializeToString()
+
+    return grpc_service.generic_handler(SERVICE, {"Report": report, "Contact": tell})
+
+
+def check_device(name: str) -> None:
+    """Refuse a name that could not become part of topics and paths.
+
+    Raises:
+        BadRequest: it is no device name.
+    """
+    # The rule is the same as for models.
+    if not MODEL_NAME.fullmatch(name):
+        raise BadRequest(f"device name {name!r} must be lower-case letters, digits, '_' and '-'")
 
 
 def parse(data: bytes) -> Telemetry:
@@ -46,11 +71,7 @@ def parse(data: bytes) -> Telemetry:
         report = Telemetry.FromString(data)
     except DecodeError:
         raise BadRequest("the report is not a Telemetry message: malformed protobuf") from None
-    # A device's name obeys the same rule as a model's: it becomes part of topics and paths.
-    if not MODEL_NAME.fullmatch(report.device):
-        raise BadRequest(
-            f"device name {report.device!r} must be lower-case letters, digits, '_' and '-'"
-        )
+    check_device(report.device)
     if not 0 < len(report.boot_id) <= 64:
         raise BadRequest("boot_id must have 1 to 64 characters")
     if report.sequence >= 1 << 63:

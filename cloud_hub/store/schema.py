@@ -148,3 +148,41 @@ certificate = Table(
         ["model", "release"], ["release.model", "release.number"], name="fk_certificate_model"
     ),
 )
+
+# --- What the hub wants of each device and what the device says (migration 0003); written by
+# fleet/controller. `published_generation < generation` is the outbox.
+
+twin = Table(
+    "twin",
+    metadata,
+    Column("device", String(63), primary_key=True),
+    Column("desired", Text, nullable=False, default="{}"),  # JSON: model -> release number
+    Column("generation", BigInteger, nullable=False, default=0),
+    Column("published_generation", BigInteger, nullable=False, default=0),
+    Column("report_sequence", BigInteger, nullable=False, default=0),
+    Column("reported", LargeBinary, nullable=False, default=b""),  # the Reported message
+    Column("reported_at", Float),
+    Column("boot", BigInteger, nullable=False, default=0),
+    Column("connection", BigInteger, nullable=False, default=0),
+    Column("connected", Boolean, nullable=False, default=False),
+)
+
+# Changes of phase, as devices reported them.
+device_event = Table(
+    "device_event",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("device", String(63), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("model", String(63), nullable=False),
+    Column("release", BigInteger, nullable=False),
+    Column("phase", String(32), nullable=False),
+    Column("code", String(64), nullable=False),
+    Column("sentence", Text, nullable=False),
+)
+
+Index("ix_device_event_device", device_event.c.device, device_event.c.id)
+
+# The epoch published last: finding it on the broker tells that the broker remembers.
+hub_epoch = Table("hub_epoch", metadata, Column("epoch", String(64), primary_key=True))

@@ -31,6 +31,7 @@ const watcher = {
   onValue(_topic, page) {
     show(page);
     announcement = page.announcement;
+    mark.dataset.beat = mark.dataset.beat === "0" ? "1" : "0";
   },
 
   onState(state, ageMs) {

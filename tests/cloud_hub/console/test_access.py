@@ -204,6 +204,20 @@ async def test_a_form_of_another_site_is_refused(
         assert "Set-Cookie" not in response.headers
 
 
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+async def test_a_page_of_another_site_cannot_operate_a_hub_that_asks_for_no_token(
+    console: Console, browser: aiohttp.ClientSession, origin: str
+) -> None:
+    # Browsers send such a request without asking first; only its answer is kept from the page.
+    async with browser.post(
+        f"{console.url}/api/v1/deployments",
+        data='{"release": "digits@2", "devices": null}',
+        headers={"Origin": origin, "Content-Type": "text/plain"},
+    ) as response:
+        assert response.status == 403
+        assert origin in (await response.json(content_type=None))["detail"]
+
+
 async def test_a_token_is_not_asked_for_over_a_readable_connection(
     guarded: Console, browser: aiohttp.ClientSession
 ) -> None:

@@ -1,7 +1,7 @@
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cloud_hub.console import api
 from cloud_hub.console.app import add_console
 from cloud_hub.fleet.devices import Devices
+from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.insight.history import History, Overview
 from cloud_hub.store.store import Store
 from fogline_protocol.v1.fleet_pb2 import Telemetry
@@ -85,6 +86,8 @@ async def test_the_real_history_is_understood(tmp_path: Path) -> None:
             app,
             history=history,
             devices=devices,
+            fleet=cast(Fleet, None),  # asked by fleet_api.py only, which has tests of its own
+            scratch=Path(),
             models=lambda: [],
             authenticate=None,
             hub_name="hub",

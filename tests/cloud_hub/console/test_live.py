@@ -216,8 +216,9 @@ async def test_who_may_no_longer_read_is_told_by_the_close_code() -> None:
         async with tab(url, n=1) as socket:
             await value(socket)
             allowed[0] = False
-            async for message in socket:
-                assert message.type is aiohttp.WSMsgType.TEXT
+            async with asyncio.timeout(10):
+                async for message in socket:
+                    assert message.type is aiohttp.WSMsgType.TEXT
             assert socket.close_code == SIGNED_OUT
         async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
             assert (await socket.receive(timeout=5)).type is aiohttp.WSMsgType.CLOSE

@@ -5,7 +5,7 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from tests.cloud_hub.console.stage import Console, Fleet, busy, device, empty
+from tests.cloud_hub.console.stage import Console, Figures, busy, device, empty
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def test_the_page_has_nothing_inline_that_its_policy_forbids(
 async def test_names_from_devices_are_text_and_never_markup(session: aiohttp.ClientSession) -> None:
     hostile = "<script>alert(1)</script>\"'"
     figures = replace(busy(), devices=[device(hostile)], degraded_reasons={hostile: 1})
-    async with Console(Fleet(figures)).served() as console:
+    async with Console(Figures(figures)).served() as console:
         page = await text(session, console.url)
     assert "<script>alert" not in page
     assert "hub &lt;one&gt;" in page
@@ -52,7 +52,7 @@ async def test_names_from_devices_are_text_and_never_markup(session: aiohttp.Cli
 async def test_an_empty_hub_shows_the_command_that_comes_next(
     session: aiohttp.ClientSession,
 ) -> None:
-    async with Console(Fleet(empty()), models=[]).served() as console:
+    async with Console(Figures(empty()), models=[]).served() as console:
         page = await text(session, console.url)
     assert "No device has reported yet" in page
     assert (
@@ -66,7 +66,7 @@ async def test_an_empty_hub_shows_the_command_that_comes_next(
 async def test_the_command_names_an_address_that_can_be_reached(
     session: aiohttp.ClientSession, listening: str
 ) -> None:
-    async with Console(Fleet(empty()), grpc_address=listening).served() as console:
+    async with Console(Figures(empty()), grpc_address=listening).served() as console:
         page = await text(session, console.url.replace("127.0.0.1", "localhost"))
     assert "--hub localhost:8001 " in page
 

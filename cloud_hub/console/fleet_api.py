@@ -1,0 +1,239 @@
+"""What operators do to the fleet, for programs: ``/api/v1``.
+
+    GET  /releases                      all, by model, newest first
+    GET  /releases/{model}/{number}     one, with its bundle's root document, certificates, report
+    POST /releases[?force=1]            a bundle as a tar stream becomes a release
+    GET  /devices                       all, what is wanted of them and what they say
+    GET  /devices/{name}                one, with its latest changes of phase
+    POST /deployments                   {"release": "digits@2", "devices": ["kiosk"] or null for all}
+
+Errors are ``application/problem+json`` with a sentence in ``detail`` and a stable ``code``.
+"""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from google.protobuf import json_format
+
+from cloud_hub.console import access
+from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet import upload
+from cloud_hub.fleet.controller import Event, Twin, UnknownDevice, UnknownRelease
+from cloud_hub.fleet.devices import Devices
+from cloud_hub.fleet.fleet import Fleet
+from cloud_hub.fleet.releases import Release, ReleaseRefused
+from cloud_hub.fleet.trust import KeyMissing
+from cloud_hub.fleet.upload import UploadRefused
+
+MAX_UPLOAD_BYTES = 8 << 30
+MAX_BODY_BYTES = 1 << 20
+
+_STATUS = {"release/unknown": 404, "bundle/version-taken": 409}
+
+
+class FleetApi:
+    """Answers programs that operate the fleet."""
+
+    def __init__(
+        self, fleet: Fleet, devices: Devices, scratch: Path, clock: Callable[[], float]
+    ) -> None:
+        """Join what is needed; ``scratch`` is a folder for uploads on the data's own disk."""
+        self._fleet = fleet
+        self._devices = devices
+        self._scratch = scratch
+        self._clock = clock
+
+    def routes(self) -> list[tuple[str, str, access.Handler]]:
+        """Return method, path and handler of every route."""
+        return [
+            ("GET", "/api/v1/releases", _telling(self.releases)),
+            ("POST", "/api/v1/releases", _telling(self.push)),
+            ("GET", "/api/v1/releases/{model}/{number}", _telling(self.release)),
+            ("GET", "/api/v1/devices", _telling(self.devices)),
+            ("GET", "/api/v1/devices/{name}", _telling(self.device)),
+            ("POST", "/api/v1/deployments", _telling(self.deploy)),
+        ]
+
+    async def releases(self, _request: web.Request) -> web.Response:
+        """Answer with every release."""
+        return web.json_response([_line(found) for found in await self._fleet.releases.list()])
+
+    async def release(self, request: web.Request) -> web.Response:
+        """Answer with one release in full."""
+        found = await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
+        issued = await self._fleet.certificates.list(found.model, found.number)
+        return web.json_response(
+            {
+                **_line(found),
+                "bundle": json.loads(found.bundle.to_json()),
+                "certificates": [
+                    {
+                        **json.loads(one.certificate.to_json()),
+                        "id": one.certificate.id,
+                        "withdrawn": one.withdrawn_at is not None,
+                    }
+                    for one in issued
+                ],
+                "report": dict(found.report),
+                "running_on": (await self._fleet.controller.running(found.model)).get(
+                    found.number, 0
+                ),
+            }
+        )
+
+    async def push(self, request: web.Request) -> web.Response:
+        """Accept a bundle."""
+        force = request.query.get("force", "0")
+        if force not in ("0", "1"):
+            return access.problem(400, f"force is 0 or 1, got {force!r}")
+        await asyncio.to_thread(self._scratch.mkdir, parents=True, exist_ok=True)
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._scratch))
+        try:
+            archive = folder / "upload.tar"
+            await _receive(request, archive)
+            bundle = await asyncio.to_thread(_unpack, archive, folder / "bundle")
+            found = await self._fleet.releases.accept(bundle, force=force == "1")
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        return web.json_response(_line(found), status=201)
+
+    async def devices(self, _request: web.Request) -> web.Response:
+        """Answer with every device."""
+        return web.json_response([self._twin(one) for one in await self._fleet.controller.twins()])
+
+    async def device(self, request: web.Request) -> web.Response:
+        """Answer with one device and its history."""
+        name = request.match_info["name"]
+        for one in await self._fleet.controller.twins():
+            if one.device == name:
+                events = await self._fleet.controller.events(name)
+                return web.json_response(
+                    {**self._twin(one), "events": [_event(event) for event in events]}
+                )
+        raise UnknownDevice(f"no device {name!r} has reported to this hub")
+
+    async def deploy(self, request: web.Request) -> web.Response:
+        """Want a release on devices."""
+        if not access.is_same_origin(request):
+            return access.problem(403, "this came from a page of another site")
+        body = await _json(request)
+        devices = body.get("devices")
+        if not isinstance(body.get("release"), str) or set(body) - {"release", "devices"}:
+            return access.problem(400, 'expected {"release": "MODEL@NUMBER", "devices": [...]}')
+        if devices is not None and not (
+            isinstance(devices, list) and devices and all(isinstance(d, str) for d in devices)
+        ):
+            return access.problem(400, "devices must be a list of names, or null for all")
+        found = await self._release(body["release"])
+        names = await self._fleet.controller.want(devices, found.model, found.number)
+        return web.json_response({"release": _name(found), "devices": list(names)}, status=202)
+
+    async def _release(self, text: str) -> Release:
+        model, _, number = text.partition("@")
+        if number and not number.isdecimal():
+            for found in await self._fleet.releases.list(model):
+                if found.version == number:
+                    return found
+        wanted = int(number) if number.isdecimal() else None if not number else 0
+        return await self._fleet.releases.show(model, wanted)
+
+    def _twin(self, one: Twin) -> dict[str, Any]:
+        seen = {device.name: device for device in self._devices.all()}.get(one.device)
+        return {
+            "name": one.device,
+            "online": seen is not None and self._devices.online(seen, self._clock()),
+            "last_seen": seen.last_seen if seen is not None else None,
+            "standing": one.standing,
+            "desired": dict(one.desired),
+            "generation": one.generation,
+            "reported_generation": one.reported.generation,
+            "models": [
+                json_format.MessageToDict(
+                    model,
+                    preserving_proto_field_name=True,
+                    always_print_fields_with_no_presence=True,
+                )
+                for model in one.reported.models
+            ],
+        }
+
+
+def _telling(handler: access.Handler) -> access.Handler:
+    """Return ``handler`` with refusals as problem documents."""
+
+    async def call(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ReleaseRefused as error:
+            return _problem(_STATUS.get(error.code, 422), error.code, error.sentence, error.figures)
+        except UploadRefused as error:
+            return _problem(422, "bundle/refused", str(error))
+        except (UnknownDevice, UnknownRelease) as error:
+            return _problem(404, "device/unknown", str(error))
+        except (StoreFailed, KeyMissing) as error:
+            return _problem(503, "hub/cannot-write", str(error))
+        except OSError as error:
+            return _problem(507, "hub/disk", f"the hub's disk: {error.strerror or error}")
+
+    return call
+
+
+def _problem(status: int, code: str, detail: str, figures: Any = None) -> web.Response:
+    document = {"type": "about:blank", "status": status, "code": code, "detail": detail}
+    if figures:
+        document["figures"] = {variant: dict(values) for variant, values in figures.items()}
+    return web.json_response(document, status=status, content_type="application/problem+json")
+
+
+async def _receive(request: web.Request, archive: Path) -> None:
+    taken = 0
+    with archive.open("wb") as file:
+        async for chunk in request.content.iter_chunked(1 << 20):
+            taken += len(chunk)
+            if taken > MAX_UPLOAD_BYTES:
+                raise UploadRefused(f"more than {MAX_UPLOAD_BYTES} bytes")
+            await asyncio.to_thread(file.write, chunk)
+
+
+def _unpack(archive: Path, into: Path) -> Path:
+    with archive.open("rb") as file:
+        return upload.unpack(file, into)
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    body = await request.content.read(MAX_BODY_BYTES)
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    return document if isinstance(document, dict) else {}
+
+
+def _name(found: Release) -> str:
+    return f"{found.model}@{found.number}"
+
+
+def _line(found: Release) -> dict[str, Any]:
+    pairing = found.escalates_to
+    return {
+        "release": _name(found),
+        "model": found.model,
+        "number": found.number,
+        "version": found.version,
+        "bundle_sha256": found.bundle_sha256,
+        "accepted_at": found.accepted_at,
+        "forced": found.forced,
+        "size_bytes": found.size_bytes,
+        "escalates_to": pairing.model if pairing is not None else None,
+        "self_test": {variant: dict(figures) for variant, figures in found.self_test.items()},
+    }
+
+
+def _event(event: Event) -> dict[str, Any]:
+    return {name: getattr(event, name) for name in Event.__slots__ if name != "device"}

@@ -1,0 +1,247 @@
+"""Certificates as objects of their own: attached to a release, replaced, withdrawn.
+
+A certificate is signed by its own role, so it can be issued for a release that is in the field
+for months and taken back without touching a file of it. What it says was decided by the
+workshop; here it is only asked whether it speaks of this release at all.
+
+The table is what the hub believes and the signed metadata follows it. An issue is signed first
+and then believed, a withdrawal is believed first and then no longer signed: wherever the power
+goes, no device is sent to a certificate that is not signed, and ``reconcile`` finishes the rest.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Row
+
+from cloud_hub.fleet.trust import Repository
+from cloud_hub.store import schema
+from cloud_hub.store.store import Store
+from fogline_protocol import certificate as documents
+from fogline_protocol import release, release_index
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.release import Bundle
+
+
+class CertificateRefused(Exception):
+    """It does not speak of this release, or there is no such thing: the sentence says what differs."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.sentence = sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A certificate that is, or was, attached to a release."""
+
+    id: str
+    release: int
+    certificate: Certificate
+    attached_at: float
+    withdrawn_at: float | None
+    reason: str  # why it was withdrawn
+
+    @property
+    def target(self) -> str:
+        """Return the TUF target path that devices are told."""
+        return release_index.certificate_target(self.certificate.model, self.release, self.id)
+
+
+class Certificates:
+    """The certificates of all releases."""
+
+    def __init__(
+        self, store: Store, repository: Repository, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._repository = repository
+        self._clock = clock
+        self._changing = asyncio.Lock()  # a withdrawal must not overtake the issue it undoes
+
+    async def issue(self, model: str, number: int, certificate: Certificate) -> Issued:
+        """Attach a certificate to a release and sign it. One that was withdrawn holds again.
+
+        Raises:
+            CertificateRefused: there is no such release, or the certificate is not about it.
+            StoreFailed: the database cannot take it; nothing refers to it.
+        """
+        bundle, hub = await self._store.read(lambda c: _bundles(c, model, number))
+        now = self._clock()
+        problem = objection(certificate, bundle, hub, now)
+        if problem is not None:
+            raise CertificateRefused(
+                "certificate/other", f"certificate {certificate.id}: {problem}"
+            )
+        target = release_index.certificate_target(model, number, certificate.id)
+        async with self._changing:
+            await asyncio.to_thread(
+                self._repository.publish, {target: certificate.to_json()}, now=now
+            )
+            await self._store.write(lambda c: attach(c, model, number, certificate, now))
+            return await self.show(model, number, certificate.id)
+
+    async def withdraw(self, model: str, number: int, id: str, *, reason: str) -> Issued:
+        """Take a certificate back: devices that ask find it gone. Doing it again changes nothing.
+
+        Devices that use it stop when they are told another desired state; that is the caller's.
+
+        Raises:
+            CertificateRefused: it was never attached to this release.
+            StoreFailed: the database cannot take it; it still holds.
+        """
+        async with self._changing:
+            found = await self.show(model, number, id)
+            if found.withdrawn_at is None:
+                now = self._clock()
+                await self._store.write(
+                    lambda c: c.execute(
+                        schema.certificate.update()
+                        .where(*_is(model, number, id))
+                        .values(withdrawn_at=now, reason=reason[:500])
+                    )
+                )
+            await asyncio.to_thread(self._repository.publish, {}, [found.target], now=self._clock())
+            return await self.show(model, number, id)
+
+    async def list(self, model: str | None = None, number: int | None = None) -> Sequence[Issued]:
+        """Return certificates, withdrawn ones included, the latest first."""
+
+        def read(connection: Connection) -> Sequence[Issued]:
+            query = schema.certificate.select().order_by(
+                schema.certificate.c.attached_at.desc(), schema.certificate.c.id
+            )
+            if model is not None:
+                query = query.where(schema.certificate.c.model == model)
+            if number is not None:
+                query = query.where(schema.certificate.c.release == number)
+            return [_issued(row) for row in connection.execute(query)]
+
+        return await self._store.read(read)
+
+    async def show(self, model: str, number: int, id: str) -> Issued:
+        """Return one certificate.
+
+        Raises:
+            CertificateRefused: it was never attached to this release.
+        """
+        row = await self._store.read(
+            lambda c: c.execute(schema.certificate.select().where(*_is(model, number, id))).first()
+        )
+        if row is None:
+            raise CertificateRefused(
+                "certificate/unknown", f"release {number} of {model} has no certificate {id!r}"
+            )
+        return _issued(row)
+
+    async def targets(self, model: str, number: int) -> tuple[str, ...]:
+        """Return what to name next to a release in the desired state: what holds now."""
+        now = self._clock()
+        return tuple(
+            issued.target
+            for issued in await self.list(model, number)
+            if issued.withdrawn_at is None and issued.certificate.expires_at.timestamp() > now
+        )
+
+    async def reconcile(self) -> None:
+        """Sign what the table holds and nothing that was withdrawn. Call it once at every start."""
+        async with self._changing:
+            everything = await self.list()
+            add = {i.target: i.certificate.to_json() for i in everything if i.withdrawn_at is None}
+            gone = [i.target for i in everything if i.withdrawn_at is not None]
+            await asyncio.to_thread(self._repository.publish, add, gone, now=self._clock())
+
+
+def objection(
+    certificate: Certificate, bundle: Bundle, hub: Bundle | None, now: float
+) -> str | None:
+    """Say why a certificate is not about ``bundle`` paired with ``hub``, or None if it is."""
+    if (certificate.model, certificate.version) != (bundle.model, bundle.version):
+        return (
+            f"it speaks of {certificate.model} {certificate.version}, the release is "
+            f"{bundle.model} {bundle.version}"
+        )
+    try:
+        variant = bundle.variant(certificate.variant)
+    except KeyError:
+        return f"the release has no variant {certificate.variant!r}"
+    if bundle.files[variant.path].sha256 != certificate.variant_sha256:
+        return f"it was measured on another file than the release's {variant.path}"
+    if bundle.escalates_to is None or hub is None:
+        return "the release escalates to no model, so there is nothing to certify"
+    if certificate.hub_model != hub.model:
+        return f"it compares with {certificate.hub_model}, the release escalates to {hub.model}"
+    if certificate.hub_sha256 not in {hub.files[v.path].sha256 for v in hub.variants}:
+        return f"it compares with another file than those of {hub.model} {hub.version}"
+    if bundle.score is None or (certificate.score_function, certificate.score_output) != (
+        bundle.score.function,
+        bundle.score.output,
+    ):
+        return "its score is not the one that the release computes"
+    if certificate.expires_at.timestamp() <= now:
+        return f"it expired at {certificate.expires_at.isoformat()}"
+    return None
+
+
+def attach(
+    connection: Connection, model: str, number: int, certificate: Certificate, now: float
+) -> None:
+    """Insert the row of a signed certificate, or make a withdrawn one hold again."""
+    changed = connection.execute(
+        schema.certificate.update()
+        .where(*_is(model, number, certificate.id))
+        .values(withdrawn_at=None, reason="")
+    )
+    if changed.rowcount == 0:
+        connection.execute(
+            schema.certificate.insert().values(
+                model=model,
+                release=number,
+                id=certificate.id,
+                variant=certificate.variant,
+                hardware_class=certificate.hardware_class,
+                issued_at=certificate.issued_at.timestamp(),
+                expires_at=certificate.expires_at.timestamp(),
+                document=certificate.to_json().decode(),
+                attached_at=now,
+                withdrawn_at=None,
+                reason="",
+            )
+        )
+
+
+def _bundles(connection: Connection, model: str, number: int) -> tuple[Bundle, Bundle | None]:
+    table = schema.release
+    row = connection.execute(
+        table.select().where(table.c.model == model, table.c.number == number)
+    ).first()
+    if row is None:
+        raise CertificateRefused("release/unknown", f"there is no release {number} of {model}")
+    hub = connection.execute(
+        sa.select(table.c.document).where(table.c.bundle_sha256 == row.escalates_to_sha256)
+    ).scalar()
+    return (
+        release.parse(row.document.encode()),
+        None if hub is None else release.parse(hub.encode()),
+    )
+
+
+def _is(model: str, number: int, id: str) -> tuple[sa.ColumnElement[bool], ...]:
+    table = schema.certificate
+    return (table.c.model == model, table.c.release == number, table.c.id == id)
+
+
+def _issued(row: Row[Any]) -> Issued:
+    return Issued(
+        id=row.id,
+        release=row.release,
+        certificate=documents.parse(row.document.encode()),
+        attached_at=row.attached_at,
+        withdrawn_at=row.withdrawn_at,
+        reason=row.reason,
+    )

@@ -1,0 +1,154 @@
+"""The model story on the hub, joined: releases, trust, desired states, and the way to devices.
+
+    release push → releases (check, try, number, sign) ─┐
+    device set   → controller (desired, generation) ────┴→ link → broker → devices
+    devices      → link → controller (reported, counts) → console
+
+Serving inference never depends on any of it: a broker that is missing or dies is said, waited
+for and started again.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+from sqlalchemy import Connection, select
+
+from cloud_hub.fleet import artifacts
+from cloud_hub.fleet.artifacts import Blobs
+from cloud_hub.fleet.certificates import Certificates
+from cloud_hub.fleet.controller import Controller, WantedRelease
+from cloud_hub.fleet.devices import Devices
+from cloud_hub.fleet.golden import Load
+from cloud_hub.fleet.link import HubLink, HubLinkOptions
+from cloud_hub.fleet.mosquitto import Mosquitto, MosquittoFailed, MosquittoMissing
+from cloud_hub.fleet.releases import Releases
+from cloud_hub.fleet.trust import Repository, keep_fresh
+from cloud_hub.store import schema
+from cloud_hub.store.store import Store
+from fogline_protocol import release_index
+from fogline_protocol.mqtt import BrokerAddress
+from fogline_protocol.v1 import fleet_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+TENANT = "default"  # until callers' tenants reach the broker
+OFF = "off"
+
+Telemetry = Callable[[pb.Telemetry], None]
+
+
+class Fleet:
+    """Everything between an accepted bundle and a device that runs it."""
+
+    def __init__(
+        self, store: Store, data: Path, load: Load, devices: Devices, telemetry: Telemetry
+    ) -> None:
+        """Join the parts; nothing runs yet.
+
+        Raises:
+            StartRefused: the signing keys do not fit the signed metadata.
+        """
+        self._data = data
+        self._repository = Repository(data, now=time.time())
+        self._blobs = Blobs(data / "blobs")
+        self.releases = Releases(store, self._blobs, self._repository, load=load)
+        self.certificates = Certificates(store, self._repository)
+        self.controller = Controller(
+            store,
+            wanted=_wanted,
+            telemetry=telemetry,
+            seen=lambda state: None if state.online else devices.left(state.device),
+        )
+        self._mosquitto: Mosquitto | None = None
+        self._link: HubLink | None = None
+        self.broker = ""  # its address as a URL; empty: there is none
+        self.trouble = ""  # why there is no broker
+
+    @contextlib.asynccontextmanager
+    async def running(self, mqtt: str) -> AsyncIterator[None]:
+        """Sign what is due, reach the broker, and keep at it until left.
+
+        Args:
+            mqtt: URL of a broker; empty: one of our own, a child process; ``off``: none.
+        """
+        await self.releases.reconcile()
+        await self.certificates.reconcile()
+        async with contextlib.AsyncExitStack() as stack:
+            jobs: list[Coroutine[Any, Any, None]] = [keep_fresh(self._repository)]
+            address = await self._find_broker(mqtt, stack)
+            if self._mosquitto is not None and address is not None:
+                jobs.append(self._mosquitto.watch())
+            if address is not None:
+                self.broker = str(address)
+                self._link = HubLink(
+                    HubLinkOptions(address=address),
+                    self.controller,
+                    last_epoch=await self.controller.last_epoch(),
+                )
+                jobs += [self._link.run(), self.controller.publish(self._link, TENANT)]
+            tasks = [asyncio.create_task(job) for job in jobs]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def broker_reached(self) -> bool:
+        """Whether the broker can be reached at this moment."""
+        return self._link is not None and self._link.is_connected
+
+    def routes(self) -> Sequence[web.RouteDef]:
+        """Return the HTTP routes below which devices fetch what was signed."""
+        return artifacts.routes(self._blobs, self._repository.directory)
+
+    def contact(self, http: str) -> pb.ContactResponse:
+        """Return where a device finds broker and files; ``http`` is the hub's own URL."""
+        return pb.ContactResponse(mqtt=self.broker, http=http)
+
+    async def _find_broker(
+        self, mqtt: str, stack: contextlib.AsyncExitStack
+    ) -> BrokerAddress | None:
+        if mqtt == OFF:
+            self.trouble = "switched off with --mqtt off"
+            return None
+        if mqtt:
+            return BrokerAddress.parse(mqtt)
+        self._mosquitto = Mosquitto(self._data / "broker")
+        stack.push_async_callback(self._mosquitto.stop)
+        try:
+            return await self._mosquitto.start()
+        except (MosquittoMissing, MosquittoFailed) as error:
+            self.trouble = str(error)
+            log.error("no broker: devices get no updates", why=str(error))
+            return None
+
+
+def _wanted(connection: Connection, model: str, number: int) -> WantedRelease | None:
+    """Describe an accepted release as a desired state names it: with what is certified now."""
+    r, c = schema.release.c, schema.certificate.c
+    row = connection.execute(
+        select(r.version).where(r.model == model, r.number == number)
+    ).one_or_none()
+    if row is None:
+        return None
+    certified = connection.execute(
+        select(c.id)
+        .where(c.model == model, c.release == number)
+        .where(c.withdrawn_at.is_(None), c.expires_at > time.time())
+        .order_by(c.id)
+    ).scalars()
+    return WantedRelease(
+        model,
+        number,
+        row.version,
+        release_index.index_target(model, number),
+        tuple(release_index.certificate_target(model, number, id) for id in certified),
+    )

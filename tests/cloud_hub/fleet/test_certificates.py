@@ -1,0 +1,210 @@
+import datetime
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection
+
+from cloud_hub.fleet.artifacts import Disk
+from cloud_hub.fleet.certificates import CertificateRefused, Certificates, objection
+from cloud_hub.fleet.trust import Repository
+from cloud_hub.store import schema
+from cloud_hub.store.store import Store
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.release import Bundle, File, Pairing, Score, SelfTest, Tolerance, Variant
+from fogline_protocol.tensors import TensorSpec
+
+WHEN = datetime.datetime(2026, 10, 1, tzinfo=datetime.UTC)
+NOW = WHEN.timestamp() + 86_400
+HUB_SHA256 = "a" * 64
+
+
+def _bundle(model: str, artifact: str, pairing: Pairing | None) -> Bundle:
+    tensor = TensorSpec("x", "FP32", (-1, 2))
+    return Bundle(
+        model=model,
+        version="1.0.0",
+        inputs=(tensor,),
+        outputs=(replace(tensor, name="y"),),
+        max_batch=4,
+        variants=(Variant("fp32", "fp32.onnx", "fp32", ("CPUExecutionProvider",)),),
+        self_test=SelfTest("selftest.npz", {"fp32": Tolerance(0.1, 0.9)}),
+        files={"fp32.onnx": File(artifact * 64, 1), "selftest.npz": File("0" * 64, 1)},
+        score=Score("max_softmax", "y"),
+        escalates_to=pairing,
+    )
+
+
+HUB = _bundle("digits-hub", "1", None)
+EDGE = _bundle("digits", "2", Pairing("digits-hub", HUB_SHA256))
+GOOD = Certificate(
+    model="digits",
+    version="1.0.0",
+    variant="fp32",
+    variant_sha256="2" * 64,
+    hub_model="digits-hub",
+    hub_sha256="1" * 64,
+    hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
+    score_function="max_softmax",
+    score_output="y",
+    alpha=0.05,
+    delta=0.05,
+    items=100,
+    scenes=100,
+    allowed_losses=1,
+    threshold=0.9,
+    escalation_rate=0.1,
+    escalation_rate_upper=0.2,
+    reference_score_quantiles=(0.1, 0.9),
+    calibration_sha256="3" * 64,
+    sampling="all",
+    issued_at=WHEN,
+    expires_at=WHEN + datetime.timedelta(days=90),
+)
+
+
+class QuickDisk(Disk):
+    """A disk that nobody cuts the power of."""
+
+    def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
+        path.write_bytes(data)
+        path.chmod(mode)
+
+    def sync(self, directory: Path) -> None:
+        pass
+
+
+def _insert(connection: Connection) -> None:
+    for number, (bundle, sha256) in enumerate(((HUB, HUB_SHA256), (EDGE, "b" * 64)), 1):
+        connection.execute(
+            schema.release.insert().values(
+                model=bundle.model,
+                number=number,
+                version=bundle.version,
+                bundle_sha256=sha256,
+                escalates_to=bundle.escalates_to and bundle.escalates_to.model,
+                escalates_to_sha256=bundle.escalates_to and bundle.escalates_to.bundle_sha256,
+                accepted_at=NOW,
+                forced=False,
+                size_bytes=2,
+                document=bundle.to_json().decode(),
+                index_document="{}",
+                self_test="{}",
+                report="",
+            )
+        )
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    store = await Store.open(f"sqlite:///{tmp_path}/hub.db")
+    await store.write(_insert)
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path, now=NOW, disk=QuickDisk())
+
+
+@pytest.fixture
+def certificates(store: Store, repository: Repository) -> Certificates:
+    return Certificates(store, repository, clock=lambda: NOW)
+
+
+async def test_a_certificate_is_attached_to_a_release_that_is_out_already(
+    certificates: Certificates, repository: Repository, tmp_path: Path
+) -> None:
+    issued = await certificates.issue("digits", 2, GOOD)
+    assert issued.target == f"certificates/digits/2/{GOOD.id}.json"
+    info = repository.targets()[issued.target]
+    signed = tmp_path / "tuf" / "targets" / info.get_prefixed_paths()[0]
+    assert signed.read_bytes() == GOOD.to_json()
+    assert await certificates.targets("digits", 2) == (issued.target,)
+    assert list(await certificates.list("digits")) == [issued]
+    assert await certificates.issue("digits", 2, GOOD) == issued
+
+
+async def test_a_withdrawn_certificate_is_neither_signed_nor_named(
+    certificates: Certificates, repository: Repository
+) -> None:
+    issued = await certificates.issue("digits", 2, GOOD)
+    withdrawn = await certificates.withdraw("digits", 2, GOOD.id, reason="drift")
+    assert (withdrawn.withdrawn_at, withdrawn.reason) == (NOW, "drift")
+    assert issued.target not in repository.targets()
+    assert await certificates.targets("digits", 2) == ()
+    assert await certificates.withdraw("digits", 2, GOOD.id, reason="again") == withdrawn
+    again = await certificates.issue("digits", 2, GOOD)
+    assert again.withdrawn_at is None
+    assert issued.target in repository.targets()
+
+
+async def test_an_expired_certificate_is_not_named_any_more(
+    store: Store, repository: Repository, certificates: Certificates
+) -> None:
+    await certificates.issue("digits", 2, GOOD)
+    later = Certificates(store, repository, clock=lambda: GOOD.expires_at.timestamp())
+    assert await later.targets("digits", 2) == ()
+
+
+async def test_a_start_finishes_what_a_crash_interrupted(
+    store: Store, repository: Repository, certificates: Certificates
+) -> None:
+    issued = await certificates.issue("digits", 2, GOOD)
+    other = replace(GOOD, alpha=0.01)
+    kept = await certificates.issue("digits", 2, other)
+    await certificates.withdraw("digits", 2, GOOD.id, reason="drift")
+    # A crash between row and signature, in both directions.
+    repository.publish({issued.target: GOOD.to_json()}, [kept.target], now=NOW)
+    await Certificates(store, repository, clock=lambda: NOW).reconcile()
+    assert set(repository.targets()) == {kept.target}
+
+
+@pytest.mark.parametrize(
+    ("model", "number", "code"),
+    [("digits", 7, "release/unknown"), ("other", 1, "release/unknown"), ("digits-hub", 1, "certificate/other")],
+)  # fmt: skip
+async def test_a_certificate_needs_its_release(
+    certificates: Certificates, model: str, number: int, code: str
+) -> None:
+    with pytest.raises(CertificateRefused) as caught:
+        await certificates.issue(model, number, GOOD)
+    assert caught.value.code == code
+
+
+async def test_what_was_never_attached_cannot_be_withdrawn(certificates: Certificates) -> None:
+    with pytest.raises(CertificateRefused) as caught:
+        await certificates.withdraw("digits", 2, "0" * 16, reason="")
+    assert caught.value.code == "certificate/unknown"
+
+
+@pytest.mark.parametrize(
+    ("certificate", "sentence"),
+    [
+        (GOOD, None),
+        (replace(GOOD, model="letters"), "speaks of letters 1.0.0"),
+        (replace(GOOD, version="2.0.0"), "speaks of digits 2.0.0"),
+        (replace(GOOD, variant="int8"), "no variant 'int8'"),
+        (replace(GOOD, variant_sha256="9" * 64), "another file than the release's fp32.onnx"),
+        (replace(GOOD, hub_model="other"), "compares with other"),
+        (replace(GOOD, hub_sha256="9" * 64), "another file than those of digits-hub"),
+        (replace(GOOD, score_output="z"), "its score"),
+        (replace(GOOD, expires_at=WHEN), "it expired at"),
+    ],
+)
+def test_a_certificate_speaks_of_one_release_and_its_pair(
+    certificate: Certificate, sentence: str | None
+) -> None:
+    found = objection(certificate, EDGE, HUB, NOW)
+    if sentence is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert sentence in found
+
+
+def test_a_release_that_never_escalates_has_nothing_to_certify() -> None:
+    alone = replace(GOOD, model="digits-hub", variant_sha256="1" * 64)
+    assert "escalates to no model" in (objection(alone, HUB, None, NOW) or "")
