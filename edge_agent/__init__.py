@@ -15,8 +15,8 @@
       variants.py     which artifact of a bundle suits this device
       engine.py       one loaded variant: arrays in, arrays out
       providers.py    what this device can really run
-    fleet/          what the hub learns of this device
-      telemetry.py    counts, and reports them
+    update/         how a release reaches the device, and why one that works always stays
+    fleet/          what the hub wants of this device, and what it learns of it
 
 An application may run the agent inside its own process:
 

@@ -2,6 +2,9 @@
 
     1  steady traffic: edge only, hub only and hybrid on the same inputs
     2  the hub is killed under load and comes back
+    3  a better edge release is pushed, and devices switch to it under load
+    4  a broken release is forced past the hub, and every device refuses it
+    5  broker and device are killed in the middle of an update, and all devices arrive
 
 Ends with a summary and exits with 1 if a promise was not kept.
 """
@@ -11,6 +14,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import os
 import shutil
 import signal
 import socket
@@ -18,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +30,14 @@ from typing import Any
 import aiohttp
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cloud_hub.operate import OperationRefused
 from deploy.demo import traffic
-from deploy.demo.fleet import DemoFailed, Fleet
+from deploy.demo.fleet import DemoFailed, Fleet, Process
+from deploy.demo.operator import Operator
 from deploy.demo.traffic import Answer, Application
 from fogline_models import certify
 from fogline_models.session import hardware_class
@@ -40,13 +47,15 @@ from fogline_protocol.tensors import Array
 
 FAMILY = Path(__file__).resolve().parents[2] / "models" / "digits"
 EDGE_BUNDLE = FAMILY / "bundles" / "digits-1.0.0"
+BETTER_BUNDLE = FAMILY / "bundles" / "digits-1.1.0"
+BROKEN_BUNDLE = FAMILY / "bundles" / "broken" / "digits-1.2.0"
 HUB_BUNDLE = FAMILY / "bundles" / "digits-hub-1.0.0"
 
 VARIANT = "int8-qdq"
 ALPHA = 0.05  # what 350 independent digits can carry; see models/digits/README.md
 
 CALLERS = 2  # per agent, in act 1
-OUTAGE_RATE = 60.0  # requests per second over all agents, in act 2
+RATE = 60.0  # requests per second over all agents, in acts 2 to 5
 
 console = Console(highlight=False)
 
@@ -77,12 +86,17 @@ class Figures:
     p99_ms_hub: float = 0.0
     bytes_escalated: int = 0
     outage: dict[str, Any] = field(default_factory=dict)
+    update: dict[str, Any] = field(default_factory=dict)
+    broken: dict[str, Any] = field(default_factory=dict)
+    convergence: dict[str, Any] = field(default_factory=dict)
     broken_promises: list[str] = field(default_factory=list)
 
 
 def main() -> None:
     """Run the demo."""
     options = _options()
+    # A signal of the process manager ends the story as Ctrl-C does: with every process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         kept = asyncio.run(_demo(options))
     except KeyboardInterrupt:
@@ -126,6 +140,10 @@ async def _demo(options: argparse.Namespace) -> bool:
         figures = Figures(alpha=certificate.alpha)
         await _steady_traffic(fleet, apps, digits, certificate, figures)
         await _outage(fleet, apps, digits, figures)
+        better, _ = await asyncio.to_thread(certified_bundle, root, BETTER_BUNDLE)
+        await _better_release(fleet, apps, digits, better, figures)
+        await _broken_release(fleet, apps, digits, figures)
+        await _convergence(fleet, apps, digits, edge_bundle, figures)
         _summary(figures, time.monotonic() - started)
         if options.report is not None:
             options.report.write_text(json.dumps(_report(figures), indent=2) + "\n")
@@ -140,15 +158,15 @@ def _load_traffic() -> Traffic:
         return Traffic(file["main_images"], file["main_labels"])
 
 
-def certified_bundle(root: Path) -> tuple[Path, Certificate]:
-    """Copy the edge bundle and make sure that it is certified for this machine.
+def certified_bundle(root: Path, source: Path = EDGE_BUNDLE) -> tuple[Path, Certificate]:
+    """Copy an edge bundle and make sure that it is certified for this machine.
 
     A certificate holds for one hardware class. On another one the agents would rightly
     escalate everything, so the demo measures this machine first, from the committed data.
     """
-    target = root / EDGE_BUNDLE.name
+    target = root / source.name
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(EDGE_BUNDLE, target)
+    shutil.copytree(source, target)
     edge = release.read(target)
     here = hardware_class()
     now = datetime.datetime.now(datetime.UTC)
@@ -242,9 +260,7 @@ async def _outage(
 ) -> None:
     console.print()
     console.rule("act 2: the hub is gone", align="left")
-    stop = asyncio.Event()
-    stream = asyncio.create_task(traffic.endless(apps, digits.images, stop, OUTAGE_RATE))
-    try:
+    async with traffic.Stream(apps, digits.images, RATE) as stream:
         await asyncio.sleep(2)
         console.print(f"kill -9 {fleet.hub.pid}: the hub's process is gone, the traffic goes on")
         await fleet.hub.stop(signal.SIGKILL)
@@ -253,38 +269,185 @@ async def _outage(
         console.print("the hub starts again on the same data and the same ports")
         await fleet.restart_hub()
         returned = time.monotonic()
-        await asyncio.sleep(6)
-    finally:
-        stop.set()
-    answers = await stream
 
-    during = [answer for answer in answers if killed <= answer.at < returned]
-    resumed = [a.at for a in answers if a.at >= returned and a.tier == "hub"]
+        def resumed() -> float | None:
+            by_hub = (a.at for a in stream.answers if a.at >= returned and a.tier == "hub")
+            return min(by_hub, default=None)
+
+        await _until(lambda: resumed() is not None, 20)
+    recovered = resumed()
+    during = [answer for answer in stream.answers if killed <= answer.at < returned]
     degraded = Counter(answer.reason for answer in during if answer.quality == "degraded")
     figures.outage = {
-        "requests": len(answers),
-        "errors": sum(bool(answer.error) for answer in answers),
+        "requests": len(stream.answers),
+        "errors": stream.failed,
         "degraded": sum(degraded.values()),
-        "recovered": bool(resumed),
+        "recovered": recovered is not None,
         "seconds_down": round(returned - killed, 2),
-        "seconds_to_recover": round(min(resumed) - returned, 2) if resumed else None,
+        "seconds_to_recover": None if recovered is None else round(recovered - returned, 2),
         "degraded_reasons": dict(degraded),
     }
     slowest = max((answer.seconds for answer in during), default=0.0)
     console.print(
-        f"{len(during)} requests while it was away: {figures.outage['errors']} failed, "
+        f"{len(during)} requests while it was away: {stream.failed} failed, "
         f"{sum(degraded.values())} were due for the hub and say so in their answer "
         f"({', '.join(f'{reason} {n}' for reason, n in degraded.items()) or 'none'}); "
         f"the slowest took {slowest * 1000:.0f} ms."
     )
-    if resumed:
+    if recovered is not None:
         console.print(
-            f"escalation resumed by itself {min(resumed) - returned:.1f} s after its return."
+            f"escalation resumed by itself {recovered - returned:.1f} s after its return."
         )
     promise = _promises(figures)
-    promise(figures.outage["errors"] == 0, f"{figures.outage['errors']} requests failed in act 2")
-    promise(bool(resumed), "escalation did not resume after the hub's return")
+    promise(stream.failed == 0, f"{stream.failed} requests failed in act 2")
+    promise(recovered is not None, "escalation did not resume after the hub's return")
     promise(bool(degraded), "no answer was marked degraded while the hub was away")
+
+
+async def _better_release(
+    fleet: Fleet, apps: Sequence[Application], digits: Traffic, bundle: Path, figures: Figures
+) -> None:
+    console.print()
+    console.rule("act 3: a better release", align="left")
+    operator = Operator(fleet)
+    await operator.push(HUB_BUNDLE)
+    release = await operator.push(bundle)
+    console.print(
+        f"fogline release push {bundle.name}: accepted as {release}, numbered, signed. "
+        f"fogline device set --all --release {release}"
+    )
+    async with traffic.Stream(apps, digits.images, RATE) as stream:
+        await asyncio.sleep(1)
+        wanted = time.monotonic()
+        await operator.want(release)
+        on_it = await operator.until_committed(release)
+        seconds = time.monotonic() - wanted
+        await asyncio.sleep(1)
+    after = await _ask_all(apps, digits, "edge_only", "edge only")
+    served = {answer.release for answer in after}
+    figures.update = {
+        "devices": len(fleet.agents),
+        "on_new_release": on_it,
+        "seconds": round(seconds, 2),
+        "failed_requests": stream.failed + sum(bool(answer.error) for answer in after),
+        "accuracy_edge_before": figures.accuracy_edge,
+        "accuracy_edge_after": _accuracy(after, digits),
+    }
+    console.print(
+        f"{on_it} of {len(fleet.agents)} devices fetched, tested and switched in {seconds:.1f} s "
+        f"while {len(stream.answers)} requests were answered: {stream.failed} failed. "
+        f"Right at the edge alone: {figures.accuracy_edge:.1%} before, "
+        f"[bold]{figures.update['accuracy_edge_after']:.1%}[/] now."
+    )
+    promise = _promises(figures)
+    promise(on_it == len(fleet.agents), f"only {on_it} devices took the better release")
+    promise(figures.update["failed_requests"] == 0, "requests failed during the update")
+    promise(len(served) == 1, f"devices answer with different releases: {sorted(served)}")
+    promise(
+        figures.update["accuracy_edge_after"] > figures.accuracy_edge,
+        "the better release is not better",
+    )
+
+
+async def _broken_release(
+    fleet: Fleet, apps: Sequence[Application], digits: Traffic, figures: Figures
+) -> None:
+    console.print()
+    console.rule("act 4: a broken release", align="left")
+    operator = Operator(fleet)
+    try:
+        await operator.push(BROKEN_BUNDLE)
+    except OperationRefused as error:
+        console.print(f"fogline release push {BROKEN_BUNDLE.name}: {escape(str(error))}")
+        by_hub = True
+    else:
+        by_hub = False
+    async with traffic.Stream(apps, digits.images, RATE) as stream:
+        release = await operator.push(BROKEN_BUNDLE, force=True)
+        console.print(f"forced past the hub it becomes {release}, and is wanted on all devices")
+        await operator.want(release)
+        refusals = await operator.until_refused(release)
+        await asyncio.sleep(1)
+    wrong = sum(answer.release.endswith("1.2.0") for answer in stream.answers)
+    figures.broken = {
+        "devices": len(fleet.agents),
+        "refused": len(refusals),
+        "reasons": sorted(set(refusals.values())),
+        "refused_by_hub": by_hub,
+        "requests": len(stream.answers),
+        "failed_requests": stream.failed,
+    }
+    console.print(
+        f"{len(refusals)} of {len(fleet.agents)} devices refused it "
+        f"({', '.join(figures.broken['reasons'])}) and serve what they served: "
+        f"{len(stream.answers)} requests, {stream.failed} failed, {wrong} answered by it."
+    )
+    promise = _promises(figures)
+    promise(by_hub, "the hub accepted a broken release without force")
+    promise(len(refusals) == len(fleet.agents), f"only {len(refusals)} devices refused it")
+    promise(stream.failed == 0 and wrong == 0, "requests failed or met the broken release")
+
+
+async def _convergence(
+    fleet: Fleet, apps: Sequence[Application], digits: Traffic, bundle: Path, figures: Figures
+) -> None:
+    console.print()
+    console.rule("act 5: everything breaks, all devices arrive", align="left")
+    operator = Operator(fleet)
+    release = await operator.push(bundle)
+    victim = fleet.agents[1]
+    # The victim's own application waits while its device is dead; the others go on.
+    others = [app for app, agent in zip(apps, fleet.agents, strict=True) if agent is not victim]
+    async with traffic.Stream(others, digits.images, RATE) as stream:
+        os.kill(fleet.broker_pid(), signal.SIGKILL)
+        console.print(f"the broker is killed, its memory is gone; then {release} is wanted")
+        wanted = time.monotonic()
+        await operator.want(release)
+        halfway = await _kill_while_downloading(victim)
+        console.print(
+            f"kill -9 of the device {victim.name} "
+            + ("in the middle of its download" if halfway else "just after its download")
+            + ", and its return"
+        )
+        await victim.start()
+        converged = await operator.until_committed(release)
+        seconds = time.monotonic() - wanted
+    figures.convergence = {
+        "devices": len(fleet.agents),
+        "converged": converged,
+        "seconds": round(seconds, 2),
+        "killed_while_downloading": halfway,
+        "requests": len(stream.answers),
+        "failed_requests": stream.failed,
+    }
+    console.print(
+        f"{converged} of {len(fleet.agents)} devices run {release} after {seconds:.1f} s; "
+        f"{len(stream.answers)} requests meanwhile, {stream.failed} failed."
+    )
+    promise = _promises(figures)
+    promise(converged == len(fleet.agents), f"only {converged} devices converged")
+    promise(stream.failed == 0, f"{stream.failed} requests failed in act 5")
+
+
+async def _kill_while_downloading(agent: Process) -> bool:
+    """Kill the agent once its download has begun; return whether it was still under way."""
+    models = agent.data / "releases" / "models"
+
+    def fetching() -> bool:
+        return any(models.glob("*/*.part"))
+
+    limit = time.monotonic() + 30
+    while not fetching() and time.monotonic() < limit:
+        await asyncio.sleep(0.001)
+    await agent.stop(signal.SIGKILL)
+    return await asyncio.to_thread(fetching)
+
+
+async def _until(condition: Callable[[], bool], limit_s: float) -> None:
+    """Wait for a condition, or until its time is over; the caller looks again."""
+    limit = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < limit:
+        await asyncio.sleep(0.05)
 
 
 async def _ask_all(
@@ -367,8 +530,18 @@ def _summary(figures: Figures, seconds: float) -> None:
     table.add_row("failed, all of act 1", "", "", str(figures.errors))
     table.add_row("failed, while the hub was away", "", "", str(figures.outage["errors"]))
     table.add_row("  answered and marked degraded", "", "", str(figures.outage["degraded"]))
+    for words, act, key in (
+        ("better release: devices on it", figures.update, "on_new_release"),
+        ("broken release: devices refusing", figures.broken, "refused"),
+        ("broker and device killed: arrived", figures.convergence, "converged"),
+    ):
+        table.add_row(words, "", "", f"{act[key]} of {act['devices']}")
+    failed = sum(
+        a["failed_requests"] for a in (figures.update, figures.broken, figures.convergence)
+    )
+    table.add_row("failed, acts 3 to 5", "", "", str(failed))
     console.print(table)
-    console.print(f"{figures.requests + figures.outage['requests']:,} requests in {seconds:.0f} s")
+    console.print(f"the whole story took {seconds:.0f} s")
     for broken in figures.broken_promises:
         console.print(f"[bold red]promise broken:[/] {broken}")
 
@@ -376,19 +549,10 @@ def _summary(figures: Figures, seconds: float) -> None:
 async def _stay(apps: Sequence[Application], digits: Traffic, address: str) -> None:
     """Keep gentle traffic flowing until Ctrl-C, so that the console lives."""
     console.print(f"\neverything stays up: [bold]{address}[/]   Ctrl-C ends it")
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    while not stop.is_set():
-        pause = asyncio.Event()
-        timer = loop.call_later(10, pause.set)
-        waiter = asyncio.create_task(stop.wait())
-        waiter.add_done_callback(lambda _task, pause=pause: pause.set())  # type: ignore[misc]
-        await traffic.endless(apps, digits.images, pause, 12.0)
-        timer.cancel()
-        waiter.cancel()
-    console.print("stopping every process")
+    async with traffic.Stream(apps, digits.images, 12.0) as stream:
+        while True:
+            await asyncio.sleep(60)
+            stream.answers.clear()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+PROBATION_S = 2.0  # half a minute in earnest; a visitor has a minute
 START_LIMIT_S = 60.0  # a cold start on a busy machine; usually under two seconds
 
 
@@ -140,6 +141,21 @@ class Fleet:
         """Start the hub again where it was: same data, same addresses."""
         await self._start_hub(self.hub.endpoints["grpc"], self.hub.endpoints["http"])
 
+    def broker_pid(self) -> int:
+        """Return the process id of the hub's own broker.
+
+        Raises:
+            DemoFailed: there is none.
+        """
+        mark = str(self.hub.data / "broker")
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                with contextlib.suppress(OSError):
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    if b"mosquitto" in words[0] and any(mark.encode() in word for word in words):
+                        return int(entry.name)
+        raise DemoFailed(f"the hub runs no broker:\n{_tail(self.hub.log)}")
+
     async def _start_hub(self, grpc: str, http: str) -> None:
         self.hub.command = (
             script("fogline"), "serve", "--data", str(self.hub.data), "--name", "demo",
@@ -152,7 +168,8 @@ class Fleet:
         command = (
             script("fogline-agent"), "run", "--device", name, "--data", str(data), "--hub", hub,
             "--bundle", str(self._edge_bundle), "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0",
-            "--unix", str(self.root / "sockets" / f"{name}.sock"), *options,
+            "--unix", str(self.root / "sockets" / f"{name}.sock"),
+            "--probation-s", str(PROBATION_S), *options,
         )  # fmt: skip
         return Process(name, command, data, ("grpc", "http", "unix"))
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import aiohttp
 import numpy as np
@@ -34,6 +34,7 @@ class Answer:
     tier: str
     quality: str
     reason: str
+    release: str
     seconds: float
     at: float  # monotonic, when the answer came
     error: str = ""
@@ -130,26 +131,47 @@ async def stream(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def endless(
-    apps: Sequence[Application], images: Array, stop: asyncio.Event, per_second: float
-) -> list[Answer]:
-    """Ask at a steady pace, in turn at each agent, until told to stop; return every answer."""
-    tasks: list[asyncio.Task[Answer]] = []
-    started = time.monotonic()
-    for number, app in enumerate(itertools.cycle(apps)):
-        due = started + number / per_second
-        wait = due - time.monotonic()
-        if wait > 0:
-            try:
-                async with asyncio.timeout(wait):
-                    await stop.wait()
-            except TimeoutError:
-                pass
-        if stop.is_set():
-            break
-        item = number % len(images)
-        tasks.append(asyncio.create_task(ask(app, images, item, "prefer_edge")))
-    return list(await asyncio.gather(*tasks))
+class Stream:
+    """Steady traffic at every agent in turn, from ``async with`` until its end.
+
+    ``answers`` grows while it runs; leaving waits for the answers that are still due.
+    """
+
+    def __init__(self, apps: Sequence[Application], images: Array, per_second: float) -> None:
+        self.answers: list[Answer] = []
+        self._apps = apps
+        self._images = images
+        self._per_second = per_second
+        self._asking: set[asyncio.Task[None]] = set()
+        self._pace: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start asking."""
+        self._pace = asyncio.create_task(self._keep_asking())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Ask no more and wait for what was asked."""
+        assert self._pace is not None
+        self._pace.cancel()
+        await asyncio.gather(self._pace, return_exceptions=True)
+        await asyncio.gather(*self._asking)
+
+    @property
+    def failed(self) -> int:
+        """Requests that got no answer so far."""
+        return sum(bool(answer.error) for answer in self.answers)
+
+    async def _keep_asking(self) -> None:
+        started = time.monotonic()
+        for number, app in enumerate(itertools.cycle(self._apps)):
+            await asyncio.sleep(max(0.0, started + number / self._per_second - time.monotonic()))
+            task = asyncio.create_task(self._ask(app, number % len(self._images)))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _ask(self, app: Application, item: int) -> None:
+        self.answers.append(await ask(app, self._images, item, "prefer_edge"))
 
 
 async def ask(app: Application, images: Array, item: int, mode: str) -> Answer:
@@ -159,7 +181,7 @@ async def ask(app: Application, images: Array, item: int, mode: str) -> Answer:
         logits, said = await app.ask(images[item : item + 1], mode)
     except (InferenceError, aiohttp.ClientError, KeyError) as error:
         now = time.monotonic()
-        return Answer(item, mode, -1, "", "", "", now - started, now, error=str(error) or "?")
+        return Answer(item, mode, -1, "", "", "", "", now - started, now, error=str(error) or "?")
     now = time.monotonic()
     return Answer(
         item=item,
@@ -168,6 +190,7 @@ async def ask(app: Application, images: Array, item: int, mode: str) -> Answer:
         tier=said["fogline.tier"],
         quality=said["fogline.quality"],
         reason=said["fogline.reason"],
+        release=said.get("fogline.release", ""),
         seconds=now - started,
         at=now,
     )

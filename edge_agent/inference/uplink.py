@@ -237,6 +237,8 @@ class Uplink:
 
     def _sent(self, task: asyncio.Task[None]) -> None:
         self._in_flight.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an escalation failed here", exc_info=task.exception())
         self._dispatch_soon()
 
     def _take(self, now: float) -> list[_Waiting]:
@@ -287,8 +289,9 @@ class Uplink:
             _fail(batch, error)
         except HubUnavailable as error:
             _fail(batch, error)
-        except asyncio.CancelledError:
-            _fail(batch, HubUnavailable("the agent is stopping"))
+        except BaseException:
+            # The agent stops, or a fault of ours: nobody waits for what will not come.
+            _fail(batch, HubUnavailable("the escalation was given up"))
             raise
         else:
             _hand_out(batch, answer)

@@ -1,11 +1,11 @@
-"""Runs benchmarks by name: ``./run bench [serving] [agent]``."""
+"""Runs benchmarks by name: ``./run bench [serving] [agent] [switching]``."""
 
 import sys
 
 from tests import benchmarks
-from tests.benchmarks import agent, serving
+from tests.benchmarks import agent, serving, switching
 
-ALL = {"serving": serving.main, "agent": agent.main}
+ALL = {"serving": serving.main, "agent": agent.main, "switching": switching.main}
 
 
 def main() -> None:

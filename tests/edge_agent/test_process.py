@@ -112,7 +112,7 @@ async def test_start_and_stop_say_what_matters(digits: Process) -> None:
 
 @pytest.mark.system
 async def test_one_small_model_fits_into_its_budgets(digits: Process) -> None:
-    """At most 120 MB of memory, at most 2 s from the start to the first answer."""
+    """At most 140 MB of memory with TUF and cryptography loaded, at most 2 s from the start to the first answer."""
     took = []
     for _ in range(3):
         started = time.monotonic()
@@ -125,7 +125,7 @@ async def test_one_small_model_fits_into_its_budgets(digits: Process) -> None:
         await client.close()
         rss = psutil.Process(digits.process.pid).memory_info().rss
         assert digits.end(signal.SIGINT) == 0
-        assert rss <= 120e6
+        assert rss <= 140e6
     assert min(took) <= 2.0
 
 
