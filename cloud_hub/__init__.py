@@ -1,12 +1,13 @@
 """The hub: answers what devices escalate, and brings models to the fleet.
 
 cli.py          the command `fogline`
+operate.py      the operator's commands, over the hub's API
 hub.py          the composition root: the only file that knows all sides
 config.py       options from flags, environment and TOML
 errors.py       what may go wrong before or beside a request
 inference/      the request story: door -> server -> batcher -> engine
 engines/        what runs a model: ONNX Runtime
-fleet/          the model story: devices, releases, who may call
+fleet/          the model story: releases, devices, what is wanted of them
 insight/        what the fleet did: counts over time
 console/        pages and API for operators
 store/          the database: one writer, many readers

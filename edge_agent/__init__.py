@@ -2,6 +2,7 @@
 
     cli.py          the command `fogline-agent`
     agent.py        the composition root: builds the parts, joins them, stops them in order
+    managed.py      joins the two stories: what a hub may change on this device
     config.py       the options, validated once
     errors.py       what may go wrong, named by what the caller does next
 

@@ -12,6 +12,9 @@ have to agree on this?
     certificate.py     the risk certificate: a threshold and the bound that holds at it
     score.py           the scale that thresholds live on
     hardware.py        the hardware class: what measurements and certificates are keyed by
+    release_index.py   what the hub signs of a release: every file with its blocks
+    topics.py          what is said under which MQTT topic, and by whom
+    mqtt.py            the one MQTT adapter; mqtt_wire.py: one connection of it, through paho
     documents.py       canonical JSON and digests
     v1/                generated from protos/fogline/v1, never edited
 """
