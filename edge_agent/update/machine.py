@@ -37,9 +37,9 @@ from edge_agent.update.lifecycle import (
     StepInterrupted,
     StepRefused,
 )
-from edge_agent.update.selftest import GoldenVectors, VectorsUnusable, judge
 from edge_agent.update.slots import Pointer, Target
 from edge_agent.update.surroundings import Surroundings
+from fogline_protocol.golden import Deviates, GoldenVectors, VectorsUnusable, judge
 from fogline_protocol.release import BundleDirectory, BundleRefused
 
 _log = structlog.get_logger()
@@ -356,8 +356,8 @@ class Machine:
                 answers,
                 bundle.bundle.self_test.tolerances[choice.variant.name],
             )
-        except StepRefused as error:
-            raise StepFailed("trial/deviation", error.sentence, error.figures) from None
+        except Deviates as error:
+            raise StepFailed("trial/deviation", str(error), error.figures) from None
 
     async def _watch(self) -> None:
         clock = asyncio.get_running_loop().time

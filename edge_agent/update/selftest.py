@@ -11,8 +11,8 @@ here and an abort there, which nobody could tell from a crash. A peak between tw
 seen afterwards (the kernel's high-water mark), and a child that outruns the poll is the first
 that the kernel kills (``oom_score_adj``), not the agent.
 
-``GoldenVectors`` and ``judge`` also serve the trial, where the same inputs go through the engine
-that answers requests.
+What the vectors are and how outputs are judged is the protocol's (``fogline_protocol.golden``); the
+trial uses the same, with the engine that answers requests.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ import numpy as np
 from edge_agent.update.lifecycle import StepEnded, StepFailed, StepRefused
 from fogline_protocol import release
 from fogline_protocol.documents import DocumentError
-from fogline_protocol.release import Bundle, BundleDirectory, Tolerance
+from fogline_protocol.golden import Deviates, GoldenVectors, VectorsUnusable, judge
+from fogline_protocol.release import Bundle, BundleDirectory
 from fogline_protocol.tensors import Array
 
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -58,123 +59,6 @@ class Limits:
 
     time_s: float = 60.0
     memory_bytes: int = 1 << 30  # resident, the interpreter and the runtime (about 70 MB) included
-
-
-class VectorsUnusable(Exception):
-    """The golden vectors do not fit the bundle: nothing can be said about the candidate."""
-
-
-@dataclass(frozen=True, slots=True)
-class GoldenVectors:
-    """Golden inputs and what the fp32 reference answered, by tensor name."""
-
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
-    max_batch: int  # 0: no batch dimension, the vectors are one run
-
-    @classmethod
-    def read(cls, bundle: Bundle, path: Path) -> "GoldenVectors":
-        """Read the vectors of ``bundle`` from its self-test file.
-
-        Raises:
-            VectorsUnusable: the file cannot be read, or has not one row set for every tensor.
-        """
-        tensors: dict[str, Array] = {}
-        try:
-            # Opened here, because `np.load` leaves the file open when it finds it damaged.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                for name in archive.files:
-                    tensors[name] = archive[name]
-        except Exception as error:  # five libraries parse this, each with errors of its own
-            raise VectorsUnusable(f"{bundle.self_test.path}: {_first_line(error)}") from None
-        rows = set()
-        for prefix, specs in (("input.", bundle.inputs), ("output.", bundle.outputs)):
-            for spec in specs:
-                array = tensors.get(prefix + spec.name)
-                if array is None:
-                    raise VectorsUnusable(
-                        f"{bundle.self_test.path}: {prefix}{spec.name} is missing"
-                    )
-                if (problem := spec.mismatch(array)) is not None:
-                    raise VectorsUnusable(
-                        f"{bundle.self_test.path}: {prefix}{spec.name}: {problem}"
-                    )
-                if bundle.max_batch:
-                    rows.add(len(array))
-        if bundle.max_batch and (len(rows) != 1 or 0 in rows):
-            raise VectorsUnusable(
-                f"{bundle.self_test.path}: tensors have {sorted(rows)} rows, expected one number > 0"
-            )
-        return cls(
-            {spec.name: tensors[f"input.{spec.name}"] for spec in bundle.inputs},
-            {spec.name: tensors[f"output.{spec.name}"] for spec in bundle.outputs},
-            bundle.max_batch,
-        )
-
-    def batches(self) -> Iterator[Mapping[str, Array]]:
-        """Yield the inputs in runs of at most ``max_batch`` rows."""
-        if not self.max_batch:
-            yield self.inputs
-            return
-        rows = len(next(iter(self.inputs.values())))
-        for start in range(0, rows, self.max_batch):
-            yield {name: a[start : start + self.max_batch] for name, a in self.inputs.items()}
-
-
-def judge(
-    bundle: Bundle,
-    golden: GoldenVectors,
-    answers: Sequence[Mapping[str, Array]],
-    tolerance: Tolerance,
-) -> Mapping[str, float]:
-    """Compare ``answers``, one per batch of ``golden``, with the reference.
-
-    Returns:
-        ``max_abs_error`` over all values and ``agreement``, the share of rows with the
-        reference's top answer (1 where no output has classes).
-
-    Raises:
-        StepRefused: with ``self-test/deviation``, when they deviate more than ``tolerance``.
-    """
-    worst = 0.0
-    agreement = 1.0
-    decisive = bundle.score.output if bundle.score is not None else bundle.outputs[0].name
-    for spec in bundle.outputs:
-        want = golden.outputs[spec.name]
-        try:
-            parts = [answer[spec.name] for answer in answers]
-        except KeyError:
-            raise StepRefused(DEVIATION, f"the model has no output {spec.name!r}") from None
-        got = np.concatenate(parts) if golden.max_batch else parts[0]
-        if (problem := spec.mismatch(got)) is not None or got.shape != want.shape:
-            found = problem or f"expected shape {list(want.shape)}, got {list(got.shape)}"
-            raise StepRefused(DEVIATION, f"output {spec.name!r}: {found}")
-        worst = max(worst, _distance(want, got))
-        if spec.name == decisive and golden.max_batch and want.size > len(want):
-            rows = len(want)
-            top = want.reshape(rows, -1).argmax(axis=1) == got.reshape(rows, -1).argmax(axis=1)
-            agreement = float(top.mean())
-    figures = {"max_abs_error": worst, "agreement": agreement}
-    if worst > tolerance.max_abs_error or agreement < tolerance.min_agreement:
-        raise StepRefused(
-            DEVIATION,
-            f"outputs stray from the reference by up to {worst:.4g} (allowed"
-            f" {tolerance.max_abs_error:.4g}); {agreement:.1%} of the golden rows get its top"
-            f" answer (required {tolerance.min_agreement:.1%})",
-            figures,
-        )
-    return figures
-
-
-def _distance(want: Array, got: Array) -> float:
-    if want.dtype.kind in "fiu":
-        with np.errstate(all="ignore"):
-            difference = np.abs(want.astype(np.float64) - got.astype(np.float64))
-        # Equal infinities and equal NaNs are what the reference asked for.
-        difference[(want == got) | (np.isnan(want) & np.isnan(got))] = 0.0
-        largest = float(difference.max(initial=0.0))
-        return float("inf") if np.isnan(largest) else largest
-    return 0.0 if bool((want == got).all()) else float("inf")
 
 
 def run_here(
@@ -231,8 +115,8 @@ def run_here(
     }
     try:
         return {**figures, **judge(bundle, golden, answers, tolerance)}
-    except StepRefused as error:
-        raise StepRefused(error.code, error.sentence, {**figures, **error.figures}) from None
+    except Deviates as error:
+        raise StepRefused(DEVIATION, str(error), {**figures, **error.figures}) from None
 
 
 class ChildSelfTest:

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fogline_models import archive
 from fogline_models.errors import BadInput
 from fogline_models.session import CPU, Session
+from fogline_protocol.golden import (
+    FAR_OFF,
+    Deviates,
+    GoldenVectors,
+    VectorsUnusable,
+    judge,
+)
 from fogline_protocol.release import BundleDirectory, Tolerance
 from fogline_protocol.tensors import Array
 
@@ -64,29 +70,18 @@ def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -
         BadInput: the vectors lack a tensor or have none, or the variant does not run here.
     """
     bundle = directory.bundle
-    arrays = archive.read(directory.file(bundle.self_test.path))
-    wanted = [f"input.{spec.name}" for spec in bundle.inputs]
-    wanted += [f"output.{spec.name}" for spec in bundle.outputs]
-    missing = [name for name in wanted if name not in arrays]
-    if missing:
-        raise BadInput(f"{bundle.self_test.path}: lacks {', '.join(missing)}")
+    try:
+        vectors = GoldenVectors.read(bundle, directory.file(bundle.self_test.path))
+    except VectorsUnusable as error:
+        raise BadInput(str(error)) from None
     session = Session(directory.file(bundle.variant(variant_name).path), provider)
-    found = session.run({s.name: arrays[f"input.{s.name}"] for s in bundle.inputs}, rows_at_once=1)
-    limit = bundle.self_test.tolerances[variant_name]
-    error, same = 0.0, 1.0
-    for spec in bundle.outputs:
-        want = arrays[f"output.{spec.name}"]
-        have = found[spec.name]
-        if have.shape != want.shape or not np.isfinite(have).all():
-            return Golden(math.inf, 0.0, f"output {spec.name!r} is not finite or of another shape")
-        error = max(error, float(np.abs(have - want).max()))
-        same = min(same, agreement(have.reshape(len(have), -1), want.reshape(len(want), -1)))
-    problem = None
-    if error > limit.max_abs_error:
-        problem = f"largest error {error:.3g}, at most {limit.max_abs_error:g} is tolerated"
-    elif same < limit.min_agreement:
-        problem = f"{same:.1%} of answers agree, at least {limit.min_agreement:.1%} must"
-    return Golden(error, same, problem)
+    answers = [session.run(inputs, rows_at_once=1) for inputs in vectors.batches()]
+    problem: str | None = None
+    try:
+        figures = judge(bundle, vectors, answers, bundle.self_test.tolerances[variant_name])
+    except Deviates as error:
+        figures, problem = error.figures, str(error)
+    return Golden(figures.get("max_abs_error", FAR_OFF), figures.get("agreement", 0.0), problem)
 
 
 def latencies_us(

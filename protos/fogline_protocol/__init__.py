@@ -10,6 +10,7 @@ have to agree on this?
     client.py          asks any Open Inference server
     release.py         the bundle: what a model release consists of, read and verified
     certificate.py     the risk certificate: a threshold and the bound that holds at it
+    golden.py          the self-test of a release: its vectors and the verdict
     score.py           the scale that thresholds live on
     hardware.py        the hardware class: what measurements and certificates are keyed by
     release_index.py   what the hub signs of a release: every file with its blocks

@@ -13,10 +13,10 @@ from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.variants import Choice
 from edge_agent.update.lifecycle import StepFailed, StepInterrupted, StepRefused
 from edge_agent.update.machine import ModelReport
-from edge_agent.update.selftest import GoldenVectors, judge
 from edge_agent.update.slots import Target
 from edge_agent.update.surroundings import Progress
 from fogline_protocol import documents, release
+from fogline_protocol.golden import Deviates, GoldenVectors, judge
 from fogline_protocol.release import Bundle, BundleDirectory, File, SelfTest, Tolerance, Variant
 from fogline_protocol.tensors import Array, TensorSpec
 
@@ -188,7 +188,10 @@ class StubSelfTest:
         golden = GoldenVectors.read(bundle, candidate.file(bundle.self_test.path))
         run = multiply(candidate, bundle.variant(variant).path)
         answers = [run(inputs) for inputs in golden.batches()]
-        figures = judge(bundle, golden, answers, bundle.self_test.tolerances[variant])
+        try:
+            figures = judge(bundle, golden, answers, bundle.self_test.tolerances[variant])
+        except Deviates as error:
+            raise StepRefused("self-test/deviation", str(error), error.figures) from None
         return {**figures, "seconds": 0.0, "peak_bytes": 0.0}
 
 

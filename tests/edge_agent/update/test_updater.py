@@ -82,7 +82,7 @@ class Device:
         """Wait until the candidate serves and the disk says so."""
         async with asyncio.timeout(20):
             pointer = self.root / "models/doubler/pointer.json"
-            while not (pointer.exists() and '"probation"' in pointer.read_text()):  # noqa: ASYNC110
+            while not (pointer.exists() and '"probation"' in pointer.read_text()):
                 await asyncio.sleep(0)  # a file has no event
 
     def slots(self) -> set[str]:
