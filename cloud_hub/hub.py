@@ -3,9 +3,9 @@
 The only file that knows all sides. ``fogline serve`` and the system tests both use ``Hub``.
 
 Start                                           Stop
-  1 lock the data directory                       readiness turns false, /v2/health/ready says so
-  2 database: open, migrate                       gRPC: no new calls, those in flight finish
-  3 models: load, warm                            HTTP: the same
+  1 TLS files; lock the data directory            readiness turns false; endpoints.json goes
+  2 database: open, migrate                       HTTP: no new calls, those in flight finish
+  3 models: load, warm                            gRPC: the same
   4 fleet: sign what is due, start the broker     broker, links
   5 gRPC door                                     engines
   6 HTTP door: REST, console, files, metrics      history is written, database closes
@@ -88,6 +88,7 @@ class Hub:
 
     async def _start(self) -> None:
         data = self.config.data
+        tls = self._ssl_context()
         self._parts.enter_context(_locked(data))
         self.store = await Store.open(f"sqlite:///{data / DATABASE}")
         self._parts.push_async_callback(self.store.close)
@@ -107,15 +108,16 @@ class Hub:
             data,
             lambda path: OnnxRuntimeEngine(path, threads=self.config.threads),
             self.devices,
-            self._count,
+            reports.checked(self._count),
         )
         await self._parts.enter_async_context(self.fleet.running(self.config.mqtt))
         self.grpc_address = await self._open_grpc()
-        self.http_address = await self._open_http()
+        self.http_address = await self._open_http(tls)
         endpoints = {"grpc": self.grpc_address, "http": self.http_address}
         if self.fleet.broker:
             endpoints["mqtt"] = self.fleet.broker
         _write_endpoints(data / ENDPOINTS, endpoints)
+        self._parts.callback((data / ENDPOINTS).unlink, missing_ok=True)
 
     async def _open_grpc(self) -> str:
         address = self.config.grpc
@@ -145,15 +147,19 @@ class Hub:
                 "this machine's; choose another with --grpc HOST:PORT"
             ) from None
         await server.start()
-        self._parts.push_async_callback(server.stop, self.config.drain_s)
+        self._parts.push_async_callback(grpc_service.stop, server, self.config.drain_s)
         return _joined(host, port)
 
-    async def _open_http(self) -> str:
+    async def _open_http(self, tls: ssl.SSLContext | None) -> str:
         address = self.config.http
         guarded = await self._is_guarded(address)
         app = web.Application(
             client_max_size=self.config.max_message_bytes,
-            middlewares=[admission.rest_middleware(self.identity.authenticate)] if guarded else [],
+            middlewares=[
+                admission.rest_middleware(self.identity.authenticate)
+                if guarded
+                else rest_service.local_only
+            ],
         )
         rest_service.add_routes(app, self.server)
         app.router.add_routes(self.fleet.routes())
@@ -175,7 +181,7 @@ class Hub:
         await runner.setup()
         self._parts.push_async_callback(runner.cleanup)
         host, port = split_address(address)
-        site = web.TCPSite(runner, host, port, ssl_context=self._ssl_context())
+        site = web.TCPSite(runner, host, port, ssl_context=tls)
         try:
             await site.start()
         except OSError as error:
@@ -207,9 +213,10 @@ class Hub:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.config.tls_cert, self.config.tls_key)
-        except ssl.SSLError as error:
+        except OSError as error:  # ssl.SSLError is one
             raise StartRefused(
-                f"{self.config.tls_cert} and {self.config.tls_key} are no TLS pair: {error}"
+                f"{self.config.tls_cert} and {self.config.tls_key} are no TLS pair: "
+                f"{error.strerror or error}"
             ) from None
         return context
 

@@ -25,7 +25,7 @@ class Metrics:
         labels = ("model", "version")
         self._requests = Counter(
             "fogline_hub_requests",
-            "Requests by outcome: ok or the status of the error",
+            "Requests by outcome: ok, cancelled by the caller, or the status of the error",
             (*labels, "outcome"),
             registry=self.registry,
         )

@@ -180,15 +180,22 @@ class Agent:
                 f"choose another with {flag}"
             ) from None
         await server.start()
-        self._parts.push_async_callback(server.stop, config.drain_s)
+        self._parts.push_async_callback(grpc_service.stop, server, config.drain_s)
 
     async def _open_http(self) -> None:
         config = self.config
         if config.http == OFF:
             return
-        app = web.Application(client_max_size=config.max_message_bytes)
+        app = web.Application(
+            client_max_size=config.max_message_bytes, middlewares=[rest_service.local_only]
+        )
         rest_service.add_routes(app, self.router)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=config.drain_s)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            shutdown_timeout=config.drain_s,
+            handler_cancellation=True,  # a caller who leaves takes its work along, as over gRPC
+        )
         await runner.setup()
         self._parts.push_async_callback(runner.cleanup)
         host, port = options.split_address(config.http)

@@ -81,7 +81,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--max-concurrency", type=int, help="Requests at once; more are refused [default: 64]."
 )
-@click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
+@click.option("--max-message-bytes", type=int, help="Largest request [default: 16 MiB].")
 @click.option(
     "--escalation-rows", type=int, help="Rows that escalate in one request [default: 32]."
 )

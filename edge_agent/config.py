@@ -62,7 +62,8 @@ class AgentConfig:
 
     deadline_s: float = field(default=2.0, metadata=_limits(0.001, 3600))  # of calls without one
     max_concurrency: int = field(default=64, metadata=_limits(1, 65536))  # beyond: Overloaded
-    max_message_bytes: int = field(default=64 << 20, metadata=_limits(1 << 16, 1 << 30))
+    # Sixteen times a camera frame; a device has less memory to lose than a hub.
+    max_message_bytes: int = field(default=16 << 20, metadata=_limits(1 << 16, 1 << 30))
     escalation_rows: int = field(default=32, metadata=_limits(1, 4096))  # in one request
     escalation_requests: int = field(default=4, metadata=_limits(1, 256))  # in flight at once
     telemetry_interval_s: float = field(default=1.0, metadata=_limits(0, 3600))  # 0: never

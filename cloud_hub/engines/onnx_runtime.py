@@ -7,7 +7,7 @@ the engine's one worker thread. Which it is, is measured at warm-up and ever aft
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import onnxruntime
 
 from cloud_hub.errors import ModelRefused
 from fogline_protocol import tensors
+from fogline_protocol.inference import BadRequest
 from fogline_protocol.tensors import Array, TensorSpec
 
 INLINE_BELOW_S = 0.0015  # below it a thread hand-over costs more than it frees (performance.md)
@@ -78,7 +79,11 @@ class OnnxRuntimeEngine:
         return all(spec.shape[:1] == (-1,) for spec in (*self.inputs, *self.outputs))
 
     async def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Return every output: ``[n, ...] -> [n, ...]``."""
+        """Return every output: ``[n, ...] -> [n, ...]``.
+
+        Raises:
+            BadRequest: a BYTES element is not UTF-8 text, which is all that ONNX knows.
+        """
         if self._expected_s < INLINE_BELOW_S:
             return self._run(inputs)
         if self._worker is None:
@@ -94,13 +99,18 @@ class OnnxRuntimeEngine:
     def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         started = time.perf_counter()
         feed = {
-            name: array.astype(str) if array.dtype == tensors.BYTES else array
+            name: _as_text(name, array) if array.dtype == tensors.BYTES else array
             for name, array in inputs.items()
         }
         values = self._session.run(self._output_names, feed)
         took = time.perf_counter() - started
         self._expected_s += 0.2 * (took - self._expected_s)
-        return dict(zip(self._output_names, values, strict=True))
+        return {
+            name: _objects((text.encode() for text in array.flat), array)
+            if array.dtype == tensors.BYTES
+            else array
+            for name, array in zip(self._output_names, values, strict=True)
+        }
 
     def _warm_up(self, path: Path) -> None:
         zeros = {
@@ -123,6 +133,20 @@ class OnnxRuntimeEngine:
             self._expected_s = INLINE_BELOW_S
             if all(dim != -1 for spec in self.inputs for dim in spec.shape[1:]):
                 raise ModelRefused(f"{path}: the model fails on zeros: {error}") from None
+
+
+def _as_text(name: str, array: Array) -> Array:
+    try:
+        return _objects((element.decode() for element in array.flat), array)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"input {name!r}: an element is not UTF-8 text: {error}") from None
+
+
+def _objects(elements: Iterable[object], like: Array) -> Array:
+    # Not numpy's own text: it gives every element the room of the longest.
+    flat = np.empty(like.size, dtype=object)
+    flat[:] = list(elements)
+    return flat.reshape(like.shape)
 
 
 def _spec(path: Path, node: onnxruntime.NodeArg) -> TensorSpec:

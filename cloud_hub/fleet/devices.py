@@ -35,6 +35,8 @@ class Devices:
         self._known = {device.name: device for device in known}
         self._unsaved: set[str] = set()
         self._left: set[str] = set()  # by their broker's word, until they are seen again
+        # Before this start of the hub nobody watched: what was known then counts from there.
+        self._since = {device.name: device.last_seen for device in known}
         self._offline_after_s = offline_after_s
 
     @classmethod
@@ -51,6 +53,8 @@ class Devices:
         before = self._known.get(device.name)
         if before is not None:
             device = replace(device, first_seen=before.first_seen)
+        if before is None or not self.online(before, device.last_seen):
+            self._since[device.name] = device.last_seen
         self._known[device.name] = device
         self._unsaved.add(device.name)
         self._left.discard(device.name)
@@ -63,6 +67,10 @@ class Devices:
         """Return whether the device counts as online at ``now``."""
         return device.name not in self._left and now - device.last_seen < self._offline_after_s
 
+    def since(self, device: Device, now: float) -> float:
+        """Return since when the device is online, or silent, in seconds since the epoch."""
+        return self._since[device.name] if self.online(device, now) else device.last_seen
+
     def all(self) -> list[Device]:
         """Return every device by name."""
         return [self._known[name] for name in sorted(self._known)]
@@ -72,6 +80,10 @@ class Devices:
         changed = [self._known[name] for name in sorted(self._unsaved)]
         self._unsaved.clear()
         return changed
+
+    def not_saved(self, devices: Sequence[Device]) -> None:
+        """Take back that these were saved; what they have said since stays as it is."""
+        self._unsaved.update(device.name for device in devices)
 
 
 def save(connection: Connection, devices: Sequence[Device]) -> None:

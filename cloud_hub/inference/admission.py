@@ -40,11 +40,12 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
 
 def rest_middleware(authenticate: Authenticate) -> Any:
-    """Return aiohttp middleware that asks for a token on the inference routes."""
+    """Return aiohttp middleware that asks for a token on the inference routes and for metrics."""
 
     @web.middleware
     async def check(request: web.Request, handler: rest_service.Handler) -> web.StreamResponse:
-        if request.path.startswith("/v2") and not request.path.startswith("/v2/health"):
+        inference = request.path.startswith("/v2") and not request.path.startswith("/v2/health")
+        if inference or request.path == "/metrics":
             problem = await _problem(authenticate, request.headers.get("Authorization", ""))
             if problem is not None:
                 return rest_service.error_response(problem)

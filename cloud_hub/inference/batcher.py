@@ -13,7 +13,14 @@ from typing import Protocol
 import numpy as np
 
 from cloud_hub.inference.queue import Queue
-from fogline_protocol.inference import DeadlineExceeded, Overloaded, ServerFault, Unavailable
+from fogline_protocol.inference import (
+    BadRequest,
+    DeadlineExceeded,
+    InferenceError,
+    Overloaded,
+    ServerFault,
+    Unavailable,
+)
 from fogline_protocol.tensors import Array
 
 Arrays = Mapping[str, Array]
@@ -89,6 +96,7 @@ class Batcher:
         A request with more rows than a batch holds is split and joined again.
 
         Raises:
+            BadRequest: more rows than may ever wait.
             Overloaded: too many rows are waiting already.
             DeadlineExceeded: ``deadline`` (seconds of ``time.monotonic()``) passed first.
             Unavailable: the batcher was closed.
@@ -97,6 +105,11 @@ class Batcher:
         if self._closed:
             raise Unavailable("the model is being unloaded")
         rows = len(next(iter(inputs.values()))) if self._batches else 1
+        if rows > self._max_queue_rows:
+            raise BadRequest(
+                f"{rows} rows in one request, at most {self._max_queue_rows} are taken "
+                "(max_queue_rows): send fewer at once"
+            )
         if self._queue.rows + rows > self._max_queue_rows:
             raise Overloaded(
                 f"{self._queue.rows} rows are waiting, {rows} more would exceed the limit of "
@@ -136,15 +149,22 @@ class Batcher:
         return answer
 
     async def _step(self) -> None:
-        started = time.monotonic()
-        taken = self._queue.take(started)
+        taken = self._queue.take(time.monotonic())
         for waiting in taken.expired:
             _fail(waiting, DeadlineExceeded("the deadline passed before an engine was free"))
         if taken.expired:
             self._observer.requests_expired(len(taken.expired))
-        batch = taken.batch
-        if not batch:
+        if not taken.batch:
             return
+        try:
+            await self._run(taken.batch)
+        except asyncio.CancelledError:
+            for waiting in taken.batch:
+                _fail(waiting, Unavailable("the model is being unloaded"))
+            raise
+
+    async def _run(self, batch: Sequence[Waiting]) -> None:
+        started = time.monotonic()
         rows = sum(waiting.rows for waiting in batch)
         try:
             outputs = await self._engine.run(_join(batch))
@@ -154,19 +174,16 @@ class Batcher:
                         raise ServerFault(
                             f"output {name!r} has {len(array)} rows for {rows} rows of input"
                         )
-        except asyncio.CancelledError:
-            for waiting in batch:
-                _fail(waiting, Unavailable("the model is being unloaded"))
-            raise
         except Exception as error:
-            # Every caller in the batch learns of it, and the loop lives on for the next one.
-            fault = (
-                error
-                if isinstance(error, ServerFault)
-                else ServerFault(f"the engine failed: {error}")
-            )
-            for waiting in batch:
-                _fail(waiting, fault)
+            if len(batch) > 1:
+                # One caller's values may be at fault: joining must not cost the others theirs.
+                for waiting in batch:
+                    if not waiting.gone:
+                        await self._run([waiting])
+                return
+            # The caller learns of it, and the loop lives on for the next one.
+            known = isinstance(error, InferenceError)
+            _fail(batch[0], error if known else ServerFault(f"the engine failed: {error}"))
             return
         self._observer.batch_ran(
             rows, [started - waiting.arrived for waiting in batch], time.monotonic() - started

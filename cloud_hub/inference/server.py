@@ -4,6 +4,7 @@ Every answer says that the hub gave it, and which bytes did: a device holds the 
 against its certificate, because another hub model voids a disagreement certificate.
 """
 
+import asyncio
 import time
 from importlib import metadata
 
@@ -67,11 +68,16 @@ class HubServer:
         """
         model = self._repository.find(request.model, request.version)
         started = time.monotonic()
-        outcome = "ok"
+        outcome = "internal"
         try:
-            return await self._answer(model, request, deadline)
+            answer = await self._answer(model, request, deadline)
+            outcome = "ok"
+            return answer
         except InferenceError as error:
             outcome = error.grpc_code.lower()
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"  # by its caller, who left
             raise
         finally:
             self._metrics.request_done(
@@ -81,7 +87,10 @@ class HubServer:
     async def _answer(
         self, model: ServedModel, request: InferRequest, deadline: float | None
     ) -> InferResponse:
-        if request.parameters.get("fogline.private") is True:
+        private = request.parameters.get("fogline.private", False)
+        if not isinstance(private, bool):  # "true" would be a promise broken in silence
+            raise inference.BadRequest(f"fogline.private must be true or false, got {private!r}")
+        if private:
             raise Forbidden(
                 "the request is marked private and must not leave its device: the hub does not answer it"
             )

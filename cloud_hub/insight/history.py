@@ -272,8 +272,7 @@ class History:
                 for key, increments in pending.minutes.items():
                     self._pending.minutes[key] = increments + self._pending.minutes.get(key, [])
                 self._pending.boots |= pending.boots
-                for device in devices:
-                    self._devices.seen(device)
+                self._devices.not_saved(devices)
 
     def _remember(self, device: str, increment: Counts, second: int) -> None:
         if not self._seconds or self._seconds[-1][0] < second:

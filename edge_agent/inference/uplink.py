@@ -401,9 +401,9 @@ class Uplink:
         except DeadlineExceeded:
             # Packets vanish: TCP would go on resending into the dark, longer and longer, after
             # the way is free again. A new connection finds out at once.
-            await self._client.close()
-            self._client = self._connect()
+            silent, self._client = self._client, self._connect()
             self._report(Event.PROBE_BAD)
+            await silent.close()
         except InferenceError:
             self._report(Event.PROBE_BAD)
         else:

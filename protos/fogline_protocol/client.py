@@ -11,13 +11,15 @@ import grpc
 from fogline_protocol import inference
 from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
 from fogline_protocol.inference import (
-    InferenceError,
     InferRequest,
     InferResponse,
     ModelMetadata,
     ServerFault,
+    Unavailable,
 )
 from fogline_protocol.v1 import inference_pb2 as pb
+
+MAX_TIMEOUT_S = 86400.0  # centuries overflow gRPC's clock, and would end a call at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +98,22 @@ class Client:
         Raises:
             InferenceError: any status but OK, translated.
         """
+        if timeout_s is not None:
+            timeout_s = min(timeout_s, MAX_TIMEOUT_S)
         self.bytes_sent += len(request)
         method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(path)
         try:
             answer = await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            kind = inference.ERRORS.get(error.code().name, ServerFault)
+            # Not by us, who would see a CancelledError: by a server that stops (see
+            # ``grpc_service.stop``). Another one, or the next start of this one, may answer.
+            cancelled = error.code() is grpc.StatusCode.CANCELLED
+            kind = (
+                Unavailable if cancelled else inference.ERRORS.get(error.code().name, ServerFault)
+            )
             raise kind(error.details() or error.code().name) from None
         except grpc.aio.UsageError:
-            raise InferenceError("the connection was closed") from None
+            raise Unavailable("the connection was closed") from None
         self.bytes_received += len(answer)
         return answer
 

@@ -5,6 +5,7 @@ messages are ours (see ``inference.proto``). Handlers take and give bytes, so wh
 costs beyond grpcio is decided in ``inference.py`` alone.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,6 +20,10 @@ from fogline_protocol.v1 import inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20  # sixteen times grpcio's default, which images exceed
+# The text of an error travels as a header, of which clients take 8 KiB in all by default, and
+# non-ASCII bytes are three there. A text that quotes a long name would take its status along.
+MAX_ERROR_BYTES = 2048
+SETTLE_S = 0.1  # between the decision to stop and the stop, for calls that are on their way in
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 M = TypeVar("M", bound=Message)
@@ -43,6 +48,15 @@ def new_server(
             ("grpc.max_send_message_length", max_message_bytes),
         ],
     )
+
+
+async def stop(server: grpc.aio.Server, grace_s: float) -> None:
+    """Stop a server: calls in flight have ``grace_s`` to finish, new ones are refused.
+
+    gRPC cancels calls that have arrived but were not accepted yet, so those come first.
+    """
+    await asyncio.sleep(SETTLE_S)
+    await server.stop(grace_s)
 
 
 def handler(server: InferenceServer) -> grpc.GenericRpcHandler:
@@ -100,7 +114,11 @@ def generic_handler(service: str, methods: Mapping[str, Method]) -> grpc.Generic
 
 async def abort(context: Context, error: InferenceError) -> Never:
     """End a call with the status and the text of ``error``: the only place that aborts."""
-    await context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error))
+    text = str(error)
+    encoded = text.encode(errors="replace")
+    if len(encoded) > MAX_ERROR_BYTES:
+        text = encoded[:MAX_ERROR_BYTES].decode(errors="ignore") + "..."
+    await context.abort(getattr(grpc.StatusCode, error.grpc_code), text)
 
 
 def _translating(path: str, method: Method) -> Any:

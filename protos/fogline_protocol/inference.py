@@ -40,6 +40,12 @@ class BadRequest(InferenceError):
     grpc_code, http_status = "INVALID_ARGUMENT", 400
 
 
+class TooLarge(BadRequest):
+    """Longer than this server reads: send less at once."""
+
+    http_status = 413
+
+
 class Unauthenticated(InferenceError):
     """The caller must say who it is."""
 

@@ -6,13 +6,18 @@
     POST /v2/models/{m}[/versions/{v}]/infer        an answer
 
 Errors are ``{"error": "text"}`` with the status of the error's class.
+
+``local_only`` is for doors that ask nobody who they are, because only this machine reaches
+them: a browser on this machine must not open them to every web page it shows.
 """
 
+import ipaddress
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from aiohttp import web
@@ -26,6 +31,7 @@ from fogline_protocol.inference import (
     InferResponse,
     ModelMetadata,
     Parameter,
+    TooLarge,
     Unsupported,
 )
 from fogline_protocol.tensors import Array, TensorError
@@ -73,6 +79,37 @@ def add_routes(app: web.Application, server: InferenceServer) -> None:
         app.router.add_post(f"{model}/infer", translating(infer))
 
 
+@web.middleware
+async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a browser sends on behalf of a page from elsewhere.
+
+    A page may point a name of its own at 127.0.0.1 (DNS rebinding): then the ``Host`` is that
+    name. Or send a form across sites: then the ``Origin`` is the page's. Programs send neither.
+    """
+    if not _is_loopback(request.host):
+        log.info("%s %s refused: host %r", request.method, request.path, request.host)
+        return _error(
+            421, f"only localhost, 127.0.0.1 and [::1] are served here, not {request.host!r}"
+        )
+    origin = request.headers.get("Origin")
+    if (
+        origin is not None
+        and request.method not in ("GET", "HEAD")
+        and not _is_loopback(origin.partition("://")[2])
+    ):
+        log.info("%s %s refused: origin %r", request.method, request.path, origin)
+        return _error(403, f"a page of {origin} may not ask anything here")
+    return await handler(request)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 def translating(handler: Handler) -> Handler:
     """Return ``handler`` with errors turned into the protocol's error bodies."""
 
@@ -96,7 +133,11 @@ def translating(handler: Handler) -> Handler:
 
 def error_response(error: InferenceError) -> web.Response:
     """Return the protocol's error body for ``error``."""
-    return web.json_response({"error": str(error)}, status=error.http_status)
+    return _error(error.http_status, str(error))
+
+
+def _error(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)
 
 
 def decode_request(model: str, version: str, body: bytes) -> InferRequest:
@@ -169,7 +210,9 @@ def _output_json(name: str, array: Array) -> dict[str, Any]:
         raise Unsupported(f"output {name!r} is {datatype}, which JSON cannot carry: use gRPC")
     if datatype == "BYTES":
         try:
-            data: list[Any] = [bytes(element).decode() for element in array.flat]
+            data: list[Any] = [
+                element if isinstance(element, str) else element.decode() for element in array.flat
+            ]
         except UnicodeDecodeError:
             raise Unsupported(
                 f"output {name!r} is not text, which JSON cannot carry: use gRPC"
@@ -211,7 +254,7 @@ async def _body(request: web.Request) -> bytes:
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
-        raise BadRequest(f"the body is too large: {error.text}") from None
+        raise TooLarge(f"the body is too large: {error.text}") from None
 
 
 _JSON_NAMES: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
@@ -228,7 +271,20 @@ def _parameters(document: Any, where: str) -> Mapping[str, Parameter]:
     for key, value in parameters.items():
         if not isinstance(value, bool | int | float | str):
             raise BadRequest(f"{where}.{key} must be a flag, a number or a text")
+        # JSON can spell what the protocol's own messages, and so the next hop, cannot carry.
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise BadRequest(f"{where}.{key} has more than 64 bits")
+        if any(isinstance(text, str) and not _is_text(text) for text in (key, value)):
+            raise BadRequest(f"{where}.{key!a} is not text that UTF-8 can carry")
     return parameters
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def _flat(data: list[Any]) -> list[Any]:

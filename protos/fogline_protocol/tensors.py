@@ -42,6 +42,7 @@ DATATYPES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.ite
 
 MAX_RANK = 32  # of a numpy array before 2.0; no model comes near it
 MAX_ELEMENTS = 1 << 31  # beyond it a 32-bit index in a kernel overflows
+MAX_BYTES_ELEMENTS = 1 << 20  # each becomes a Python object: more would hold every other caller up
 
 
 class TensorError(ValueError):
@@ -103,7 +104,8 @@ def element_count(shape: Sequence[int]) -> int:
     if any(dim < 0 for dim in shape):
         raise TensorError(f"shape {list(shape)} has a negative dimension")
     count = math.prod(shape)
-    if count > MAX_ELEMENTS:
+    # A zero hides the other dimensions from the product, and numpy refuses sizes beyond 63 bits.
+    if count > MAX_ELEMENTS or math.prod(dim or 1 for dim in shape) > MAX_ELEMENTS:
         raise TensorError(f"shape {list(shape)} has more than {MAX_ELEMENTS} elements")
     return count
 
@@ -117,6 +119,8 @@ def from_raw(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Ar
     dtype = dtype_of(datatype)
     count = element_count(shape)
     if dtype == BYTES:
+        if count > MAX_BYTES_ELEMENTS:
+            raise TensorError(f"{count} BYTES elements, at most {MAX_BYTES_ELEMENTS} are accepted")
         return _object_array(_split_bytes(bytes(raw), count), shape)
     expected = count * dtype.itemsize
     if len(raw) != expected:
@@ -161,7 +165,11 @@ def from_values(datatype: str, shape: Sequence[int], values: Iterable[Any]) -> A
     if len(flat) != count:
         raise TensorError(f"expected {count} values for shape {list(shape)}, got {len(flat)}")
     if dtype == BYTES:
-        return _object_array([v.encode() if isinstance(v, str) else v for v in flat], shape)
+        try:
+            elements = [v.encode() if isinstance(v, str) else v for v in flat]
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            raise TensorError("a BYTES element is not text that UTF-8 can carry") from None
+        return _object_array(elements, shape)
     try:
         if dtype.kind in "iu" and any(isinstance(v, bool) or v != int(v) for v in flat):
             raise TensorError(f"{datatype} takes whole numbers only")
@@ -170,8 +178,9 @@ def from_values(datatype: str, shape: Sequence[int], values: Iterable[Any]) -> A
             raise TensorError(f"a value does not fit {datatype}: numbers only")
         if dtype.kind == "b" and not all(isinstance(v, bool) for v in flat):
             raise TensorError("BOOL takes true and false only")
-        return np.array(flat, dtype=dtype).reshape(shape)
-    except (TypeError, ValueError, OverflowError) as error:
+        with np.errstate(over="raise"):  # or 1e39 would silently become infinite
+            return np.array(flat, dtype=dtype).reshape(shape)
+    except (TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, TensorError):
             raise
         raise TensorError(f"a value does not fit {datatype}: {error}") from None

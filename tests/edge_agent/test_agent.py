@@ -17,7 +17,7 @@ from edge_agent import Agent, AgentConfig, InferRequest
 from edge_agent.errors import ConfigRefused, ReleaseRefused, StartRefused
 from fogline_protocol import grpc_service
 from fogline_protocol.client import Client
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.inference import BadRequest, Overloaded
 from fogline_protocol.v1 import fleet_pb2
 from fogline_protocol.v1 import inference_pb2 as pb
 from tests.edge_agent import bundles
@@ -117,6 +117,42 @@ async def test_rest_says_the_same(agent: Agent) -> None:
     assert {o["name"]: o["data"] for o in document["outputs"]}["fogline.tier"] == ["edge"]
 
 
+async def test_rest_answers_no_page_that_has_pointed_its_name_here(agent: Agent) -> None:
+    async with aiohttp.ClientSession() as session:
+        for path in ("/v2", "/v2/models/double", "/nowhere"):
+            url = f"http://{agent.endpoints['http']}{path}"
+            async with session.get(url, headers={"Host": "evil.example"}) as answer:
+                assert answer.status == 421
+
+
+async def test_a_rest_caller_who_leaves_takes_its_work_along(
+    tmp_path: Path, hub: FakeHub, door: Serving
+) -> None:
+    hub.gate.clear()
+    body = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}],
+        "parameters": {"fogline.mode": "hub_only", "timeout": 60_000_000},
+    }
+    async with Agent(config(tmp_path, hub=door.address, max_concurrency=1)) as agent:
+        assert agent.uplink is not None
+        await until(lambda: agent.uplink is not None and agent.uplink.link_up)
+        url = f"http://{agent.endpoints['http']}/v2/models/double/infer"
+        async with aiohttp.ClientSession() as session:
+            asked = asyncio.create_task(session.post(url, json=body))
+            await until(lambda: hub.requests)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            async with asyncio.timeout(5):
+                while True:  # the place that it held is free again
+                    try:
+                        await agent.infer(InferRequest("double", rows(SURE)))
+                    except Overloaded:
+                        await asyncio.sleep(0.01)
+                    else:
+                        break
+        hub.gate.set()
+
+
 def raw_request(**changes: Any) -> bytes:
     message = pb.ModelInferRequest(model_name=changes.get("model", "double"))
     message.inputs.add(
@@ -164,7 +200,7 @@ async def test_bad_input_gets_a_precise_status_and_the_agent_keeps_serving(
         ("double", "{not json", 400, "the body is not JSON"),
         ("double", "[]", 400, "the body must be an object"),
         ("double", '{"inputs": []}', 400, "input 'x' is missing"),
-        ("double", f'"{"x" * (1 << 18)}"', 400, "too large"),
+        ("double", f'"{"x" * (1 << 18)}"', 413, "too large"),
         ("double/versions/7", '{"inputs": []}', 404, "has version 1, got '7'"),
     ],
 )
@@ -195,6 +231,16 @@ async def test_a_port_in_use_is_named_with_the_flag_that_changes_it(
                 pass
     async with Agent(config(tmp_path)):  # nothing is left that would prevent the next start
         pass
+
+
+async def test_addresses_that_a_killed_agent_left_mislead_nobody(tmp_path: Path) -> None:
+    left = tmp_path / "data" / "endpoints.json"
+    left.parent.mkdir()
+    left.write_text('{"grpc": "127.0.0.1:1"}')
+    with pytest.raises(ReleaseRefused):
+        async with Agent(config(tmp_path, bundle=(tmp_path / "gone",))):
+            pass
+    assert not left.exists()
 
 
 async def test_a_socket_that_answers_is_left_alone_and_a_dead_one_replaced(
@@ -257,6 +303,31 @@ async def test_requests_in_flight_finish_before_the_agent_stops(
     assert response.parameters["fogline.tier"] == "hub"
     await opening
     await client.close()
+
+
+async def test_rest_requests_in_flight_finish_before_the_agent_stops_too(
+    tmp_path: Path, hub: FakeHub, door: Serving
+) -> None:
+    hub.gate.clear()
+    body = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}],
+        "parameters": {"fogline.mode": "hub_only", "timeout": 10_000_000},
+    }
+    async with aiohttp.ClientSession() as session:
+        async with Agent(config(tmp_path, hub=door.address)) as agent:
+            await until(lambda: agent.uplink is not None and agent.uplink.link_up)
+            url = f"http://{agent.endpoints['http']}/v2/models/double/infer"
+            asked = asyncio.create_task(session.post(url, json=body))
+            await until(lambda: hub.requests)
+
+            async def open_later() -> None:
+                await until(lambda: agent.router.draining)
+                await asyncio.sleep(0.2)  # the doors close meanwhile
+                hub.gate.set()
+
+            opening = asyncio.create_task(open_later())
+        assert (await asked).status == 200
+        await opening
 
 
 class FleetDoor:

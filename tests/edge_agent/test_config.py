@@ -107,5 +107,5 @@ def test_help_names_the_defaults_in_force() -> None:
     text = CliRunner().invoke(cli.main, ["run", "--help"], terminal_width=200).output
     for option in dataclasses.fields(AgentConfig):
         if isinstance(option.default, int | float) and not isinstance(option.default, bool):
-            shown = "64 MiB" if option.name == "max_message_bytes" else f"{option.default:g}"
+            shown = "16 MiB" if option.name == "max_message_bytes" else f"{option.default:g}"
             assert f"[default: {shown}]" in text

@@ -6,6 +6,7 @@ import json
 import time
 
 import aiohttp
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton
@@ -141,6 +142,45 @@ async def test_grpc_errors_carry_their_code_and_never_an_empty_text(
     assert text in caught.value.message()
 
 
+@pytest.mark.parametrize("letter", ["n", "é", "\0"])
+async def test_a_text_that_quotes_something_long_does_not_lose_its_status(
+    grpc_address, echo, letter
+):
+    async def refuse(request, deadline):
+        raise NotFound(f"unknown model {letter * 100_000}")
+
+    echo.infer = refuse
+    ours = client.Client(grpc_address)
+    with pytest.raises(NotFound, match="unknown model"):
+        await ours.infer(InferRequest("echo", {}))
+    await ours.close()
+
+
+async def test_a_call_that_the_server_cancels_as_it_stops_is_worth_another_try(echo):
+    async def cancels(request, context):
+        await context.abort(grpc.StatusCode.CANCELLED, "")
+
+    server = grpc_service.new_server()
+    method = grpc.unary_unary_rpc_method_handler(cancels)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(grpc_service.SERVICE, {"ModelInfer": method}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    ours = client.Client(f"127.0.0.1:{port}")
+    with pytest.raises(inference.Unavailable, match="CANCELLED"):
+        await ours.infer(InferRequest("echo", {}))
+    await ours.close()
+    await grpc_service.stop(server, 1.0)
+
+
+async def test_a_closed_connection_is_no_answer_of_the_server(grpc_address):
+    ours = client.Client(grpc_address)
+    await ours.close()
+    with pytest.raises(inference.Unavailable, match="closed"):
+        await ours.infer(InferRequest("echo", {}))
+
+
 async def test_a_message_over_the_limit_is_refused_and_the_next_one_served(grpc_address):
     async with triton.InferenceServerClient(grpc_address) as theirs:
         big = triton_input("image", np.zeros((1 << 18, 4), np.float32))
@@ -187,6 +227,13 @@ async def test_our_client_names_an_absent_server(unused_tcp_port):
     ours = client.Client(f"127.0.0.1:{unused_tcp_port}")
     with pytest.raises(inference.Unavailable):
         await ours.infer(InferRequest("echo", {}), timeout_s=5)
+    await ours.close()
+
+
+async def test_a_caller_with_all_the_time_in_the_world_is_not_late_at_once(grpc_address):
+    ours = client.Client(grpc_address)
+    request = InferRequest("echo", {}, parameters={"timeout": (1 << 63) - 1})
+    assert (await ours.infer(request, timeout_s=(1 << 63) / 1e6)).model == "echo"
     await ours.close()
 
 
@@ -241,7 +288,11 @@ async def test_rest_answers_json(http):
         ("absent", b'{"inputs":[]}', 404, "unknown model"),
         ("full", b'{"inputs":[]}', 429, "come back later"),
         ("broken", b'{"inputs":[]}', 500, "see the server's log"),
-        ("echo", b" " * (2 << 20), 400, "too large"),
+        ("echo", b" " * (2 << 20), 413, "too large"),
+        ("echo", b'{"inputs":[],"parameters":{"n":9223372036854775808}}', 400, "64 bits"),
+        ("echo", b'{"inputs":[],"parameters":{"timeout":1%s}}' % (b"0" * 400), 400, "64 bits"),
+        ("echo", b'{"inputs":[],"parameters":{"t":"\\ud800"}}', 400, "UTF-8"),
+        ("echo", b'{"inputs":[],"parameters":{"\\ud800":1}}', 400, "UTF-8"),
         ("echo", b'{"inputs":[],"parameters":{"timeout":"soon"}}', 400, "whole microseconds"),
     ],
 )
@@ -251,6 +302,45 @@ async def test_rest_refuses_bad_input_precisely_and_keeps_serving(http, model, b
         assert text in (await answer.json())["error"]
     async with http.get("/v2/health/live") as answer:
         assert answer.status == 200
+
+
+async def test_rest_carries_texts_whether_the_engine_gives_bytes_or_str(http, echo):
+    async def answer(request, deadline):
+        texts = np.array([b"caf\xc3\xa9", "caf\u00e9"], dtype=object)
+        return InferResponse("echo", "1", {"t": texts})
+
+    echo.infer = answer
+    async with http.post("/v2/models/echo/infer", data=b'{"inputs":[]}') as reply:
+        assert (await reply.json())["outputs"][0]["data"] == ["caf\u00e9", "caf\u00e9"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "[oops"}, 421),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+async def test_a_local_door_answers_no_page_from_elsewhere(echo, headers, status):
+    app = web.Application(middlewares=[rest_service.local_only])
+    rest_service.add_routes(app, echo)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with (
+        aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session,
+        session.post("/v2/models/echo/infer", data=b'{"inputs":[]}', headers=headers) as answer,
+    ):
+        assert answer.status == status
+        assert ("error" in await answer.json()) == (status != 200)
+    await runner.cleanup()
 
 
 async def test_rest_says_when_json_cannot_carry_a_value(http):

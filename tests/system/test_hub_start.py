@@ -87,6 +87,12 @@ async def test_the_http_door_serves_inference_health_metrics_and_console(make_hu
                 assert answer.status == status
         async with session.get("/metrics") as answer:
             assert "fogline_hub_requests_total" in await answer.text()
+        # A page that points its own name at this machine sees none of it.
+        for path in ("/", "/v2", "/metrics", "/readyz"):
+            async with session.get(path, headers={"Host": "evil.example"}) as answer:
+                assert answer.status == 421
+    await hub.stop()
+    assert not (hub.data / "endpoints.json").exists()
 
 
 @pytest.fixture
@@ -121,6 +127,17 @@ def tls(tmp_path):
     return tmp_path / "cert.pem", tmp_path / "key.pem", pem
 
 
+async def test_files_that_are_no_tls_pair_are_named_and_not_the_port(tls, tmp_path):
+    cert, key, _ = tls
+    key.write_text("no key")
+    code, _, err = await fogline(
+        "serve", "--data", tmp_path / "hub", "--tls-cert", cert, "--tls-key", key,
+        "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0",
+    )  # fmt: skip
+    assert code == 3
+    assert f"{cert} and {key} are no TLS pair" in err
+
+
 async def test_doors_that_others_can_reach_let_only_known_callers_in(
     make_hub, tls, tmp_path, processes
 ):
@@ -148,11 +165,12 @@ async def test_doors_that_others_can_reach_let_only_known_callers_in(
             await stranger.infer(InferRequest("digits-hub", IMAGE), 10)
 
     async with aiohttp.ClientSession(base) as session:
-        async with session.get("/v2/models/digits-hub", ssl=False) as answer:
-            assert answer.status == 401
         bearer = {"Authorization": f"Bearer {token.strip()}"}
-        async with session.get("/v2/models/digits-hub", ssl=False, headers=bearer) as answer:
-            assert answer.status == 200
+        for path in ("/v2/models/digits-hub", "/metrics"):
+            async with session.get(path, ssl=False) as answer:
+                assert answer.status == 401
+            async with session.get(path, ssl=False, headers=bearer) as answer:
+                assert answer.status == 200
         async with session.get("/v2/health/ready", ssl=False) as answer:
             assert answer.status == 200
 

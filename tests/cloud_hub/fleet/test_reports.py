@@ -50,11 +50,36 @@ def test_an_ordinary_report_passes():
             report(models=[model(latencies=[pb.Latency(bounds_s=[float("nan")], counts=[1, 1])])]),
             "positive",
         ),
+        (
+            report(
+                models=[
+                    model(latencies=[pb.Latency(bounds_s=[1.0, float("nan"), 2.0], counts=[1] * 4)])
+                ]
+            ),
+            "positive",
+        ),
+        (report(rss_bytes=2**63), "a count is larger"),
+        (report(escalation_bytes_sent=2**63), "a count is larger"),
+        (report(models=[model(outcomes=[pb.Outcome(rows=2**63)])]), "a count is larger"),
+        (
+            report(models=[model(latencies=[pb.Latency(bounds_s=[1.0], counts=[2**63, 1])])]),
+            "a count is larger",
+        ),
     ],
 )
 def test_what_no_agent_ever_sends_is_refused_by_name(data, text):
     with pytest.raises(BadRequest, match=text):
         reports.parse(data)
+
+
+def test_a_report_that_came_another_way_is_held_to_the_same_limits(caplog):
+    accepted = []
+    take = reports.checked(accepted.append)
+    take(pb.Telemetry(device="kiosk", boot_id="b", sequence=1, rss_bytes=2**63))
+    assert not accepted
+    assert "a report of 'kiosk' is dropped: a count is larger" in caplog.text
+    take(pb.Telemetry(device="kiosk", boot_id="b", sequence=1, rss_bytes=1))
+    assert [report.rss_bytes for report in accepted] == [1]
 
 
 @given(st.binary(max_size=100))

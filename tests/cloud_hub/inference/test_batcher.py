@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from cloud_hub.inference.batcher import Batcher
-from fogline_protocol.inference import DeadlineExceeded, Overloaded, ServerFault, Unavailable
+from fogline_protocol.inference import (
+    BadRequest,
+    DeadlineExceeded,
+    Overloaded,
+    ServerFault,
+    Unavailable,
+)
 
 
 class Doubling:
@@ -28,6 +34,8 @@ class Doubling:
         await self.free.wait()
         if self.fault is not None:
             raise self.fault
+        if (inputs["x"] < 0).any():
+            raise ValueError("below zero")
         doubled = inputs["x"] * 2
         return {"y": doubled[: len(doubled) - self.rows_short]}
 
@@ -123,6 +131,47 @@ async def test_an_engine_fault_reaches_every_caller_and_the_loop_lives_on(batche
             await task
     engine.fault = None
     assert (await batcher.infer(rows(3), None))["y"].tolist() == [[6]]
+
+
+async def test_values_that_an_engine_cannot_take_cost_their_own_caller_the_answer_only(
+    batcher, engine, notes
+):
+    tasks = await queued(batcher, rows(1), rows(-1), rows(2))
+    assert (await tasks[0])["y"].tolist() == [[2]]
+    with pytest.raises(ServerFault, match="below zero"):
+        await tasks[1]
+    assert (await tasks[2])["y"].tolist() == [[4]]
+    assert engine.batches == [3, 1, 1, 1]
+    assert notes.ran == [(1, 1), (1, 1)]
+
+
+async def test_stopping_while_a_failed_batch_runs_one_by_one_tells_everybody(engine, notes):
+    batcher = Batcher(engine, batches=True, max_batch=8, max_queue_rows=20, observer=notes)
+    alone = asyncio.Event()
+    run = engine.run
+
+    async def stuck_when_alone(inputs):
+        if len(inputs["x"]) == 1:
+            alone.set()
+            await asyncio.Event().wait()
+        return await run(inputs)
+
+    engine.run = stuck_when_alone
+    task = asyncio.create_task(batcher.serve())
+    tasks = await queued(batcher, rows(-1), rows(1), rows(2))
+    await alone.wait()
+    task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [Unavailable] * 3
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_more_rows_than_may_ever_wait_are_the_callers_fault(batcher, engine):
+    # Overloaded would say: come back later. It would never help.
+    with pytest.raises(BadRequest, match="21 rows in one request, at most 20"):
+        await batcher.infer(rows(*range(21)), None)
+    assert engine.batches == []
 
 
 async def test_an_answer_with_a_row_missing_is_a_fault_not_somebody_elses_answer(batcher, engine):

@@ -103,6 +103,14 @@ async def test_a_private_request_is_refused_by_the_hub_too(server):
         await server.infer(request, None)
 
 
+async def test_a_mark_of_privacy_that_cannot_be_read_is_refused_rather_than_overlooked(server):
+    request = InferRequest("digits-hub", images(1), parameters={"fogline.private": "true"})
+    with pytest.raises(BadRequest, match=r"fogline.private must be true or false, got 'true'"):
+        await server.infer(request, None)
+    request.parameters = {"fogline.private": False}
+    assert (await server.infer(request, None)).outputs
+
+
 async def test_batching_changes_no_answer(server):
     rng = np.random.default_rng(0)
     inputs = [rng.random((n, 1, 8, 8), np.float32) for n in (1, 3, 16, 40)]
@@ -140,6 +148,17 @@ async def test_what_happened_is_counted(server, repository):
     labels = 'model="digits-hub",outcome="{}",version="3"'
     assert f"fogline_hub_requests_total{{{labels.format('ok')}}} 1.0" in text
     assert f"fogline_hub_requests_total{{{labels.format('invalid_argument')}}} 1.0" in text
+
+
+async def test_a_caller_who_left_was_not_answered(server):
+    asked = asyncio.create_task(server.infer(InferRequest("digits-hub", images(1)), None))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    text = server.metrics.render().decode()
+    assert 'requests_total{model="digits-hub",outcome="cancelled",version="3"} 1.0' in text
+    assert 'outcome="ok"' not in text
 
 
 async def test_a_draining_hub_is_not_ready_and_still_answers(server):

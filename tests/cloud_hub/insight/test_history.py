@@ -130,6 +130,28 @@ async def test_counts_wait_for_a_disk_that_is_full(store, monkeypatch):
     assert await store.read(persisted_rows) == 30
 
 
+async def test_what_a_device_says_during_a_failing_write_is_not_taken_back(store, monkeypatch):
+    devices = await Devices.open(store, 30.0)
+    history = await History.open(store, devices)
+    history.accept(report(10), NOW)
+    real = store.write
+
+    async def fails_while_the_device_reports_and_leaves(_work):
+        history.accept(report(20, sequence=2), NOW + 20)
+        devices.left("kiosk")
+        raise StoreFailed("database or disk is full")
+
+    monkeypatch.setattr(store, "write", fails_while_the_device_reports_and_leaves)
+    with pytest.raises(StoreFailed):
+        await history.flush()
+    (line,) = history.overview(NOW + 21, 60).devices
+    assert (line.last_seen, line.online) == (NOW + 20, False)
+    monkeypatch.setattr(store, "write", real)
+    await history.close()
+    (saved,) = (await Devices.open(store, 30.0)).all()
+    assert saved.last_seen == NOW + 20
+
+
 async def test_a_flush_that_is_cancelled_is_neither_lost_nor_written_twice(store):
     for waits in range(4):
         history = await reopened(store)

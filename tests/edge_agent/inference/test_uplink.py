@@ -9,14 +9,17 @@ import pytest
 from edge_agent.errors import HubLate, HubRefused, HubUnavailable
 from edge_agent.inference.uplink import Question, Uplink
 from fogline_protocol.client import Client
+from fogline_protocol.grpc_service import SERVICE
 from fogline_protocol.inference import (
     BadRequest,
+    DeadlineExceeded,
     NotFound,
     Overloaded,
     Parameter,
     ServerFault,
     Unavailable,
 )
+from fogline_protocol.tensors import Array
 from tests.edge_agent.polling import until
 from tests.fakes import HUB_MODEL, FakeHub, Serving, Valve
 
@@ -250,6 +253,29 @@ async def test_a_link_whose_packets_vanish_works_again_soon_after_they_pass(
         await uplink.ask(question(1), 5.0)
 
 
+async def test_while_a_silent_connection_closes_the_new_one_is_in_use_already(
+    hub: FakeHub, door: Serving
+) -> None:
+    closing = asyncio.Event()
+
+    class Slow(Client):
+        """The first connection: silent to probes, slow to close."""
+
+        async def server_ready(self, timeout_s: float | None = None) -> bool:
+            raise DeadlineExceeded("nothing came back")
+
+        async def close(self) -> None:
+            await super().close()
+            closing.set()
+            await asyncio.sleep(3600)
+
+    connections = iter([Slow(door.address)])
+    async with Uplink(lambda: next(connections, None) or Client(door.address)) as uplink:
+        await closing.wait()
+        assert uplink.state == "open"
+        await uplink.call(f"/{SERVICE}/ServerLive", b"", 5.0)
+
+
 async def test_an_attempt_without_time_for_a_round_trip_says_nothing_about_the_link(
     hub: FakeHub, door: Serving
 ) -> None:
@@ -285,6 +311,17 @@ async def test_every_byte_of_an_escalation_is_counted(hub: FakeHub, door: Servin
         await uplink.ask(question(1), 5.0)
         assert uplink.counts.bytes_sent == 3 * one > 36
         assert uplink.counts.bytes_received > 24
+
+
+async def test_a_fault_of_ours_makes_nobody_wait(
+    hub: FakeHub, door: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    cannot_be_sent: Array = np.array([[object()]], dtype=object)
+    async with connected(door.address) as uplink:
+        with pytest.raises(HubUnavailable, match="given up"):
+            await uplink.ask(Question(HUB_MODEL, {"x": cannot_be_sent}, 1), 60.0)
+        await uplink.ask(question(1), 5.0)
+    assert "an escalation failed here" in caplog.text
 
 
 async def test_closing_answers_everybody(hub: FakeHub, door: Serving) -> None:
