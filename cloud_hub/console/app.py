@@ -1,6 +1,8 @@
 """Adds the console to the hub's HTTP door.
 
     GET  /                       overview              people
+    GET  /devices, /models, ...  fleet_pages.py        people
+    POST /deploy                 what is wanted        people
     GET  /login  POST /login     sign in               anyone
     POST /logout                 sign out              anyone
     GET  /api/v1/overview        the same as JSON      programs
@@ -20,8 +22,10 @@ from cloud_hub.console.access import Audience, Authenticate, Door
 from cloud_hub.console.api import Api, Insight
 from cloud_hub.console.assets import Assets
 from cloud_hub.console.fleet_api import FleetApi
+from cloud_hub.console.fleet_pages import DevicesTopic, DeviceTopic, FleetPages
 from cloud_hub.console.live import Live
 from cloud_hub.console.pages import OverviewTopic, Pages
+from cloud_hub.console.roster import Roster
 from cloud_hub.console.views import Model
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
@@ -59,7 +63,15 @@ def add_console(
     overview = OverviewTopic(history, models, clock)
     pages = Pages(overview, assets, door, hub_name=hub_name, grpc_address=grpc_address, clock=clock)
     api = Api(history, clock)
-    live = Live({"overview": overview}, build=assets.digest, admits=door.admits)
+    roster = Roster(fleet.controller, devices, clock)
+    table = DevicesTopic(roster, clock)
+    device = DeviceTopic(roster, fleet.controller, history, clock)
+    fleet_pages = FleetPages(pages, fleet, roster, table, device, clock)
+    live = Live(
+        {"overview": overview, "devices": table, "device": device},
+        build=assets.digest,
+        admits=door.admits,
+    )
 
     for method, path, handler, audience in (
         ("GET", "/", pages.overview, Audience.PEOPLE),
@@ -75,6 +87,8 @@ def add_console(
     ):
         add = app.router.add_get if method == "GET" else app.router.add_post
         add(path, door.guarded(handler, audience))
+    for method, path, page in fleet_pages.routes():
+        app.router.add_route(method, path, door.guarded(page, Audience.PEOPLE))
     for method, path, operate in FleetApi(fleet, devices, scratch, clock).routes():
         app.router.add_route(method, path, door.guarded(operate, Audience.PROGRAMS))
     # Open sockets would hold the hub's drain until its time is up.

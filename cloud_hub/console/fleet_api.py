@@ -1,7 +1,8 @@
 """What operators do to the fleet, for programs: ``/api/v1``.
 
     GET  /releases                      all, by model, newest first
-    GET  /releases/{model}/{number}     one, with its bundle's root document, certificates, report
+    GET  /releases/{model}/{number}     one, with its bundle's root document, certificates, report;
+                                        the number may be a version, and 0 is the newest
     POST /releases[?force=1]            a bundle as a tar stream becomes a release
     GET  /devices                       all, what is wanted of them and what they say
     GET  /devices/{name}                one, with its latest changes of phase
@@ -12,6 +13,7 @@ Errors are ``application/problem+json`` with a sentence in ``detail`` and a stab
 
 import asyncio
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -24,15 +26,23 @@ from google.protobuf import json_format
 from cloud_hub.console import access
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet import upload
-from cloud_hub.fleet.controller import Event, Twin, UnknownDevice, UnknownRelease
+from cloud_hub.fleet.controller import (
+    Event,
+    TooMuchWanted,
+    Twin,
+    UnknownDevice,
+    UnknownRelease,
+)
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.releases import Release, ReleaseRefused
 from cloud_hub.fleet.trust import KeyMissing
 from cloud_hub.fleet.upload import UploadRefused
+from fogline_protocol.release import MODEL_NAME
 
 MAX_UPLOAD_BYTES = 8 << 30
 MAX_BODY_BYTES = 1 << 20
+UPLOADING = "uploading"  # folder below the scratch folder, emptied at every start
 
 _STATUS = {"release/unknown": 404, "bundle/version-taken": 409}
 
@@ -48,6 +58,8 @@ class FleetApi:
         self._devices = devices
         self._scratch = scratch
         self._clock = clock
+        # What a killed hub was receiving; the data directory is ours alone.
+        shutil.rmtree(scratch / UPLOADING, ignore_errors=True)
 
     def routes(self) -> list[tuple[str, str, access.Handler]]:
         """Return method, path and handler of every route."""
@@ -92,13 +104,18 @@ class FleetApi:
         force = request.query.get("force", "0")
         if force not in ("0", "1"):
             return access.problem(400, f"force is 0 or 1, got {force!r}")
-        await asyncio.to_thread(self._scratch.mkdir, parents=True, exist_ok=True)
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._scratch))
+        uploading = self._scratch / UPLOADING
+        await asyncio.to_thread(uploading.mkdir, parents=True, exist_ok=True)
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=uploading))
         try:
             archive = folder / "upload.tar"
             await _receive(request, archive)
             bundle = await asyncio.to_thread(_unpack, archive, folder / "bundle")
             found = await self._fleet.releases.accept(bundle, force=force == "1")
+        except ReleaseRefused as error:
+            # Where the upload lay is of no use to whoever sent it.
+            sentence = re.sub(rf"{re.escape(str(bundle))}(: |/)", "", error.sentence)
+            raise ReleaseRefused(error.code, sentence, error.figures) from None
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         return web.json_response(_line(found), status=201)
@@ -135,13 +152,17 @@ class FleetApi:
         return web.json_response({"release": _name(found), "devices": list(names)}, status=202)
 
     async def _release(self, text: str) -> Release:
-        model, _, number = text.partition("@")
-        if number and not number.isdecimal():
-            for found in await self._fleet.releases.list(model):
-                if found.version == number:
-                    return found
-        wanted = int(number) if number.isdecimal() else None if not number else 0
-        return await self._fleet.releases.show(model, wanted)
+        """Return the release ``MODEL@NUMBER`` or ``MODEL@VERSION``, of ``MODEL`` the newest."""
+        model, _, which = text.partition("@")
+        named = MODEL_NAME.fullmatch(model) is not None  # else not every database takes it
+        known = await self._fleet.releases.list(model) if named else []
+        for found in known:
+            if which in ("", "0", str(found.number), found.version):
+                return found
+        offered = ", ".join(_name(found) for found in reversed(known)) or "none"
+        raise UnknownRelease(
+            f"there is no release {text!r:.200}; of {model!r:.100} there are: {offered}"
+        )
 
     def _twin(self, one: Twin) -> dict[str, Any]:
         seen = {device.name: device for device in self._devices.all()}.get(one.device)
@@ -174,8 +195,12 @@ def _telling(handler: access.Handler) -> access.Handler:
             return _problem(_STATUS.get(error.code, 422), error.code, error.sentence, error.figures)
         except UploadRefused as error:
             return _problem(422, "bundle/refused", str(error))
-        except (UnknownDevice, UnknownRelease) as error:
+        except UnknownDevice as error:
             return _problem(404, "device/unknown", str(error))
+        except UnknownRelease as error:
+            return _problem(404, "release/unknown", str(error))
+        except TooMuchWanted as error:
+            return _problem(409, "device/too-much", str(error))
         except (StoreFailed, KeyMissing) as error:
             return _problem(503, "hub/cannot-write", str(error))
         except OSError as error:
@@ -207,7 +232,11 @@ def _unpack(archive: Path, into: Path) -> Path:
 
 
 async def _json(request: web.Request) -> dict[str, Any]:
-    body = await request.content.read(MAX_BODY_BYTES)
+    body = bytearray()
+    async for chunk in request.content.iter_chunked(1 << 16):
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            return {}
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):

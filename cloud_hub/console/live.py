@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping
 from typing import Any, Protocol
 
 from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
@@ -45,8 +45,16 @@ class Topic(Protocol):
         """
         ...
 
+    async def refresh(self, parameters: Collection[Any]) -> None:
+        """Bring up to date what the values of these parameters are taken from.
+
+        Raises:
+            BadParameter: there is nothing to watch under one of them.
+        """
+        ...
+
     def value(self, parameters: Any) -> Any:
-        """Return the value of this moment."""
+        """Return the value of this moment; ``refresh`` came before."""
         ...
 
 
@@ -137,7 +145,7 @@ class Live:
         try:
             await socket.send_json({"hello": {"build": self._build}})
             async for message in socket:
-                self._receive(tab, message)
+                await self._receive(tab, message)
         except ConnectionError:
             pass  # the tab is gone
         finally:
@@ -162,12 +170,14 @@ class Live:
             self._publisher.cancel()
         await self._close_all(WSCloseCode.GOING_AWAY, b"the hub is stopping")
 
-    def _receive(self, tab: Tab, message: WSMessage) -> None:
+    async def _receive(self, tab: Tab, message: WSMessage) -> None:
         try:
-            tab.want(self._wants(message))
+            wants = self._wants(message)
+            await self._refresh(wants)
         except BadParameter as error:
             tab.offer(ERROR, json.dumps({"error": str(error)}))
             return
+        tab.want(wants)
         for want in tab.wants:
             if want not in self._values:
                 self._values[want] = self._message(want)
@@ -197,6 +207,10 @@ class Live:
             wants.add((name, topic.parameters(parameters)))
         return frozenset(wants)
 
+    async def _refresh(self, wants: Collection[Want]) -> None:
+        for topic in sorted({topic for topic, _ in wants}):
+            await self._topics[topic].refresh([given for name, given in wants if name == topic])
+
     def _message(self, want: Want) -> str:
         topic, parameters = want
         value = document(self._topics[topic].value(parameters))
@@ -209,6 +223,7 @@ class Live:
         due = loop.time() + self._period_s
         while any(tab.wants for tab in self._tabs):
             await asyncio.sleep(due - loop.time())
+            await self._refresh({want for tab in self._tabs for want in tab.wants})
             self.publish()
             due = max(due, loop.time()) + self._period_s
         self._values.clear()  # too old for whoever comes next

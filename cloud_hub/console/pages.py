@@ -1,6 +1,6 @@
 """Pages for people, complete as they leave the hub: scripts only keep their figures fresh."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -27,7 +27,11 @@ class Place:
     path: str
 
 
-NAVIGATION: Sequence[Place] = (Place("Overview", "/"),)
+NAVIGATION: Sequence[Place] = (
+    Place("Overview", "/"),
+    Place("Devices", "/devices"),
+    Place("Models", "/models"),
+)
 
 
 class OverviewTopic:
@@ -53,6 +57,9 @@ class OverviewTopic:
         if unknown:
             raise BadParameter(f"overview has no parameter {min(unknown)[:40]!r}, only window_s")
         return api.window_s(given.get("window_s", api.DEFAULT_WINDOW_S))
+
+    async def refresh(self, parameters: Collection[Any]) -> None:
+        """Do nothing: the figures are in memory."""
 
     def value(self, parameters: Any) -> views.Page:
         """Return the page of this moment."""
@@ -102,22 +109,21 @@ class Pages:
         asked = request.query.get("window", str(WINDOWS_S[1]))
         if asked not in map(str, WINDOWS_S):
             known = ", ".join(map(str, WINDOWS_S))
-            return self._render(
+            return self.render(
                 "error.html",
                 status=400,
                 title="No such window",
                 detail=f"window must be one of {known} seconds, got {asked[:40]!r}.",
             )
         window_s = int(asked)
-        return self._render(
+        return self.render(
             "overview.html",
             title="Overview",
             here="/",
             page=self._overview.value(float(window_s)),
             window_s=window_s,
             windows_s=WINDOWS_S,
-            command=f"fogline-agent run --hub {self._address_for(request)} "
-            "--bundle models/digits/bundles/digits-1.0.0",
+            command=self.first_command(request),
         )
 
     async def login(self, request: web.Request) -> web.Response:
@@ -130,7 +136,7 @@ class Pages:
             raise web.HTTPSeeOther("/")
         if not access.is_confidential(request):
             return self._login_page(request, "", status=403)
-        form = await _form(request)
+        form = await read_form(request)
         token = form.get("token", "").strip()
         if not token or await self._door.authenticate(token) is None:
             return self._login_page(
@@ -163,13 +169,20 @@ class Pages:
     ) -> web.Response:
         if self._door.authenticate is None:
             raise web.HTTPSeeOther("/")
-        return self._render(
+        return self.render(
             "login.html",
             status=status,
             title="Sign in",
             error=error,
             then=_local(then if then is not None else request.query.get("next", "/")),
             confidential=access.is_confidential(request),
+        )
+
+    def first_command(self, request: web.Request) -> str:
+        """Return the command that makes the first device appear."""
+        return (
+            f"fogline-agent run --hub {self._address_for(request)} "
+            "--bundle models/digits/bundles/digits-1.0.0"
         )
 
     def _address_for(self, request: web.Request) -> str:
@@ -180,7 +193,8 @@ class Pages:
         name = request.url.host or host
         return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
-    def _render(self, template: str, *, status: int = 200, **values: Any) -> web.Response:
+    def render(self, template: str, *, status: int = 200, **values: Any) -> web.Response:
+        """Return a page; every template wants ``title``, most want ``here``."""
         return web.Response(
             status=status,
             text=self._templates.get_template(template).render(**values),
@@ -188,14 +202,14 @@ class Pages:
         )
 
 
-async def _form(request: web.Request) -> Mapping[str, str]:
-    """Return a small form. Strangers may send one, so nothing large is read."""
+async def read_form(request: web.Request, longest: int = LONGEST_FORM) -> Mapping[str, str]:
+    """Return a form of at most ``longest`` bytes. Strangers may send one, so more is not read."""
     body = b""
-    while len(body) <= LONGEST_FORM and (chunk := await request.content.readany()):
+    while len(body) <= longest and (chunk := await request.content.readany()):
         body += chunk
-    if len(body) > LONGEST_FORM:
+    if len(body) > longest:
         raise web.HTTPRequestEntityTooLarge(
-            LONGEST_FORM, len(body), text=f"a form has at most {LONGEST_FORM} bytes"
+            longest, len(body), text=f"a form has at most {longest} bytes"
         )
     return dict(parse_qsl(body.decode(errors="replace")))
 

@@ -4,32 +4,37 @@ The database is the truth and the broker a cache. Wanting is one row: a change r
 device's generation, and ``published_generation < generation`` is the outbox. The publisher
 sends such rows until the broker has acknowledged them; a hub killed in between sends them
 again, and a device ignores what it has. A report is taken if its sequence number is above the
-last one, so repetition and order mean nothing.
+last one, so repetition and order mean nothing; births and wills likewise by start and
+connection of the device.
 """
 
 import asyncio
-import contextlib
+import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Column, Connection, Row, delete, func, insert, select, update
 
 from cloud_hub.errors import StoreFailed
-from cloud_hub.fleet.link import Arrival
+from cloud_hub.fleet.link import MAX_COUNTER, MAX_DESIRED_BYTES, Arrival
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
-from fogline_protocol.mqtt import MqttError
+from fogline_protocol import documents
+from fogline_protocol.mqtt import MqttError, PacketTooLarge, PublishRefused
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 log = logging.getLogger("fogline.controller")
 
 SCHEMA = 1
 RETRY_S = 2.0  # between attempts to publish while the broker is away
+BATCH = 200  # desired states read, published and recorded together; a crash repeats so many
+MAX_GENERATION = MAX_COUNTER - 1  # a device refuses any beyond it
 EVENTS_KEPT = 200  # of one device
+MAX_SENTENCE = 500  # characters; an agent's are no longer
 
 twin = schema.twin
 event = schema.device_event
@@ -43,11 +48,20 @@ class UnknownRelease(Exception):
     """The hub has not accepted such a release."""
 
 
+class TooMuchWanted(Exception):
+    """A device's desired state would not fit into one document: want fewer models of it."""
+
+
 class Publisher(Protocol):
     """Where desired states go."""
 
     async def publish_desired(self, tenant: str, device: str, desired: pb.Desired) -> None:
-        """Return when the broker has it; raise ``MqttError`` otherwise."""
+        """Return when the broker has it.
+
+        Raises:
+            ValueError, PublishRefused, PacketTooLarge: it never will.
+            MqttError: not this time.
+        """
         ...
 
 
@@ -82,7 +96,8 @@ class Twin:
         models = {model.model: model for model in self.reported.models}
         if self.reported.generation < self.generation:
             return "queued"
-        phases = {models[name].phase for name in self.desired if name in models}
+        # A device without any model refuses in the name of none.
+        phases = {models[name].phase for name in (*self.desired, "") if name in models}
         if phases & {"rejected", "rolled-back"}:
             return "failed"
         current = all(
@@ -106,6 +121,17 @@ class Event:
     sentence: str
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """How many rows of a device ended in one way."""
+
+    model: str
+    tier: str
+    quality: str
+    reason: str
+    rows: int
+
+
 class Controller:
     """The fleet's rows. Owner of the tables ``twin`` and ``device_event``."""
 
@@ -116,6 +142,7 @@ class Controller:
         wanted: Callable[[Connection, str, int], WantedRelease | None],
         telemetry: Callable[[pb.Telemetry], None],
         seen: Callable[[pb.DeviceState], None],
+        wait: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Join the store with the parts that know releases and presence.
 
@@ -123,15 +150,22 @@ class Controller:
             store: the hub's database.
             wanted: describes an accepted release, inside a transaction; None: there is none.
             telemetry: takes counts.
-            seen: takes births and wills.
+            seen: takes births and wills, in the order in which they were sent.
+            wait: passes seconds.
         """
         self._store = store
         self._wanted = wanted
         self._telemetry = telemetry
         self._seen = seen
+        self._wait = wait
         self._due = asyncio.Event()
         self._due.set()  # whatever a killed hub left unpublished
+        # Devices of which it became doubtful, since the outbox was last read, that the broker
+        # has what is being published. Filled and asked on the store's writer thread only.
+        self._doubted: set[str] = set()
+        self._unpublishable: dict[str, str] = {}  # by device: why, as it was logged
         self.epoch = ""
+        self.revision = 0  # raised after every change, so that readers know when to read again
 
     # What operators want -----------------------------------------------------------------
 
@@ -141,14 +175,17 @@ class Controller:
         Raises:
             UnknownDevice: one of them has never reported.
             UnknownRelease: the hub has not accepted it.
+            TooMuchWanted: with it, one of them could not be told any more what is wanted.
             StoreFailed: nothing was changed.
         """
 
         def write(connection: Connection) -> list[str]:
             if self._wanted(connection, model, number) is None:
                 raise UnknownRelease(f"{model}@{number} is not a release of this hub")
-            known = {row.device: row for row in connection.execute(select(twin))}
+            query = select(twin.c.device, twin.c.desired, twin.c.generation)
+            known = {row.device: row for row in connection.execute(query)}
             names = sorted(known) if devices is None else list(dict.fromkeys(devices))
+            describe = functools.cache(functools.partial(self._wanted, connection))
             for name in names:
                 if name not in known:
                     raise UnknownDevice(f"no device {name!r} has reported to this hub")
@@ -156,14 +193,23 @@ class Controller:
                 if desired.get(model) == number:
                     continue
                 desired[model] = number
+                generation = known[name].generation + 1
+                size = len(documents.canonical(self._document(generation, desired, describe)))
+                if size > MAX_DESIRED_BYTES:
+                    raise TooMuchWanted(
+                        f"with {model}@{number} the desired state of {name} would take {size} "
+                        f"bytes, at most {MAX_DESIRED_BYTES} are possible: it already names "
+                        f"{len(desired) - 1} models"
+                    )
                 connection.execute(
                     update(twin)
                     .where(twin.c.device == name)
-                    .values(desired=json.dumps(desired), generation=twin.c.generation + 1)
+                    .values(desired=json.dumps(desired), generation=generation)
                 )
             return names
 
         names = await self._store.write(write)
+        self.revision += 1
         self._due.set()
         return names
 
@@ -172,20 +218,27 @@ class Controller:
     async def commit(self, arrivals: Sequence[Arrival]) -> None:
         """Take documents in this order; return when they are durable."""
         now = time.time()
-        await self._store.write(lambda connection: self._apply(connection, arrivals, now))
+        states, due = await self._store.write(
+            lambda connection: self._apply(connection, arrivals, now)
+        )
+        self.revision += 1
         for arrival in arrivals:
-            match arrival.document:
-                case pb.Telemetry():
-                    self._telemetry(arrival.document)
-                case pb.DeviceState():
-                    self._seen(arrival.document)
-        self._due.set()
+            if isinstance(arrival.document, pb.Telemetry):
+                self._telemetry(arrival.document)
+        for state in states:
+            self._seen(state)
+        if due:
+            self._due.set()
 
     async def broker_forgot(self) -> None:
         """Note that the broker holds no desired state, so that all are published again."""
-        await self._store.write(
-            lambda connection: connection.execute(update(twin).values(published_generation=0))
-        )
+
+        def write(connection: Connection) -> None:
+            connection.execute(update(twin).values(published_generation=0))
+            self._doubted.update(connection.execute(select(twin.c.device)).scalars())
+
+        await self._store.write(write)
+        self.revision += 1
         self._due.set()
 
     async def epoch_published(self, epoch: str) -> None:
@@ -197,6 +250,8 @@ class Controller:
             connection.execute(insert(schema.hub_epoch).values(epoch=epoch))
 
         await self._store.write(write)
+        # A broker that has been connected anew may take what it did not take before.
+        self._due.set()
 
     async def last_epoch(self) -> str | None:
         """Return the epoch that was published last, by this start of the hub or an earlier one."""
@@ -204,36 +259,44 @@ class Controller:
             lambda connection: connection.execute(select(schema.hub_epoch.c.epoch)).scalar()
         )
 
-    def _apply(self, connection: Connection, arrivals: Sequence[Arrival], now: float) -> None:
+    def _apply(
+        self, connection: Connection, arrivals: Sequence[Arrival], now: float
+    ) -> tuple[list[pb.DeviceState], bool]:
+        """Return the births and wills that count, and whether something is to be published."""
+        states: list[pb.DeviceState] = []
+        due = False
         for arrival in arrivals:
             document = arrival.document
             if isinstance(document, pb.Telemetry):
                 continue
             row = _row(connection, arrival.device)
-            if isinstance(document, pb.DeviceState):
-                self._apply_state(connection, row, document)
-            else:
-                self._apply_report(connection, row, document, now)
+            if isinstance(document, pb.Reported):
+                due |= self._apply_report(connection, row, document, now)
+            elif _moment(document) > (row.boot, row.connection, not row.connected):
+                due |= self._apply_state(connection, row, document)
+                states.append(document)
+        return states, due
 
-    def _apply_state(self, connection: Connection, row: Row[Any], state: pb.DeviceState) -> None:
-        if (state.boot, state.connection) < (row.boot, row.connection):
-            return  # a will that arrives after the next birth
+    def _apply_state(self, connection: Connection, row: Row[Any], state: pb.DeviceState) -> bool:
         changes: dict[str, Any] = {
             "boot": state.boot,
             "connection": state.connection,
             "connected": state.online,
         }
+        due = _ahead(row, state.generation)
         if state.online and state.generation < row.generation:
             # It has not got what was published: perhaps the broker has not either.
-            changes["published_generation"] = 0
-        changes |= _ahead(row, state.generation)
+            due = {"published_generation": 0}
+            self._doubted.add(row.device)
+        changes |= due
         connection.execute(update(twin).where(twin.c.device == row.device).values(**changes))
+        return bool(due)
 
     def _apply_report(
         self, connection: Connection, row: Row[Any], report: pb.Reported, now: float
-    ) -> None:
+    ) -> bool:
         if report.sequence <= row.report_sequence:
-            return
+            return False
         before = {m.model: m for m in pb.Reported.FromString(row.reported).models}
         for model in report.models:
             last = before.get(model.model)
@@ -243,13 +306,14 @@ class Controller:
                         device=row.device,
                         at=now,
                         generation=report.generation,
-                        model=model.model,
-                        release=model.desired_release or model.active_release,
-                        phase=model.phase,
-                        code=model.code,
-                        sentence=model.sentence,
+                        model=_text(event.c.model, model.model),
+                        release=min(model.desired_release or model.active_release, MAX_COUNTER),
+                        phase=_text(event.c.phase, model.phase),
+                        code=_text(event.c.code, model.code),
+                        sentence=_text(event.c.sentence, model.sentence),
                     )
                 )
+        due = _ahead(row, report.generation)
         connection.execute(
             update(twin)
             .where(twin.c.device == row.device)
@@ -257,7 +321,7 @@ class Controller:
                 report_sequence=report.sequence,
                 reported=report.SerializeToString(deterministic=True),
                 reported_at=now,
-                **_ahead(row, report.generation),
+                **due,
             )
         )
         oldest = (
@@ -267,6 +331,7 @@ class Controller:
             .offset(EVENTS_KEPT)
         )
         connection.execute(delete(event).where(event.c.id.in_(oldest)))
+        return bool(due)
 
     # What goes out -----------------------------------------------------------------------
 
@@ -280,46 +345,77 @@ class Controller:
             except (MqttError, StoreFailed) as error:
                 log.info("desired states wait: %s", error)
                 self._due.set()
-                await asyncio.sleep(RETRY_S)
+                await self._wait(RETRY_S)
 
     async def _publish_due(self, publisher: Publisher, tenant: str) -> None:
-        due = await self._store.read(self._outbox)
-        async with contextlib.AsyncExitStack():
+        """Go once through the outbox, by name, a batch at a time."""
+        last = ""
+        while True:
+            self._doubted = set()
+            due = await self._store.read(functools.partial(self._outbox, after=last))
+            if not due:
+                return
             results = await asyncio.gather(
                 *(publisher.publish_desired(tenant, name, document) for name, document in due),
                 return_exceptions=True,
             )
-        sent = [
-            (name, document.generation)
-            for (name, document), result in zip(due, results, strict=True)
-            if not isinstance(result, BaseException)
+            sent: list[tuple[str, int]] = []
+            failure: BaseException | None = None
+            for (name, document), result in zip(due, results, strict=True):
+                match result:
+                    case None:
+                        sent.append((name, document.generation))
+                        self._unpublishable.pop(name, None)
+                    case ValueError() | PublishRefused() | PacketTooLarge():
+                        self._note_unpublishable(name, str(result))
+                    case _:
+                        failure = result
+            if sent:
+                await self._store.write(functools.partial(self._record, sent=sent))
+                self.revision += 1
+            if failure is not None:
+                raise failure
+            last = due[-1][0]
+
+    def _note_unpublishable(self, device: str, why: str) -> None:
+        # It stays in the outbox and is tried again whenever that is gone through.
+        if self._unpublishable.get(device) != why:
+            log.error("the desired state of %s cannot be published: %s", device, why)
+        self._unpublishable[device] = why
+
+    def _record(self, connection: Connection, sent: Sequence[tuple[str, int]]) -> None:
+        for name, generation in sent:
+            if name in self._doubted:
+                continue  # the broker may have forgotten it since: it is published again
+            # Only if nothing newer was wanted meanwhile.
+            connection.execute(
+                update(twin)
+                .where(twin.c.device == name, twin.c.generation == generation)
+                .values(published_generation=generation)
+            )
+
+    def _outbox(self, connection: Connection, after: str) -> list[tuple[str, pb.Desired]]:
+        rows = connection.execute(
+            select(twin.c.device, twin.c.generation, twin.c.desired)
+            .where(twin.c.generation > twin.c.published_generation, twin.c.device > after)
+            .order_by(twin.c.device)
+            .limit(BATCH)
+        )
+        describe = functools.cache(functools.partial(self._wanted, connection))
+        return [
+            (row.device, self._document(row.generation, json.loads(row.desired), describe))
+            for row in rows
         ]
 
-        def write(connection: Connection) -> None:
-            for name, generation in sent:
-                # Only if nothing newer was wanted meanwhile.
-                connection.execute(
-                    update(twin)
-                    .where(twin.c.device == name, twin.c.generation == generation)
-                    .values(published_generation=generation)
-                )
-
-        if sent:
-            await self._store.write(write)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    def _outbox(self, connection: Connection) -> list[tuple[str, pb.Desired]]:
-        rows = connection.execute(
-            select(twin).where(twin.c.generation > twin.c.published_generation)
-        )
-        return [(row.device, self._document(connection, row)) for row in rows]
-
-    def _document(self, connection: Connection, row: Row[Any]) -> pb.Desired:
-        document = pb.Desired(schema=SCHEMA, generation=row.generation, hub_epoch=self.epoch)
-        for model, number in sorted(json.loads(row.desired).items()):
-            wanted = self._wanted(connection, model, number)
+    def _document(
+        self,
+        generation: int,
+        desired: Mapping[str, int],
+        describe: Callable[[str, int], WantedRelease | None],
+    ) -> pb.Desired:
+        document = pb.Desired(schema=SCHEMA, generation=generation, hub_epoch=self.epoch)
+        for model, number in sorted(desired.items()):
+            wanted = describe(model, number)
             if wanted is not None:
                 document.releases.add(
                     model=model,
@@ -350,6 +446,30 @@ class Controller:
 
         return await self._store.read(read)
 
+    async def answered(self, device: str, since: float) -> Sequence[Answered]:
+        """Return how a device's rows ended since then, by whole minutes, the most frequent first.
+
+        Args:
+            device: its name.
+            since: seconds since the epoch.
+        """
+        o = schema.outcome.c
+        rows = func.sum(o.rows).label("rows")
+        query = (
+            select(o.model, o.tier, o.quality, o.reason, rows)
+            .where(o.device == device, o.minute >= int(since // 60))
+            .group_by(o.model, o.tier, o.quality, o.reason)
+            .order_by(rows.desc(), o.model, o.tier, o.quality, o.reason)
+        )
+
+        def read(connection: Connection) -> list[Answered]:
+            return [
+                Answered(row.model, row.tier, row.quality, row.reason, int(row.rows))
+                for row in connection.execute(query)
+            ]
+
+        return await self._store.read(read)
+
     async def running(self, model: str) -> Mapping[int, int]:
         """Return how many devices run each release of a model."""
         counts: dict[int, int] = {}
@@ -369,12 +489,31 @@ def _row(connection: Connection, device: str) -> Row[Any]:
     return row
 
 
-def _ahead(row: Row[Any], generation: int) -> dict[str, Any]:
-    """A device ahead of us has been told by a database that we lost: go above it.
+def _moment(state: pb.DeviceState) -> tuple[int, int, bool]:
+    """Return what orders the births and wills of one device; a will follows its own birth."""
+    return state.boot, state.connection, not state.online
 
-    Otherwise it would ignore everything we want for ever.
+
+def _text(column: Column[str], value: str) -> str:
+    """Return what a device said in a form that every database takes."""
+    length: int = getattr(column.type, "length", None) or MAX_SENTENCE
+    return value.replace("\0", "?")[:length]
+
+
+def _ahead(row: Row[Any], generation: int) -> dict[str, Any]:
+    """Return the changes for a device that has been told by a database that we lost.
+
+    Below its generation it would ignore everything we want for ever, so ours goes above it.
     """
     if generation <= row.generation:
+        return {}
+    if generation >= MAX_GENERATION:
+        log.error(
+            "device %s claims generation %d, above which there is none: it cannot be told "
+            "anything until its data directory is replaced",
+            row.device,
+            generation,
+        )
         return {}
     log.warning("device %s is at generation %d, above ours", row.device, generation)
     return {"generation": generation + 1, "published_generation": 0}

@@ -19,6 +19,9 @@
  */
 export function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
+  // Words that are also a color and a shape: the style sheet knows them by this attribute.
+  if (element.hasAttribute("data-word")) set(element, "data-word", text.toLowerCase());
+  if (element instanceof HTMLProgressElement) element.value = parseFloat(text) || 0;
 }
 
 /**
@@ -86,6 +89,9 @@ function newRow(name, key) {
   );
   const row = /** @type {DocumentFragment} */ (pattern.content.cloneNode(true)).children[0];
   row.setAttribute("data-key", key);
+  for (const link of row.querySelectorAll("[data-link]")) {
+    set(link, "href", link.getAttribute("data-link") + encodeURIComponent(key));
+  }
   return row;
 }
 

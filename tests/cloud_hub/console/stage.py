@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 from aiohttp import web
@@ -20,6 +21,7 @@ from cloud_hub.insight.history import DeviceLine, Overview, Series
 NOW = 1_790_000_000.0
 POINTS = 60
 TOKEN = "fgl_right"
+NOBODY = SimpleNamespace(controller=None, releases=None, certificates=None)
 
 
 @dataclass
@@ -142,6 +144,9 @@ class Console:
     models: list[HubModel] = field(default_factory=lambda: [DIGITS, BROKEN])
     authenticate: Authenticate | None = None
     grpc_address: str = "127.0.0.1:8001"
+    devices: Devices = field(default_factory=lambda: Devices([], 30.0))
+    operated: Fleet | None = None  # needed by the pages of devices and models only
+    clock: Callable[[], float] = lambda: NOW
     port: int = 0
 
     @property
@@ -160,14 +165,14 @@ class Console:
         add_console(
             app,
             history=self.fleet,
-            devices=Devices([], 30.0),
-            fleet=cast(Fleet, None),  # asked by fleet_api.py only, which has tests of its own
+            devices=self.devices,
+            fleet=self.operated or cast(Fleet, NOBODY),
             scratch=Path(),
             models=lambda: self.models,
             authenticate=self.authenticate,
             hub_name="hub <one>",
             grpc_address=self.grpc_address,
-            clock=lambda: NOW,
+            clock=self.clock,
         )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=30.0)
         await runner.setup()

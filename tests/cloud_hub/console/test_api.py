@@ -16,7 +16,7 @@ from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.insight.history import History, Overview
 from cloud_hub.store.store import Store
 from fogline_protocol.v1.fleet_pb2 import Telemetry
-from tests.cloud_hub.console.stage import NOW, Console
+from tests.cloud_hub.console.stage import NOBODY, NOW, Console
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ async def test_the_real_history_is_understood(tmp_path: Path) -> None:
             app,
             history=history,
             devices=devices,
-            fleet=cast(Fleet, None),  # asked by fleet_api.py only, which has tests of its own
+            fleet=cast(Fleet, NOBODY),  # asked by fleet_api.py only, which has tests of its own
             scratch=Path(),
             models=lambda: [],
             authenticate=None,
@@ -109,4 +109,4 @@ async def test_the_real_history_is_understood(tmp_path: Path) -> None:
         await store.close()
     assert (found["rows"], found["share_edge"]) == (3, 1.0)
     assert found["devices"][0]["name"] == "camera"
-    assert ">camera</th>" in page
+    assert ">camera</a></th>" in page

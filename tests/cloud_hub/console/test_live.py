@@ -1,7 +1,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,12 +19,16 @@ class Counting:
 
     def __init__(self, padding: int = 0) -> None:
         self.computed: dict[int, int] = {}
+        self.refreshed: set[int] = set()
         self._padding = "x" * padding
 
     def parameters(self, given: Mapping[str, Any]) -> Hashable:
         if not isinstance(given.get("n"), int):
             raise BadParameter("n must be a whole number")
         return int(given["n"])
+
+    async def refresh(self, parameters: Collection[Any]) -> None:
+        self.refreshed = set(parameters)
 
     def value(self, parameters: Any) -> Any:
         self.computed[parameters] = self.computed.get(parameters, 0) + 1
@@ -69,7 +73,7 @@ async def tab(url: str, **subscription: Any) -> AsyncIterator[ClientWebSocketRes
 
 async def eventually(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not holds():  # noqa: ASYNC110 - what is waited for is another connection's doing
+        while not holds():
             await asyncio.sleep(0.005)
 
 

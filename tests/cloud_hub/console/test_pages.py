@@ -77,7 +77,7 @@ async def test_the_window_is_in_the_address(session: aiohttp.ClientSession, wind
         page = await text(session, f"{console.url}/?window={window_s}")
         assert console.fleet.asked == [float(window_s)]
     assert f'<a href="/?window={window_s}" aria-current="true">' in page
-    assert f'data-window="{window_s}"' in page
+    assert f'data-parameters="window_s={window_s}"' in page
 
 
 async def test_a_window_that_is_not_offered_gets_a_sentence(session: aiohttp.ClientSession) -> None:

@@ -1,5 +1,6 @@
 // @ts-check
-// The overview page: one socket, its state in the bar, its values in the page.
+// A page that stays fresh: one socket, its state in the bar, its values in the page. What is
+// watched stands in the page: data-topic, and data-parameters as in an address.
 
 import "./line-chart.js";
 import { Live } from "./live.js";
@@ -18,7 +19,8 @@ const mark = one("[data-live]");
 const markText = one("[data-live-text]");
 const status = one("[data-status]");
 const pause = one("[data-pause]");
-const copy = one("[data-copy]");
+/** @type {HTMLElement | null} */
+const copy = document.querySelector("[data-copy]");
 
 const WORDS = { connecting: "Connecting", live: "Live", reconnecting: "Reconnecting", paused: "Paused" };
 
@@ -58,13 +60,14 @@ function announce(state) {
   }
 }
 
-const live = new Live({ overview: { window_s: Number(figures.dataset.window) } }, watcher);
+const parameters = Object.fromEntries(new URLSearchParams(figures.dataset.parameters));
+const live = new Live({ [figures.dataset.topic ?? ""]: parameters }, watcher);
 
 pause.hidden = false;
 pause.addEventListener("click", () => (live.paused ? live.resume() : live.pause()));
 
 // Browsers offer the clipboard to confidential pages only.
-if (navigator.clipboard) {
+if (copy && navigator.clipboard) {
   copy.hidden = false;
   copy.addEventListener("click", async () => {
     await navigator.clipboard.writeText(one("[data-command]").textContent ?? "");

@@ -1,0 +1,389 @@
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import parse_qsl
+
+import aiohttp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud_hub.console import fleet_views
+from cloud_hub.console.api import BadParameter
+from cloud_hub.console.roster import SIZES, SORTS, Line, ModelLine, Query, natural, select
+from cloud_hub.fleet.controller import Event
+from cloud_hub.fleet.devices import Device
+from cloud_hub.store import schema
+from fogline_protocol.v1 import fleet_pb2 as pb
+from tests.cloud_hub.console.fleet_stage import Stage
+
+NOW = 1_790_000_000.0
+
+
+def model(name: str = "digits", **changes: Any) -> ModelLine:
+    usual: dict[str, Any] = {
+        "wanted": 0,
+        "running": 1,
+        "previous": 0,
+        "version": "1.0.0",
+        "phase": "committed",
+        "code": "",
+        "sentence": "",
+        "attempt": 1,
+        "figures": {},
+        "bytes_done": 0,
+        "bytes_total": 0,
+    }
+    return ModelLine(model=name, **(usual | changes))
+
+
+def line(name: str, **changes: Any) -> Line:
+    usual: dict[str, Any] = {
+        "online": True,
+        "since": NOW - 600,
+        "last_seen": NOW - 2,
+        "first_seen": NOW - 6000,
+        "agent_version": "0.1.0",
+        "hardware_class": "x86_64/cpu",
+        "link": "closed",
+        "rss_bytes": 1,
+        "managed": True,
+        "standing": "current",
+        "models": (model(),),
+        "generation": 1,
+        "published_generation": 1,
+        "reported_generation": 1,
+    }
+    return Line(name=name, **(usual | changes))
+
+
+FLEET = [
+    line("kiosk-10", standing="failed"),
+    line("kiosk-9", online=False, last_seen=NOW - 500),
+    line("gate", hardware_class="aarch64/cpu", models=(model(wanted=2),), standing="updating"),
+    line("Camera", models=(), standing="idle", online=False, last_seen=None, since=None),
+]
+
+
+def found(**query: str) -> list[str]:
+    return [one.name for one in select(FLEET, Query.parse(query), NOW).rows]
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ({}, ["Camera", "gate", "kiosk-9", "kiosk-10"]),
+        ({"sort": "-name"}, ["kiosk-10", "kiosk-9", "gate", "Camera"]),
+        ({"status": "offline"}, ["Camera", "kiosk-9"]),
+        ({"update": "failed"}, ["kiosk-10"]),
+        ({"status": "offline", "update": "failed"}, []),
+        ({"q": "KIOSK"}, ["kiosk-9", "kiosk-10"]),
+        ({"q": "aarch64"}, ["gate"]),
+        ({"q": "digits@1"}, ["gate", "kiosk-9", "kiosk-10"]),
+        ({"runs": "digits@1", "status": "online"}, ["gate", "kiosk-10"]),
+        ({"wants": "digits@2"}, ["gate"]),
+        ({"wants": "digits@3"}, []),
+        ({"sort": "status"}, ["Camera", "kiosk-9", "gate", "kiosk-10"]),
+        ({"sort": "update"}, ["kiosk-10", "gate", "kiosk-9", "Camera"]),
+        ({"sort": "-seen"}, ["Camera", "kiosk-9", "gate", "kiosk-10"]),
+        ({"sort": "hardware"}, ["gate", "Camera", "kiosk-9", "kiosk-10"]),
+    ],
+)
+def test_devices_are_filtered_and_sorted(query: dict[str, str], names: list[str]) -> None:
+    assert found(**query) == names
+
+
+def test_each_count_says_how_many_rows_its_filter_would_leave() -> None:
+    by = select(FLEET, Query(status="offline"), NOW)
+    assert by.statuses == {"online": 2, "offline": 2}
+    assert by.updates == {"current": 1, "idle": 1}
+    for status, n in by.statuses.items():
+        assert len(select(FLEET, Query(status=status), NOW).matching) == n
+
+
+def test_a_page_beyond_the_end_is_the_last_one() -> None:
+    many = [line(f"d{i}") for i in range(120)]
+    selection = select(many, Query(page=9), NOW)
+    assert (selection.page, selection.pages, len(selection.rows)) == (3, 3, 20)
+    assert select([], Query(page=2), NOW).pages == 1
+
+
+@pytest.mark.parametrize(
+    ("given_", "said"),
+    [
+        ({"status": "away"}, "status must be one of online, offline, got 'away'"),
+        ({"update": "x"}, "update must be one of failed"),
+        ({"sort": "--name"}, "sort must be one of"),
+        ({"size": "7"}, "size must be one of 50, 100, 200"),
+        ({"page": "0"}, "page must be a whole number"),
+        ({"page": "1e3"}, "page must be a whole number"),
+        ({"wants": "digits"}, "MODEL@NUMBER"),
+        ({"color": "red"}, "there is no parameter 'color'"),
+        ({"q": "x" * 201}, "at most 200"),
+        ({"q": 3}, "must be a text"),
+    ],
+)
+def test_a_query_that_makes_no_sense_gets_a_sentence(given_: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadParameter, match=re.escape(said)):
+        Query.parse(given_)
+
+
+@given(
+    st.builds(
+        Query,
+        status=st.sampled_from(["", "online"]),
+        q=st.text(max_size=20).map(str.strip),
+        wants=st.sampled_from(["", "digits@2"]),
+        sort=st.sampled_from([*SORTS, *("-" + name for name in SORTS)]),
+        size=st.sampled_from(SIZES),
+        page=st.integers(1, 999),
+    )
+)
+def test_the_address_holds_the_whole_query(query: Query) -> None:
+    assert Query.parse(dict(parse_qsl(query.encoded()))) == query
+
+
+@given(st.text("ab019-", max_size=8), st.text("ab019-", max_size=8))
+def test_any_two_names_have_a_natural_order(one: str, other: str) -> None:
+    assert (natural(one) < natural(other)) + (natural(other) < natural(one)) <= 1
+    assert natural(f"{one}-9") < natural(f"{one}-10")
+
+
+def test_events_that_arrived_together_have_rows_of_their_own() -> None:
+    event = Event("kiosk", NOW, 1, "digits", 2, "accepted", "", "")
+    detail = fleet_views.Detail(line("kiosk"), [event, event, event], [])
+    older = fleet_views.Detail(line("kiosk"), [event], [])
+    keys = [row.key for row in fleet_views.device(detail, None, now=NOW).tables["events"]]
+    assert len(set(keys)) == 3
+    assert fleet_views.device(older, None, now=NOW).tables["events"][0].key == keys[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "title", "goes_on"),
+    [
+        ({"phase": "rejected"}, "digits@2 was refused", "It keeps running digits@1 (1.0.0)."),
+        ({"phase": "rolled-back"}, "digits@2 was taken back", "It keeps running digits@1 (1.0.0)."),
+        (
+            {"phase": "rejected", "running": 0, "version": ""},
+            "digits@2 was refused",
+            "It runs no digits now.",
+        ),
+        (
+            {"phase": "accepted", "attempt": 2},
+            "An attempt at digits@2 failed",
+            "The device tries again: attempt 2.",
+        ),
+    ],
+)
+def test_a_failure_says_what_the_device_runs_meanwhile(
+    changes: dict[str, Any], title: str, goes_on: str
+) -> None:
+    failing = model(wanted=2, code="self-test/deviation", sentence="Wrong.", **changes)
+    page = fleet_views.device(
+        fleet_views.Detail(line("kiosk", models=(failing,)), [], []), None, now=NOW
+    )
+    (row,) = page.tables["failures"]
+    assert page.flags["failed"]
+    assert {name: cell.text for name, cell in row.cells.items()} == {
+        "title": title,
+        "code": "self-test/deviation",
+        "sentence": "Wrong.",
+        "runs": goes_on,
+    }
+
+
+@pytest.fixture
+async def stage(staged: Stage) -> AsyncIterator[Stage]:
+    async with staged.served():
+        yield staged
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def page(session: aiohttp.ClientSession, url: str, status: int = 200) -> str:
+    async with session.get(url) as response:
+        text = await response.text()
+        assert response.status == status, text
+        assert response.content_type == "text/html"
+        assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+    assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", text)
+    return text
+
+
+def names(text: str) -> list[str]:
+    return re.findall(r'data-link="/devices/" data-cell="name" href="/devices/([^"]+)"', text)
+
+
+async def test_an_empty_fleet_shows_the_command_that_comes_next(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    text = await page(session, f"{stage.url}/devices")
+    assert "No device yet" in text
+    assert "fogline-agent run --hub 127.0.0.1:8001 --bundle" in text
+    assert names(text) == []
+
+
+async def test_a_thousand_devices_are_paged_on_the_server(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join(*(f"kiosk-{i}" for i in range(1000)), runs=1)
+    text = await page(session, f"{stage.url}/devices?page=3&size=100")
+    assert names(text) == [f"kiosk-{i}" for i in range(200, 300)]
+    assert "201 to 300 of 1,000 devices" in text
+    assert 'href="/devices?size=100&amp;page=2"' in text
+    assert 'href="/devices?size=100&amp;page=4"' in text
+    assert len(names(await page(session, f"{stage.url}/devices"))) == 50
+
+
+async def test_filters_are_links_that_keep_the_rest_of_the_state(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("kiosk", runs=1)
+    await stage.join("gate", online=False)
+    text = await page(session, f"{stage.url}/devices?status=offline&q=ga&sort=-name")
+    assert names(text) == ["gate"]
+    assert 'href="/devices?q=ga&amp;sort=-name" aria-current="true"' in text  # takes it away
+    assert 'href="/devices?status=offline&amp;update=idle&amp;q=ga&amp;sort=-name"' in text
+    assert 'aria-sort="descending"' in text
+    text = await page(session, f"{stage.url}/devices?q=nobody")
+    assert "No device matches" in text
+    assert '<a href="/devices">Clear filters</a>' in text
+
+
+async def test_a_device_that_only_counts_is_listed_too(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    now = time.time()
+    stage.devices.seen(Device("lonely", now, now, "0.1.0", "x86_64/cpu", "closed", 1))
+    assert names(await page(session, f"{stage.url}/devices")) == ["lonely"]
+    text = await page(session, f"{stage.url}/devices/lonely")
+    assert "it has not reported through the broker" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/devices?status=away", 400, "Status must be one of online, offline"),
+        ("/devices?q=a&q=b", 400, "Q comes twice"),
+        ("/devices/nobody", 404, "never heard of a device &#39;nobody&#39;"),
+        ("/devices/%3Cb%3E", 404, "&lt;b&gt;"),
+    ],
+)
+async def test_what_cannot_be_shown_is_a_page_with_a_sentence(
+    stage: Stage, session: aiohttp.ClientSession, path: str, status: int, said: str
+) -> None:
+    assert said in await page(session, stage.url + path, status)
+
+
+async def test_a_device_shows_what_is_wanted_what_runs_and_why_it_failed(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("kiosk", runs=1)
+    await stage.fleet.controller.want(["kiosk"], "digits", 3)
+    await stage.published("kiosk", 1)
+    await stage.report(
+        ["kiosk"],
+        pb.ReportedModel(
+            model="digits",
+            desired_release=3,
+            active_release=1,
+            active_version="1.0.0",
+            phase="rejected",
+            code="self-test/deviation",
+            sentence="The largest error is <b>11.3</b>.",
+            attempt=1,
+            figures={"max_abs_error": 11.3},
+        ),
+    )
+
+    def answer(connection: Any) -> None:
+        device = {"name": "kiosk", "first_seen": 0, "last_seen": 0, "agent_version": ""}
+        connection.execute(
+            schema.device.insert().values(**device, hardware_class="", link="", rss_bytes=0)
+        )
+        counted = {"device": "kiosk", "model": "digits", "release": "digits@1", "tier": "edge"}
+        for minute, rows in ((int(time.time() // 60), 30), (0, 7000)):
+            connection.execute(
+                schema.outcome.insert().values(
+                    **counted,
+                    minute=minute,
+                    quality="degraded",
+                    reason="hub_unreachable",
+                    rows=rows,
+                )
+            )
+
+    await stage.store.write(answer)
+    text = await page(session, f"{stage.url}/devices/kiosk")
+    for said in (
+        "digits@3 was refused",
+        "The largest error is &lt;b&gt;11.3&lt;/b&gt;.",
+        "self-test/deviation",
+        "It keeps running digits@1 (1.0.0).",
+        "max abs error 11.3",
+        'data-text="wanted">1<',
+        'data-text="reported">1<',
+        "hub unreachable",
+        "30 rows in 15",
+    ):
+        assert said in text, said
+    assert "7,0" not in text  # too long ago
+    assert names(await page(session, f"{stage.url}/devices?update=failed")) == ["kiosk"]
+
+
+async def test_a_tab_is_sent_the_rows_of_its_page_and_follows_a_device(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join(*(f"kiosk-{i}" for i in range(60)), runs=1)
+    async with session.ws_connect(f"{stage.url}/api/v1/live") as socket:
+        await socket.receive_json(timeout=5)
+        await socket.send_json({"sub": {"devices": {"page": "2"}}})
+        value = (await socket.receive_json(timeout=5))["value"]
+        assert [row["key"] for row in value["tables"]["devices"]] == [
+            f"kiosk-{i}" for i in range(50, 60)
+        ]
+        assert value["text"]["count_online"] == "60"
+        for sub, said in (
+            ({"devices": {"page": "x"}}, "page must be"),
+            ({"device": {"name": "nobody"}}, "never heard of a device 'nobody'"),
+            ({"device": {"name": "../x"}}, "device has one parameter"),
+            ({"device": {}}, "device has one parameter"),
+        ):
+            await socket.send_json({"sub": sub})
+            while "error" not in (message := await socket.receive_json(timeout=5)):
+                pass
+            assert said in message["error"]
+        await socket.send_json({"sub": {"device": {"name": "kiosk-1"}}})
+        while (message := await socket.receive_json(timeout=5))["topic"] != "device":
+            pass
+        assert message["value"]["text"]["standing"] == "Idle"
+        await stage.fleet.controller.want(["kiosk-1"], "digits", 2)
+        while message["value"]["text"]["standing"] != "Queued":
+            message = await socket.receive_json(timeout=5)
+        assert len(json.dumps(message)) < 20_000
+
+
+async def test_devices_are_read_again_only_after_something_changed(
+    stage: Stage, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stage.join("kiosk")
+    reads = []
+    twins = stage.fleet.controller.twins
+
+    async def counted() -> Any:
+        reads.append(1)
+        return await twins()
+
+    monkeypatch.setattr(stage.fleet.controller, "twins", counted)
+    for _ in range(3):
+        await page(session, f"{stage.url}/devices")
+    assert len(reads) == 1
+    await stage.join("gate")
+    assert names(await page(session, f"{stage.url}/devices")) == ["gate", "kiosk"]
+    assert len(reads) == 2
