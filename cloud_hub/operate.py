@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import click
 
 from cloud_hub.config import ENDPOINTS
-from cloud_hub.errors import HubError
+from cloud_hub.errors import ConfigRefused, HubError
 from cloud_hub.fleet import upload
 
 
@@ -37,17 +38,21 @@ def hub_url(given: str | None, data: Path) -> str:
 
     Raises:
         HubAway: no URL was given and no hub runs on ``data``.
+        ConfigRefused: what was given is no URL.
     """
     if given:
+        parts = urlsplit(given)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigRefused(f"--hub {given!r} is not http://HOST:PORT or https://HOST:PORT")
         return given.rstrip("/")
     try:
         endpoints = json.loads((data / ENDPOINTS).read_text(encoding="ascii"))
-    except (OSError, ValueError):
+        return f"http://{endpoints['http']}"
+    except (OSError, ValueError, KeyError, TypeError):
         raise HubAway(
             f"no hub runs on {data}: start it with `fogline serve --data {data}`, or name "
             "another with --hub URL"
         ) from None
-    return f"http://{endpoints['http']}"
 
 
 async def call(url: str, method: str, path: str, body: Any = None, data: Any = None) -> Any:
@@ -55,10 +60,10 @@ async def call(url: str, method: str, path: str, body: Any = None, data: Any = N
 
     Raises:
         OperationRefused: it said no; the text says why.
-        HubAway: nobody answers.
+        HubAway: nobody answers, or something that is no hub.
     """
     headers = {}
-    token = os.environ.get("FOGLINE_TOKEN")
+    token = os.environ.get("FOGLINE_TOKEN", "").strip()
     if token:
         headers["Authorization"] = f"Bearer {token}"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
@@ -67,12 +72,15 @@ async def call(url: str, method: str, path: str, body: Any = None, data: Any = N
             aiohttp.ClientSession(url, headers=headers, timeout=timeout) as session,
             session.request(method, path, json=body, data=data) as answer,
         ):
-            text = await answer.text()
-            if answer.status >= 400:
-                raise OperationRefused(_detail(text, answer.status))
-            return json.loads(text)
+            text = await answer.text(errors="replace")
     except aiohttp.ClientError as error:
         raise HubAway(f"the hub at {url} cannot be reached: {error}") from None
+    if answer.status >= 400:
+        raise OperationRefused(_detail(text, answer.status))
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise HubAway(f"what answers at {url} is no fogline hub") from None
 
 
 async def push(url: str, bundle: Path, *, force: bool) -> Any:
@@ -90,7 +98,10 @@ def _packed(bundle: Path) -> Iterator[Any]:
     if not (bundle / "bundle.json").is_file():
         raise OperationRefused(f"{bundle} is no bundle: it has no bundle.json")
     with tempfile.TemporaryFile() as archive:
-        upload.pack(bundle, archive)
+        try:
+            upload.pack(bundle, archive)
+        except (OSError, ValueError) as error:  # tarfile's word for a name that is too long
+            raise OperationRefused(f"{bundle} cannot be packed: {error}") from None
         archive.seek(0)
         yield archive
 

@@ -6,7 +6,9 @@
     router   →  updater → reported
 
 Nothing of it stands between an application and its answer. A hub that is away, a broker that
-is gone or a release that is refused leave the device serving what it serves.
+is gone or a release that is refused leave the device serving what it serves. And if one of these
+parts ends by a mistake of our own, it is logged with its trace and all of them start again as
+after a restart of the agent, while the router goes on answering.
 """
 
 import asyncio
@@ -19,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from edge_agent.config import AgentConfig, split_address
-from edge_agent.errors import ReleaseRefused
+from edge_agent.errors import ReleaseRefused, StartRefused
 from edge_agent.fleet import contact as contacts
 from edge_agent.fleet import twin
 from edge_agent.fleet.contact import Contact
@@ -40,11 +42,14 @@ from edge_agent.update.surroundings import Progress, Timings
 from edge_agent.update.trust import Trust
 from edge_agent.update.updater import DesiredRefused, Updater
 from fogline_protocol.inference import InferenceError
+from fogline_protocol.mqtt import Backoff
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.tensors import Array
 
 ASK_EVERY_S = 2.0  # for the hub's addresses, while its broker cannot be reached
 ASK_TIMEOUT_S = 5.0
+ACCEPT_AGAIN_S = 30.0  # after the disk did not take what is wanted
+RESTART_S = 1.0  # before the first start after a mistake of our own; doubles, with full jitter
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +79,15 @@ class Managed:
         self.serving = _Serving(config, router)
         self._fetch = _Fetch()
         self._link: DeviceLink | None = None
-        self.updater = Updater(
+        self._known: Contact | None = None  # the addresses that the disk has
+        self._look_again = False  # for the hub's addresses, although its broker is there
+        self._unaccepted = b""  # a desired document that the disk did not take
+        self._accept_again_at = 0.0  # on the event loop's clock
+        self.updater = self._new_updater()
+
+    def _new_updater(self) -> Updater:
+        config = self._config
+        return Updater(
             self._releases,
             fetch=self._fetch,
             self_test=ChildSelfTest(),
@@ -90,23 +103,61 @@ class Managed:
         """Serve what was committed last; the bundles given by hand answer where there is none.
 
         Raises:
-            ReleaseRefused: a bundle given by hand is not intact or cannot run here.
+            ReleaseRefused: a bundle given by hand is not intact or cannot run here, and no
+                release was committed that could serve instead.
+            StartRefused: the data directory cannot be read.
         """
-        committed = await asyncio.to_thread(self.updater.restore)
+        try:
+            committed = await asyncio.to_thread(self.updater.restore)
+        except DiskFault as error:
+            raise StartRefused(f"data directory {self._config.data}: {error}") from None
         await self.serving.by_hand(except_for=committed)
         for model, bundle in committed.items():
             try:
                 await self.serving.activate(model, bundle)
             except ReleaseRefused as error:
-                # It ran here once. The hub learns of it when the updater reports.
                 log.error("committed release does not load", model=model, why=str(error))
-                await self.serving.activate(model, None)
+                await self.serving.fall_back(model, f"it does not load any more: {error}")
 
     async def run(self) -> None:
         """Follow the hub until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.updater.run())
-            group.create_task(self._follow())
+        backoff = Backoff(base_s=RESTART_S, max_s=60.0)
+        while True:
+            began = time.monotonic()
+            # Not a task group: on Python 3.11 it can take a cancellation for a failure of its own.
+            tasks = [
+                asyncio.create_task(self.updater.run(), name="updater"),
+                asyncio.create_task(self._follow(), name="follow the hub"),
+            ]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            for task in tasks:
+                if not task.cancelled():
+                    log.error(
+                        "the managed part of the agent failed and is started again",
+                        part=task.get_name(),
+                        exc_info=task.exception(),
+                    )
+            backoff.held(time.monotonic() - began)
+            await asyncio.sleep(backoff.next_wait_s())
+            await self._start_over()
+
+    async def _start_over(self) -> None:
+        """Continue as a new start would; what answers now answers until its successor is loaded."""
+        before = {one.model for one in self.updater.reports()}
+        self.updater = self._new_updater()
+        try:
+            await self.restore()
+            # A candidate that was on trial has no say any more.
+            kept = {one.model for one in self.updater.reports() if one.active_release}
+            for model in before - kept:
+                await self.serving.activate(model, None)
+        except (ReleaseRefused, StartRefused) as error:
+            log.error("what served before goes on serving", why=str(error))
 
     # What the link carries documents for ---------------------------------------------------
 
@@ -116,8 +167,15 @@ class Managed:
 
     async def desired(self, payload: bytes) -> None:
         """Consider a desired document; return when the decision is safe."""
+        if not payload:
+            return  # the hub has withdrawn its wishes: no wish to remove anything
+        self._unaccepted = b""
         try:
             wanted = twin.read_desired(payload)
+        except twin.DesiredRefused as error:
+            self._refuse(error.refusal)
+            return
+        try:
             await self.updater.apply(
                 Desired(
                     wanted.generation,
@@ -128,43 +186,54 @@ class Managed:
                     ),
                 )
             )
-        except twin.DesiredRefused as error:
-            self._publish(error.refusal.generation, _refused(self._standings(), error.refusal))
         except DesiredRefused as error:
-            refusal = twin.Refuse(error.code, str(error))
-            self._publish(0, _refused(self._standings(), refusal))
+            self._refuse(twin.Refuse(error.code, str(error), wanted.generation))
         except (DiskFull, DiskFault) as error:
-            # Not accepted, so it is published again at the next birth.
-            refusal = twin.Refuse(error.code, str(error))
-            self._publish(0, _refused(self._standings(), refusal))
+            self._refuse(twin.Refuse(error.code, str(error), wanted.generation))
+            self._unaccepted = payload
+            self._accept_again_at = asyncio.get_running_loop().time() + ACCEPT_AGAIN_S
 
     async def report(self) -> bytes:
-        """Return a reported document of how all models stand."""
+        """Return a reported document of how all models stand, for a new connection or epoch."""
+        # Both follow a restart of the hub, and with it its files may have moved.
+        self._look_again = True
         return self._document(self.generation(), self._standings())
 
-    async def tell(self) -> None:
+    def tell(self) -> None:
         """Send how all models stand, when there is a link."""
-        if self._link is not None:
-            self._link.publish_reported(await self.report())
+        self._publish(self.generation(), self._standings())
+
+    def _refuse(self, refusal: twin.Refuse) -> None:
+        log.warning("desired state refused", code=refusal.code, sentence=refusal.sentence)
+        generation = refusal.generation or self.generation()
+        self._publish(generation, twin.refused(self._standings(), refusal))
 
     def _standings(self) -> list[twin.ModelStanding]:
-        return [
-            twin.ModelStanding(
-                model=one.model,
-                phase=twin.Phase(one.phase),
-                desired_release=one.desired_release,
-                active_release=one.active_release,
-                previous_release=one.previous_release,
-                active_version=one.active_version,
-                code=one.code,
-                sentence=one.sentence,
-                attempt=one.attempt,
-                figures=one.figures,
-                bytes_done=one.bytes_done,
-                bytes_total=one.bytes_total,
-            )
-            for one in self.updater.reports()
-        ]
+        return [self._standing(one) for one in self.updater.reports()]
+
+    def _standing(self, one: ModelReport) -> twin.ModelStanding:
+        standing = twin.ModelStanding(
+            model=one.model,
+            phase=twin.Phase(one.phase),
+            desired_release=one.desired_release,
+            active_release=one.active_release,
+            previous_release=one.previous_release,
+            active_version=one.active_version,
+            code=one.code,
+            sentence=one.sentence,
+            attempt=one.attempt,
+            figures=one.figures,
+            bytes_done=one.bytes_done,
+            bytes_total=one.bytes_total,
+        )
+        why = self.serving.fallen_back.get(one.model)
+        if why is None:
+            return standing
+        # The updater knows what it committed, not that it could not be loaded at this start.
+        standing = replace(standing, active_release=0, active_version="")
+        if standing.phase is not twin.Phase.COMMITTED:
+            return standing  # another release is on its way
+        return replace(standing, phase=twin.Phase.ROLLED_BACK, code="start/load", sentence=why)
 
     def _document(self, generation: int, standings: Sequence[twin.ModelStanding]) -> bytes:
         sequence = self.updater.next_sequence()
@@ -172,29 +241,48 @@ class Managed:
 
     def _publish(self, generation: int, standings: Sequence[twin.ModelStanding]) -> None:
         if self._link is not None:
-            self._link.publish_reported(self._document(generation or self.generation(), standings))
+            self._link.publish_reported(self._document(generation, standings))
 
     # Where the hub is ----------------------------------------------------------------------
 
     async def _follow(self) -> None:
         """Keep a link to wherever the hub says its broker is."""
-        contact = await asyncio.to_thread(contacts.remembered, self._contact_file)
+        contact = self._known = await asyncio.to_thread(contacts.remembered, self._contact_file)
         while True:
-            if contact is None or not contact.mqtt:
-                contact = await self._ask()
-                if contact is None or not contact.mqtt:
-                    await asyncio.sleep(ASK_EVERY_S)
-                    continue
-            contact = await self._linked(contact)
+            contact, files = await self._usable(contact)
+            contact = await self._linked(contact, files)
 
-    async def _linked(self, contact: Contact) -> Contact:
+    async def _usable(self, contact: Contact | None) -> tuple[Contact, HubFiles]:
+        """Return addresses that can be used: these, or those that the hub names."""
+        useless: Contact | None = None
+        while True:
+            if contact is not None and contact.mqtt and contact != useless:
+                try:
+                    return contact, self._files(contact)
+                except ValueError as error:
+                    log.error("the hub's addresses cannot be used", why=str(error))
+                    useless = contact
+            found = await self._ask()
+            if found is None or found == contact:
+                await asyncio.sleep(ASK_EVERY_S)
+            contact = found
+
+    async def _linked(self, contact: Contact, files: HubFiles) -> Contact:
         """Serve one link; return the new addresses once the hub names others."""
-        trust, self._fetch.releases = self._at(contact)
+        config = self._config
+        trust = Trust(config.data / "trust", files, root=config.hub_root)
+        downloader = Downloader(files)
+        choose = functools.partial(releases.choose, provider=config.provider)
+        self._fetch.releases = HubReleases(
+            trust, downloader, choose, [self._releases / slots.FILES]
+        )
         link = DeviceLink(
             DeviceLinkOptions(
                 address=contact.broker,
                 device=self._config.device,
-                boot=self.updater.boot,
+                # Every link counts its connections from one. So each gets a number of its own,
+                # above those of earlier links, earlier starts and a disk that was replaced.
+                boot=self.updater.next_sequence(),
                 agent_version=self._version,
                 hardware_class=self._hardware,
                 keepalive_s=10,
@@ -202,46 +290,60 @@ class Managed:
             ),
             self,
         )
-        self._link = link
         serving = asyncio.create_task(link.run(), name="fleet link")
+        self._link = link
         try:
-            was_connected = False
-            while True:
-                await asyncio.sleep(ASK_EVERY_S if was_connected else ASK_EVERY_S / 4)
-                if link.is_connected and not was_connected:
-                    self.updater.nudge()
-                was_connected = link.is_connected
-                if was_connected:
-                    continue
-                found = await self._ask()
-                if found is not None and found.mqtt and found != contact:
-                    return found
+            return await self._until_moved(contact, link, serving)
         finally:
+            self._link = None
             serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            await asyncio.to_thread(trust.close)
+            await asyncio.gather(serving, self._fetch.leave(), return_exceptions=True)
+            for part in (downloader, trust, files):
+                await asyncio.to_thread(part.close)
 
-    def _at(self, contact: Contact) -> tuple[Trust, HubReleases]:
-        config = self._config
+    async def _until_moved(
+        self, contact: Contact, link: DeviceLink, serving: asyncio.Task[None]
+    ) -> Contact:
+        clock = asyncio.get_running_loop().time
+        was_connected = False
+        while True:
+            pause_s = ASK_EVERY_S if was_connected else ASK_EVERY_S / 4
+            await asyncio.wait({serving}, timeout=pause_s)
+            if serving.done():
+                await serving  # it only ends by a mistake of our own
+            if link.is_connected and not was_connected:
+                self.updater.nudge()
+            was_connected = link.is_connected
+            if self._unaccepted and clock() >= self._accept_again_at:
+                await self.desired(self._unaccepted)
+            if was_connected and not self._look_again:
+                continue
+            found = await self._ask()
+            if found is None:
+                continue
+            self._look_again = False
+            if found.mqtt and found != contact:
+                return found
+
+    def _files(self, contact: Contact) -> HubFiles:
         token: Callable[[], str] | None = None
-        if config.hub_token_file is not None:
-            token = functools.partial(_read_token, config.hub_token_file)
-        files = HubFiles(contact.http, token=token, ca=config.hub_ca)
-        trust = Trust(config.data / "trust", files, root=config.hub_root)
-        choose = functools.partial(releases.choose, provider=config.provider)
-        near = [self._releases / slots.FILES]
-        return trust, HubReleases(trust, Downloader(files), choose, near)
+        if self._config.hub_token_file is not None:
+            token = functools.partial(_read_token, self._config.hub_token_file)
+        return HubFiles(contact.http, token=token, ca=self._config.hub_ca)
 
     async def _ask(self) -> Contact | None:
         host, _ = split_address(self._config.hub)
         try:
             found = await contacts.ask(self._uplink, self._config.device, host, ASK_TIMEOUT_S)
-            await asyncio.to_thread(contacts.remember, self._contact_file, found)
         except InferenceError as error:
             log.debug("the hub's addresses are not known", why=str(error))
             return None
-        except OSError as error:
-            log.warning("the hub's addresses cannot be kept", why=str(error))
+        if found != self._known and found.mqtt:
+            try:
+                await asyncio.to_thread(contacts.remember, self._contact_file, found)
+                self._known = found
+            except OSError as error:
+                log.warning("the hub's addresses cannot be kept", why=str(error))
         return found
 
 
@@ -253,7 +355,7 @@ class _Told:
 
     async def report(self, models: tuple[ModelReport, ...]) -> None:
         """See ``Report.report`` in ``updater.py``; what is sent is read anew."""
-        await self._managed.tell()
+        self._managed.tell()
 
 
 class _Fetch:
@@ -261,12 +363,31 @@ class _Fetch:
 
     def __init__(self) -> None:
         self.releases: HubReleases | None = None
+        self._running: set[asyncio.Task[None]] = set()
 
     async def fetch(self, target: Target, into: Path, progress: Progress) -> None:
         """See ``Fetch.fetch`` in ``surroundings.py``."""
         if self.releases is None:
             raise StepInterrupted("download/no-hub", "the hub has not said yet where its files are")
-        await self.releases.fetch(target, into, progress)
+        step = asyncio.create_task(self.releases.fetch(target, into, progress))
+        self._running.add(step)
+        try:
+            await asyncio.wait({step})
+        finally:
+            step.cancel()
+            await asyncio.wait({step})
+            self._running.discard(step)
+        if step.cancelled():
+            raise StepInterrupted("download/moved", "the hub's files have moved meanwhile")
+        step.result()
+
+    async def leave(self) -> None:
+        """Fetch nothing from the hub that was; return when nothing uses its parts any more."""
+        self.releases = None
+        for step in self._running:
+            step.cancel()
+        if self._running:
+            await asyncio.wait(set(self._running))
 
 
 class _Serving:
@@ -276,15 +397,23 @@ class _Serving:
         self._config = config
         self._router = router
         self._by_hand: dict[str, Path] = {}
+        self.fallen_back: dict[str, str] = {}  # by model: why its committed release is not served
 
     async def by_hand(self, except_for: Mapping[str, BundleDirectory]) -> None:
         """Load the bundles of the configuration; they stay the way back of their models.
 
         Raises:
-            ReleaseRefused: one is not intact or cannot run here.
+            ReleaseRefused: one is not intact or cannot run here, and ``except_for`` is empty.
         """
         for path in self._config.bundle:
-            loaded = await self._load(functools.partial(releases.load, path))
+            try:
+                loaded = await self._load(functools.partial(releases.load, path))
+            except ReleaseRefused as error:
+                if not except_for:
+                    raise
+                # What works must not stay down because of what it once replaced.
+                log.error("a bundle given by hand cannot be used", why=str(error))
+                continue
             model = loaded.bundle.model
             self._by_hand[model] = path
             if model in except_for:
@@ -303,6 +432,17 @@ class _Serving:
             self._router.remove(model)
             return
         self._router.install(await self._load(load))
+        if bundle is not None:
+            self.fallen_back.pop(model, None)
+
+    async def fall_back(self, model: str, why: str) -> None:
+        """Answer ``model`` with what was given by hand, or not at all, and remember why.
+
+        Raises:
+            ReleaseRefused: what was given by hand does not load either.
+        """
+        self.fallen_back[model] = why
+        await self.activate(model, None)
 
     async def run(self, model: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run the engine that answers ``model`` now."""
@@ -322,17 +462,6 @@ class _Serving:
     async def _load(self, load: Callable[..., Release]) -> Release:
         config = self._config
         return await asyncio.to_thread(load, provider=config.provider, threads=config.threads)
-
-
-def _refused(
-    standings: Sequence[twin.ModelStanding], refusal: twin.Refuse
-) -> list[twin.ModelStanding]:
-    """Return the standings with the refusal in them; a device without a model may refuse, too."""
-    empty = [twin.ModelStanding("", twin.Phase.REJECTED)]
-    return [
-        replace(one, phase=twin.Phase.REJECTED, code=refusal.code, sentence=refusal.sentence)
-        for one in (standings or empty)
-    ]
 
 
 def _read_token(file: Path) -> str:

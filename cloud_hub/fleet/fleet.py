@@ -5,21 +5,22 @@
     devices      → link → controller (reported, counts) → console
 
 Serving inference never depends on any of it: a broker that is missing or dies is said, waited
-for and started again.
+for and started again, and so is whatever of the below ends by a mistake of our own.
 """
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
 from sqlalchemy import Connection, select
 
-from cloud_hub.fleet import artifacts
+from cloud_hub.fleet import artifacts, reports
 from cloud_hub.fleet.artifacts import Blobs
 from cloud_hub.fleet.certificates import Certificates
 from cloud_hub.fleet.controller import Controller, WantedRelease
@@ -32,7 +33,8 @@ from cloud_hub.fleet.trust import Repository, keep_fresh
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import release_index
-from fogline_protocol.mqtt import BrokerAddress
+from fogline_protocol.inference import BadRequest
+from fogline_protocol.mqtt import Backoff, BrokerAddress
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -41,6 +43,7 @@ TENANT = "default"  # until callers' tenants reach the broker
 OFF = "off"
 
 Telemetry = Callable[[pb.Telemetry], None]
+Job = Callable[[], Awaitable[None]]
 
 
 class Fleet:
@@ -62,7 +65,7 @@ class Fleet:
         self.controller = Controller(
             store,
             wanted=_wanted,
-            telemetry=telemetry,
+            telemetry=_checked(telemetry),
             seen=lambda state: None if state.online else devices.left(state.device),
         )
         self._mosquitto: Mosquitto | None = None
@@ -80,19 +83,16 @@ class Fleet:
         await self.releases.reconcile()
         await self.certificates.reconcile()
         async with contextlib.AsyncExitStack() as stack:
-            jobs: list[Coroutine[Any, Any, None]] = [keep_fresh(self._repository)]
+            jobs: dict[str, Job] = {"signatures": lambda: keep_fresh(self._repository)}
             address = await self._find_broker(mqtt, stack)
             if self._mosquitto is not None and address is not None:
-                jobs.append(self._mosquitto.watch())
+                jobs["broker"] = self._mosquitto.watch
             if address is not None:
                 self.broker = str(address)
-                self._link = HubLink(
-                    HubLinkOptions(address=address),
-                    self.controller,
-                    last_epoch=await self.controller.last_epoch(),
-                )
-                jobs += [self._link.run(), self.controller.publish(self._link, TENANT)]
-            tasks = [asyncio.create_task(job) for job in jobs]
+                jobs["devices"] = functools.partial(self._keep_in_touch, address)
+            tasks = [
+                asyncio.create_task(_lasting(name, job), name=name) for name, job in jobs.items()
+            ]
             try:
                 yield
             finally:
@@ -111,7 +111,17 @@ class Fleet:
 
     def contact(self, http: str) -> pb.ContactResponse:
         """Return where a device finds broker and files; ``http`` is the hub's own URL."""
+        if not urlsplit(http).netloc:
+            return pb.ContactResponse()  # that door opens in a moment: devices ask again
         return pb.ContactResponse(mqtt=self.broker, http=http)
+
+    async def _keep_in_touch(self, address: BrokerAddress) -> None:
+        last_epoch = await self.controller.last_epoch()
+        link = HubLink(HubLinkOptions(address=address), self.controller, last_epoch=last_epoch)
+        self._link = link
+        async with asyncio.TaskGroup() as group:
+            group.create_task(link.run())
+            group.create_task(self.controller.publish(link, TENANT))
 
     async def _find_broker(
         self, mqtt: str, stack: contextlib.AsyncExitStack
@@ -129,6 +139,37 @@ class Fleet:
             self.trouble = str(error)
             log.error("no broker: devices get no updates", why=str(error))
             return None
+
+
+async def _lasting(name: str, job: Job) -> None:
+    """Run ``job`` until cancelled, and anew after it failed.
+
+    What it expects to go wrong it survives by itself, so this is about our own mistakes: they
+    are logged with their trace, and must not cost the answers that the hub gives meanwhile.
+    """
+    backoff = Backoff(lambda: 1.0, base_s=1.0, max_s=60.0)
+    while True:
+        began = time.monotonic()
+        try:
+            await job()
+        except Exception:
+            log.exception("a part of the fleet's control failed and is started again", part=name)
+        backoff.held(time.monotonic() - began)
+        await asyncio.sleep(backoff.next_wait_s())
+
+
+def _checked(take: Telemetry) -> Telemetry:
+    """Return ``take`` for counts that came through the broker, with the rules of the gRPC door."""
+
+    def accept(report: pb.Telemetry) -> None:
+        try:
+            checked = reports.parse(report.SerializeToString())
+        except BadRequest as refusal:
+            log.warning("dropped counts", device=report.device, why=str(refusal))
+        else:
+            take(checked)
+
+    return accept
 
 
 def _wanted(connection: Connection, model: str, number: int) -> WantedRelease | None:

@@ -3,10 +3,14 @@
 Every change is one function over a connection, run as one transaction on the one writer
 thread. So nothing in the hub ever waits for a lock that it holds itself, and what a caller
 was told is written, is: SQLite runs with ``synchronous=FULL``.
+
+On SQLite and on PostgreSQL alike, a change excludes every other writer from its first statement
+on, also those of other processes, and one call of ``read`` sees one moment of the database.
 """
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +32,7 @@ Work = Callable[[Connection], T]
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 READERS = 4
+_WRITERS_LOCK = 0x666F676C  # any number that nobody else takes on this PostgreSQL
 
 
 class Store:
@@ -90,6 +95,10 @@ class Store:
 
     def _in_snapshot(self, work: Work[T]) -> T:
         with self._engine.connect() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execution_options(
+                    isolation_level="REPEATABLE READ", postgresql_readonly=True
+                )
             return work(connection)
 
 
@@ -98,18 +107,32 @@ def _writing(engine: Engine) -> Iterator[Connection]:
     with engine.connect() as connection:
         connection.execution_options(fogline_writes=True)
         with connection.begin():
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS_LOCK})")
             yield connection
 
 
 def _engine(url: str) -> Engine:
     try:
-        engine = sqlalchemy.create_engine(url)
-    except (sqlalchemy.exc.ArgumentError, ImportError) as error:
-        raise StoreFailed(f"database {url!r}: {error}") from None
+        parsed = sqlalchemy.make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        # A server may have been restarted while a connection rested: look before it is used.
+        engine = sqlalchemy.create_engine(
+            parsed, pool_pre_ping=parsed.drivername.startswith("postgresql")
+        )
+    except ModuleNotFoundError as error:
+        raise StoreFailed(f"{error.name} is missing: pip install 'fogline[postgres]'") from None
+    except sqlalchemy.exc.ArgumentError as error:
+        raise StoreFailed(f"database {_without_password(url)!r}: {error}") from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//([^:/@]*):.*@", r"//\1:***@", url)
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

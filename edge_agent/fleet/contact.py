@@ -38,8 +38,21 @@ class Contact:
 
     @property
     def broker(self) -> BrokerAddress:
-        """The broker's address."""
+        """The broker's address; call it only if there is one."""
         return BrokerAddress.parse(self.mqtt)
+
+    def check(self) -> None:
+        """Refuse addresses that cannot be used.
+
+        Raises:
+            ValueError: one of them is no address.
+        """
+        if self.mqtt:
+            BrokerAddress.parse(self.mqtt)
+        if self.mqtt or self.http:
+            parts = urlsplit(self.http)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not parts.port:
+                raise ValueError(f"{self.http!r} is not http://HOST:PORT or https://HOST:PORT")
 
 
 async def ask(hub: Hub, device: str, host: str, timeout_s: float) -> Contact:
@@ -53,8 +66,7 @@ async def ask(hub: Hub, device: str, host: str, timeout_s: float) -> Contact:
     try:
         answer = ContactResponse.FromString(data)
         contact = Contact(_at(answer.mqtt, host), _at(answer.http, host))
-        if contact.mqtt:
-            BrokerAddress.parse(contact.mqtt)
+        contact.check()
     except (DecodeError, ValueError) as error:
         raise ServerFault(f"the hub's addresses cannot be read: {error}") from None
     return contact
@@ -64,8 +76,10 @@ def remembered(file: Path) -> Contact | None:
     """Return what ``remember`` wrote, or None: a damaged file is only asked for again."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        return Contact(str(document["mqtt"]), str(document["http"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        contact = Contact(str(document["mqtt"]), str(document["http"]))
+        contact.check()
+        return contact
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -76,9 +90,13 @@ def remember(file: Path, contact: Contact) -> None:
         OSError: the disk is full or fails.
     """
     descriptor, name = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-        json.dump(asdict(contact), out)
-    os.replace(name, file)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            json.dump(asdict(contact), out)
+        os.replace(name, file)
+    except OSError:
+        os.unlink(name)  # it is tried again and again, and a full disk must not grow fuller
+        raise
 
 
 def _at(url: str, host: str) -> str:
@@ -89,4 +107,5 @@ def _at(url: str, host: str) -> str:
     if parts.hostname not in (None, "0.0.0.0", "::"):
         return url
     shown = f"[{host}]" if ":" in host else host
-    return parts._replace(netloc=f"{shown}:{parts.port}").geturl()
+    port = "" if parts.port is None else f":{parts.port}"
+    return parts._replace(netloc=f"{shown}{port}").geturl()

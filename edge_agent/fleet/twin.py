@@ -1,15 +1,8 @@
-"""What the hub wants of this device against what the device has: desired and reported.
+"""What the hub wants of this device and what the device says, as documents.
 
-Decides whether a desired document is adopted, ignored or refused, and which models then have
-to change. Nothing here touches network, clock or disk; the one thing that must survive a power
-cut, the sequence number of reports, comes from a ``ReportSequence``.
-
-    adopted   its generation is above all seen; it replaces what the updater is working on
-    ignored   stale or repeated: an ordinary event, the broker repeats whatever it likes
-    refused   malformed or absurd: the hub is told why, and this device goes on as it was
-
-The generation alone decides which of two documents is newer: not the order of arrival, not the
-hub's epoch. That is what makes duplicates, reordering and a second hub's leftovers harmless.
+Reads desired documents and refuses what no honest hub writes; writes reported documents that
+can always be sent. Nothing here touches network, clock or disk, or remembers anything: which
+generation is newer is the updater's business, and numbers of reports come from it.
 """
 
 import enum
@@ -17,12 +10,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from fogline_protocol import documents
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.release import MODEL_NAME
-from fogline_protocol.topics import check_name
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 SCHEMA = 1
@@ -54,17 +45,6 @@ class Phase(enum.StrEnum):
     REJECTED = "rejected"
 
 
-class ReportSequence(Protocol):
-    """Numbers the reports of this device for as long as it lives."""
-
-    def next_sequence(self) -> int:
-        """Return a number above every earlier one, also across power cuts.
-
-        It is durable when this returns: a number used twice is a report that the hub ignores.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class WantedRelease:
     """One model as the hub wants it."""
@@ -86,40 +66,12 @@ class DesiredState:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What the device has of one model: the release it serves and the certificates it knows."""
-
-    release: int
-    certificate_targets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Adopt:
-    """Make ``desired`` true. Stop whatever is being done for an older generation."""
-
-    desired: DesiredState
-    preempts: bool  # an older generation is still being worked on
-    install: tuple[WantedRelease, ...]  # fetch, verify, test, activate
-    recertify: tuple[WantedRelease, ...]  # the release is right, its certificates are not
-
-
-@dataclass(frozen=True, slots=True)
-class Ignore:
-    """Nothing to do, and nothing wrong. ``reason`` is for the log."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Refuse:
     """Tell the hub: a stable ``code`` and a sentence for a person."""
 
     code: str
     sentence: str
     generation: int = 0  # the one refused, as far as it could be read
-
-
-Decision = Adopt | Ignore | Refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,125 +193,6 @@ def _wanted(one: pb.DesiredRelease, generation: int) -> WantedRelease:
     )
 
 
-def decide(
-    payload: bytes,
-    *,
-    applied: int,
-    working: DesiredState | None,
-    held: Mapping[str, Held],
-    known: DesiredState | None = None,
-) -> Decision:
-    """Return what a desired document means for a device that stands as described.
-
-    Args:
-        payload: the document as it arrived; empty when the hub has withdrawn its wishes.
-        applied: the generation that was last brought to its end, good or bad; 0 for none.
-        working: the desired state the updater is working on.
-        held: what the device has, by model.
-        known: the desired state of generation ``applied``, if it is still known.
-    """
-    if not payload:
-        # Clearing a retained message looks like this. No wishes is no wish to remove anything.
-        return Ignore("the hub has withdrawn its desired document")
-    try:
-        desired = read_desired(payload)
-    except DesiredRefused as refused:
-        return refused.refusal
-    seen = max(applied, working.generation if working else 0)
-    if desired.generation < seen:
-        return Ignore(f"generation {desired.generation} is older than {seen}")
-    if desired.generation == seen:
-        twin = working if working and working.generation == seen else known
-        if twin is not None and twin.releases != desired.releases:
-            return Refuse(
-                "desired/conflict",
-                f"Two different desired documents carry generation {seen}: a second hub, or one "
-                "restored from a backup. The first is kept; raise the generation.",
-                seen,
-            )
-        return Ignore(f"generation {seen} is known already")
-    install, recertify = _changes(desired, held)
-    return Adopt(desired, working is not None, install, recertify)
-
-
-def _changes(
-    desired: DesiredState, held: Mapping[str, Held]
-) -> tuple[tuple[WantedRelease, ...], tuple[WantedRelease, ...]]:
-    """Return what to install and what to recertify.
-
-    Models that are not named stay as they are: they may have been installed by hand.
-    """
-    install: list[WantedRelease] = []
-    recertify: list[WantedRelease] = []
-    for wanted in desired.releases:
-        has = held.get(wanted.model)
-        if has is None or has.release != wanted.release:
-            install.append(wanted)
-        elif set(has.certificate_targets) != set(wanted.certificate_targets):
-            recertify.append(wanted)
-    return tuple(install), tuple(recertify)
-
-
-class Twin:
-    """What is wanted of this device and what was made of it, over the life of one agent.
-
-    Owned by whoever runs the updater. ``adopted`` and ``applied`` are told, ``report`` asks.
-    """
-
-    def __init__(self, device: str, sequence: ReportSequence, *, applied: int = 0) -> None:
-        self._device = check_name(device, "device")
-        self._sequence = sequence
-        self._applied = applied
-        self._known: DesiredState | None = None  # of generation ``applied``
-        self._working: DesiredState | None = None
-
-    @property
-    def applied(self) -> int:
-        """The generation that was last brought to its end."""
-        return self._applied
-
-    @property
-    def working(self) -> DesiredState | None:
-        """What the updater is to make true at this moment."""
-        return self._working
-
-    def consider(self, payload: bytes, held: Mapping[str, Held]) -> Decision:
-        """Decide about a desired document, and remember it if it is adopted."""
-        decision = decide(
-            payload, applied=self._applied, working=self._working, held=held, known=self._known
-        )
-        if isinstance(decision, Adopt):
-            self._working = decision.desired
-        return decision
-
-    def finished(self, generation: int) -> bool:
-        """Note that the updater has brought ``generation`` to its end, good or bad.
-
-        Returns whether that was still wanted: False for one that has been pre-empted.
-        """
-        if self._working is None or self._working.generation != generation:
-            return False
-        self._applied, self._known, self._working = generation, self._working, None
-        return True
-
-    def report(self, standings: Sequence[ModelStanding]) -> bytes:
-        """Return the document that tells the hub how all models stand, with a new number."""
-        generation = self._working.generation if self._working else self._applied
-        return self._document(generation, standings)
-
-    def report_refusal(self, refusal: Refuse, standings: Sequence[ModelStanding]) -> bytes:
-        """Return the document that tells the hub why its desired state was refused."""
-        # A device without any model must be able to say no, too.
-        refused = [
-            replace(one, phase=Phase.REJECTED, code=refusal.code, sentence=refusal.sentence)
-            for one in (standings or [ModelStanding("", Phase.REJECTED)])
-        ]
-        return self._document(refusal.generation or self._applied, refused)
-
-    def _document(self, generation: int, standings: Sequence[ModelStanding]) -> bytes:
-        return reported(self._device, self._sequence.next_sequence(), generation, standings)
-
-
 def reported(
     device: str, sequence: int, generation: int, standings: Sequence[ModelStanding]
 ) -> bytes:
@@ -390,6 +223,15 @@ def reported(
             models=models,
         )
     )
+
+
+def refused(standings: Sequence[ModelStanding], refusal: Refuse) -> list[ModelStanding]:
+    """Return the standings with the refusal in them, for a report of it."""
+    # A device without any model must be able to say no, too.
+    return [
+        replace(one, phase=Phase.REJECTED, code=refusal.code, sentence=refusal.sentence)
+        for one in (standings or [ModelStanding("", Phase.REJECTED)])
+    ]
 
 
 def _shortened(sentence: str) -> str:

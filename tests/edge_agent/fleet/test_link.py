@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.fleet import twin
 from edge_agent.fleet.link import DeviceLink, DeviceLinkOptions
-from edge_agent.fleet.twin import Adopt, ModelStanding, Phase, Refuse, Twin
 from fogline_protocol import documents
 from fogline_protocol.mqtt import BrokerAddress, MqttClient, Outgoing
 from fogline_protocol.v1 import fleet_pb2 as pb
@@ -29,34 +29,34 @@ EPOCH = "v1/default/hub/epoch"
 
 
 class Agent:
-    """Considers desired states with a real twin, and applies them at once."""
+    """Reads desired states as an agent does, and applies the newest at once."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self.twin = Twin("dev", self)
+        self.applied = 0
         self.link: DeviceLink | None = None
         self.considered: list[bytes] = []
         self.poison = b""
 
-    def next_sequence(self) -> int:
-        return next(self._numbers)
-
     def generation(self) -> int:
-        return self.twin.applied
+        return self.applied
 
     async def desired(self, payload: bytes) -> None:
         self.considered.append(payload)
         if payload == self.poison:
             raise RuntimeError("the agent stumbled")
-        match self.twin.consider(payload, {}):
-            case Adopt(desired=wanted):
-                self.twin.finished(wanted.generation)
-            case Refuse() as refusal:
-                assert self.link is not None
-                self.link.publish_reported(self.twin.report_refusal(refusal, []))
+        try:
+            self.applied = max(self.applied, twin.read_desired(payload).generation)
+        except twin.DesiredRefused as error:
+            assert self.link is not None
+            self.link.publish_reported(self.document(twin.refused([], error.refusal)))
 
     async def report(self) -> bytes:
-        return self.twin.report([ModelStanding("digits", Phase.COMMITTED, active_release=1)])
+        standing = twin.ModelStanding("digits", twin.Phase.COMMITTED, active_release=1)
+        return self.document([standing])
+
+    def document(self, standings: list[twin.ModelStanding]) -> bytes:
+        return twin.reported("dev", next(self._numbers), self.applied, standings)
 
 
 class Hub:
@@ -222,13 +222,13 @@ async def test_stale_repeated_and_reordered_wishes_of_two_hubs_end_in_the_newest
     async with broker(tmp_path) as mosquitto, hub(mosquitto.address) as ears:
         await ears.wants(4, "old hub")  # retained, before the device is there
         async with device(mosquitto.address, agent):
-            await eventually(lambda: agent.twin.applied == 4)
+            await eventually(lambda: agent.applied == 4)
             for generation, epoch in [(7, "new"), (5, "old"), (7, "new"), (3, "old"), (6, "new")]:
                 await ears.wants(generation, epoch)
             await eventually(lambda: len(agent.considered) == 6)
-            assert agent.twin.applied == 7
+            assert agent.applied == 7
             await ears.wants(8, "new")
-            await eventually(lambda: agent.twin.applied == 8)
+            await eventually(lambda: agent.applied == 8)
         # What lies on the broker is what the next birth is compared with.
         async with device(mosquitto.address, agent):
             await eventually(lambda: any(s.generation == 8 and s.online for s in ears.states))
@@ -248,7 +248,7 @@ async def test_a_malformed_and_an_oversized_wish_are_refused_aloud_and_the_next_
         await ears.mqtt.publish(Outgoing(DESIRED, b"{", retain=True))
         await ears.mqtt.publish(Outgoing(DESIRED, b" " * 5000, retain=True))
         await ears.wants(2)
-        await eventually(lambda: agent.twin.applied == 2)
+        await eventually(lambda: agent.applied == 2)
 
         def codes() -> set[str]:
             return {model.code for report in ears.reports for model in report.models}
@@ -270,7 +270,7 @@ async def test_an_agent_that_stumbles_over_a_document_keeps_its_link(
         await ears.mqtt.publish(Outgoing(DESIRED, b"poison", retain=True))
         await eventually(lambda: link.failed >= 1)
         await ears.wants(2)
-        await eventually(lambda: agent.twin.applied == 2)
+        await eventually(lambda: agent.applied == 2)
     assert "the agent stumbled" in caplog.text
 
 
@@ -289,7 +289,7 @@ async def test_offline_costs_nothing_and_the_newest_reports_arrive_in_order_afte
             await eventually(lambda: "refused" in link.fault)
             assert not link.send_telemetry(pb.Telemetry(device="dev"))
             for _ in range(1000):
-                link.publish_reported(agent.twin.report([]))
+                link.publish_reported(agent.document([]))
             await way.__aenter__()
             await eventually(lambda: ears.reports and ears.reports[-1].sequence >= 1000)
         sequences = [report.sequence for report in ears.reports]
@@ -308,12 +308,12 @@ async def test_a_wiped_broker_is_subscribed_again_and_its_new_wishes_are_heard(
     async with device(address, agent) as link:
         async with hub(address) as ears:
             await ears.wants(1)
-            await eventually(lambda: agent.twin.applied == 1)
+            await eventually(lambda: agent.applied == 1)
         await first.__aexit__(None, None, None)
         await eventually(lambda: not link.is_connected)
         async with broker(tmp_path, port=address.port), hub(address) as ears:
             await ears.wants(2)
-            await eventually(lambda: agent.twin.applied == 2)
+            await eventually(lambda: agent.applied == 2)
 
 
 @needs_mosquitto

@@ -1,0 +1,315 @@
+"""What programs get that operate the fleet, from a real hub without a broker."""
+
+import asyncio
+import contextlib
+import gzip
+import io
+import json
+import shutil
+import socket
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from cloud_hub.config import HubConfig
+from cloud_hub.fleet import upload
+from cloud_hub.fleet.link import Arrival
+from cloud_hub.hub import Hub
+from fogline_protocol.v1 import fleet_pb2 as pb
+
+
+@contextlib.asynccontextmanager
+async def running(data: Path) -> AsyncIterator[Hub]:
+    config = HubConfig(data=data, grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off", threads=1)
+    async with Hub(config) as hub:
+        yield hub
+
+
+@pytest.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[Hub]:
+    async with running(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture
+async def session(hub: Hub) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(hub.url) as session:
+        yield session
+
+
+class Answer:
+    def __init__(self, status: int, kind: str, document: Any) -> None:
+        self.status = status
+        self.kind = kind
+        self.document = document
+
+
+async def ask(session: aiohttp.ClientSession, method: str, path: str, **more: Any) -> Answer:
+    async with session.request(method, f"/api/v1{path}", **more) as answer:
+        return Answer(answer.status, answer.content_type, await answer.json(content_type=None))
+
+
+async def refused(
+    session: aiohttp.ClientSession, method: str, path: str, **more: Any
+) -> tuple[int, str, str]:
+    """Return status, code and sentence of a refusal in the form that all have."""
+    answer = await ask(session, method, path, **more)
+    assert answer.kind == "application/problem+json", answer.document
+    assert answer.document["status"] == answer.status
+    return answer.status, answer.document.get("code", ""), answer.document["detail"]
+
+
+def packed(bundle: Path) -> bytes:
+    archive = io.BytesIO()
+    upload.pack(bundle, archive)
+    return archive.getvalue()
+
+
+@pytest.fixture(scope="session")
+def hub_bundle(digits: Path) -> Path:
+    return digits / "bundles" / "digits-hub-1.0.0"
+
+
+async def report_as(hub: Hub, *devices: str) -> None:
+    births = [
+        pb.DeviceState(schema=1, device=name, online=True, boot=1, connection=1) for name in devices
+    ]
+    await hub.fleet.controller.commit([Arrival("default", one.device, one) for one in births])
+
+
+async def test_a_bundle_becomes_a_release_and_once_more_the_same(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path
+) -> None:
+    body = packed(hub_bundle)
+    first = await ask(session, "POST", "/releases", data=body)
+    again = await ask(session, "POST", "/releases?force=0", data=gzip.compress(body))
+    assert (first.status, first.document["release"]) == (201, "digits-hub@1")
+    assert again.document == first.document
+    assert first.document["self_test"]
+    assert (await ask(session, "GET", "/releases")).document == [first.document]
+    for name in ("digits-hub/1", "digits-hub/0", "digits-hub/1.0.0"):
+        shown = (await ask(session, "GET", f"/releases/{name}")).document
+        assert shown["release"] == "digits-hub@1"
+        assert shown["bundle"]["model"] == "digits-hub"
+        assert shown["running_on"] == 0
+    uploads = hub.config.data / "uploads"
+    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits/1", "digits/0", "digits-hub/2", "digits-hub/9.9.9", "digits-hub/-1",
+        "digits-hub/99999999999999999999999", "digits-hub/%C2%B2", "digits-hub/%D9%A1", "x%00/1",
+        "%F0%9F%92%A9/1", "digits-hub/01",
+    ],
+)  # fmt: skip
+async def test_an_unknown_release_is_named_with_those_that_there_are(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path, name: str
+) -> None:
+    await hub.fleet.releases.accept(hub_bundle)
+    status, code, said = await refused(session, "GET", f"/releases/{name}")
+    assert (status, code) == (404, "release/unknown")
+    assert "there are: " + ("digits-hub@1" if name.startswith("digits-hub") else "none") in said
+
+
+def archive_of(**entries: bytes | tarfile.TarInfo) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in entries.items():
+            if isinstance(content, bytes):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+            else:
+                archive.addfile(content)
+    return stream.getvalue()
+
+
+def link_to(target: str) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo("bundle.json")
+    entry.type = tarfile.SYMTYPE
+    entry.linkname = target
+    return entry
+
+
+ZIPPED = gzip.compress(archive_of(**{"bundle.json": bytes(range(256)) * 9}), mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (ZIPPED[: len(ZIPPED) // 2], "the compressed stream is damaged"),
+        (b"", "ends inside a header"),
+        (b"not a tar archive" * 100, "not a tar archive"),
+        (archive_of(b=link_to("/etc/passwd")), "neither a regular file nor a folder"),
+        (archive_of(**{"/etc/cron.d/x": b"x"}), "not a plain path"),
+        (archive_of(**{"../x": b"x"}), "not a plain path"),
+        (archive_of(**{"bundle.json": b"x" * 900})[:700], "ends inside bundle.json"),
+        (archive_of(**{"bundle.json": b"{}"}), "bundle.json"),
+        (archive_of(**{"other.json": b"{}"}), "bundle.json"),
+    ],
+)
+async def test_what_is_no_bundle_is_refused_and_leaves_nothing(
+    session: aiohttp.ClientSession, hub: Hub, body: bytes, said: str
+) -> None:
+    status, code, sentence = await refused(session, "POST", "/releases", data=body)
+    assert (status, code) == (422, "bundle/refused")
+    assert said in sentence
+    assert str(hub.config.data) not in sentence
+    assert list((hub.config.data / "uploads").rglob("*.tar")) == []
+    assert (await ask(session, "GET", "/releases")).document == []
+
+
+async def test_an_upload_that_breaks_off_leaves_nothing(hub: Hub, hub_bundle: Path) -> None:
+    body = packed(hub_bundle)
+    host, _, port = hub.http_address.rpartition(":")
+    uploads = hub.config.data / "uploads"
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /api/v1/releases HTTP/1.1\r\nHost: {hub.http_address}\r\n"
+    writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:5000])
+    await writer.drain()
+    async with asyncio.timeout(10):
+        while not list(uploads.rglob("*.tar")):
+            await asyncio.sleep(0.005)
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+        )
+        writer.close()
+        while list(uploads.rglob("*.tar")):
+            await asyncio.sleep(0.005)
+    assert await hub.fleet.releases.list() == []
+
+
+async def test_what_a_killed_hub_was_receiving_is_gone_after_its_next_start(
+    tmp_path: Path,
+) -> None:
+    left = tmp_path / "hub" / "uploads" / "uploading" / "x"
+    left.mkdir(parents=True)
+    (left / "upload.tar").write_bytes(b"x")
+    async with running(tmp_path / "hub"):
+        assert not left.exists()
+
+
+@pytest.mark.parametrize("force", ["yes", "2", "", "true"])
+async def test_force_is_a_number(session: aiohttp.ClientSession, force: str) -> None:
+    status, _, said = await refused(session, "POST", f"/releases?force={force}", data=b"x")
+    assert (status, said) == (400, f"force is 0 or 1, got {force!r}")
+
+
+async def test_a_bundle_whose_self_test_fails_must_be_forced(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path, digits: Path
+) -> None:
+    await hub.fleet.releases.accept(hub_bundle)
+    body = packed(digits / "bundles" / "broken" / "digits-1.2.0")
+    answer = await ask(session, "POST", "/releases", data=body)
+    assert (answer.status, answer.document["code"]) == (422, "self-test/failed")
+    assert answer.document["figures"]
+    forced = await ask(session, "POST", "/releases?force=1", data=body)
+    assert (forced.status, forced.document["forced"]) == (201, True)
+
+
+async def test_a_bundle_without_its_pair_and_a_version_taken_are_told_apart(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path, digits: Path, tmp_path: Path
+) -> None:
+    edge = packed(digits / "bundles" / "digits-1.0.0")
+    status, code, said = await refused(session, "POST", "/releases", data=edge)
+    assert (status, code) == (422, "pair/unknown")
+    assert "push that bundle first" in said
+    await hub.fleet.releases.accept(hub_bundle)
+    other = shutil.copytree(hub_bundle, tmp_path / "other")
+    root = json.loads((other / "bundle.json").read_text())
+    root["max_batch"] = 7
+    (other / "bundle.json").write_text(json.dumps(root))
+    status, code, _ = await refused(session, "POST", "/releases", data=packed(other))
+    assert (status, code) == (409, "bundle/version-taken")
+
+
+async def test_a_deployment_states_what_is_wanted(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path
+) -> None:
+    await hub.fleet.releases.accept(hub_bundle)
+    await report_as(hub, "b", "a")
+    body: dict[str, Any] = {"release": "digits-hub@1.0.0", "devices": ["b"]}
+    answer = await ask(session, "POST", "/deployments", json=body)
+    assert answer.status == 202
+    assert answer.document == {"release": "digits-hub@1", "devices": ["b"]}
+    everywhere = await ask(session, "POST", "/deployments", json={"release": "digits-hub@1"})
+    assert everywhere.document["devices"] == ["a", "b"]
+    for one in (await ask(session, "GET", "/devices")).document:
+        assert (one["desired"], one["generation"]) == ({"digits-hub": 1}, 1)
+        assert (one["standing"], one["online"], one["models"]) == ("queued", False, [])
+    shown = (await ask(session, "GET", "/devices/b")).document
+    assert (shown["name"], shown["events"]) == ("b", [])
+    status, code, said = await refused(session, "GET", "/devices/c")
+    assert (status, code, said) == (404, "device/unknown", "no device 'c' has reported to this hub")
+
+
+async def test_a_deployment_to_a_thousand_devices_is_read_whole(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path
+) -> None:
+    """A body this long comes in several pieces."""
+    await hub.fleet.releases.accept(hub_bundle)
+    names = [f"device-{'x' * 50}-{n:03}" for n in range(1000)]
+    await report_as(hub, *names)
+    body = {"release": "digits-hub@1", "devices": names}
+    answer = await ask(session, "POST", "/deployments", json=body)
+    assert (answer.status, answer.document["devices"]) == (202, names)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"", 400, 'expected {"release"'),
+        (b"{", 400, 'expected {"release"'),
+        (b"\xff\xfe", 400, 'expected {"release"'),
+        (b"[" * 100_000, 400, 'expected {"release"'),
+        (b" " * (2 << 20), 400, 'expected {"release"'),
+        (b"[]", 400, 'expected {"release"'),
+        (b'{"release": 1}', 400, 'expected {"release"'),
+        (b'{"release": "m@1", "device": ["a"]}', 400, 'expected {"release"'),
+        (b'{"release": "digits-hub@1", "devices": []}', 400, "list of names, or null"),
+        (b'{"release": "digits-hub@1", "devices": "a"}', 400, "list of names, or null"),
+        (b'{"release": "digits-hub@1", "devices": [1]}', 400, "list of names, or null"),
+        (b'{"release": "digits-hub@1", "devices": ["a", "z"]}', 404, "no device 'z'"),
+        (b'{"release": "digits-hub@1", "devices": ["\\ud800"]}', 404, "no device"),
+        (b'{"release": "digits-hub@2"}', 404, "there are: digits-hub@1"),
+        (b'{"release": "@"}', 404, "there are: none"),
+        (b'{"release": ""}', 404, "there are: none"),
+        (b'{"release": "\\u0000\\ud800@1"}', 404, "there are: none"),
+    ],
+)
+async def test_a_deployment_that_cannot_be_changes_nothing(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path, body: bytes, status: int, said: str
+) -> None:
+    await hub.fleet.releases.accept(hub_bundle)
+    await report_as(hub, "a")
+    found, _, sentence = await refused(session, "POST", "/deployments", data=io.BytesIO(body))
+    assert (found, said in sentence) == (status, True), sentence
+    (twin,) = await hub.fleet.controller.twins()
+    assert (twin.generation, twin.desired) == (0, {})
+
+
+@pytest.mark.parametrize("path", ["/deployments", "/releases"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])
+async def test_a_page_of_another_site_changes_nothing(
+    session: aiohttp.ClientSession, path: str, origin: str
+) -> None:
+    body = b'{"release": "digits-hub@1"}'
+    answer = await ask(session, "POST", path, data=body, headers={"Origin": origin})
+    assert answer.status == 403
+    assert origin in json.dumps(answer.document)
+
+
+async def test_a_disk_without_room_is_named(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path
+) -> None:
+    """A file where the folder of uploads should be stands for a disk that takes nothing."""
+    (hub.config.data / "uploads").write_bytes(b"")
+    status, code, said = await refused(session, "POST", "/releases", data=packed(hub_bundle))
+    assert (status, code) == (507, "hub/disk")
+    assert "the hub's disk" in said

@@ -1,0 +1,200 @@
+"""``fogline release`` and ``fogline device`` against a real hub in this process."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from aiohttp import web
+from click.testing import CliRunner, Result
+
+from cloud_hub import operate
+from cloud_hub.cli import main
+from cloud_hub.config import HubConfig
+from cloud_hub.errors import ConfigRefused
+from cloud_hub.fleet.link import Arrival
+from cloud_hub.hub import Hub
+from fogline_protocol.v1 import fleet_pb2 as pb
+
+
+@pytest.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[Hub]:
+    config = HubConfig(
+        data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off", threads=1
+    )
+    async with Hub(config) as hub:
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The hub logs where a command prints, because here they are one process."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
+
+
+async def fogline(*words: object, **environment: str) -> Result:
+    arguments = [str(word) for word in words]
+    return await asyncio.to_thread(CliRunner().invoke, main, arguments, env=environment)
+
+
+def said(result: Result, code: int) -> str:
+    """Return what a command that ended with ``code`` said; it never shows a traceback."""
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output
+
+
+@pytest.fixture(scope="session")
+def bundles(digits: Path) -> Path:
+    return digits / "bundles"
+
+
+async def tell(hub: Hub, *documents: Any) -> None:
+    await hub.fleet.controller.commit([Arrival("default", one.device, one) for one in documents])
+
+
+def birth(device: str) -> pb.DeviceState:
+    return pb.DeviceState(schema=1, device=device, online=True, boot=1, connection=1)
+
+
+async def test_releases_are_pushed_listed_and_shown(hub: Hub, bundles: Path) -> None:
+    at = ("--data", hub.config.data)
+    assert "make one with `fogline release push BUNDLE`" in said(
+        await fogline("release", "list", *at), 0
+    )
+    line = said(await fogline("release", "push", bundles / "digits-hub-1.0.0", *at), 0)
+    assert line.startswith("digits-hub@1 ")
+    made = said(await fogline("release", "push", "--json", bundles / "digits-1.0.0", *at), 0)
+    assert json.loads(made)["escalates_to"] == "digits-hub"
+    listed = said(await fogline("release", "list", *at), 0).splitlines()
+    assert [line.split()[:2] for line in listed] == [
+        ["digits@1", "1.0.0"],
+        ["digits-hub@1", "1.0.0"],
+    ]
+    assert "escalates to digits-hub" in listed[0]
+    assert len(json.loads(said(await fogline("release", "list", "--json", *at), 0))) == 2
+    for name in ("digits", "digits@1", "digits@1.0.0"):
+        shown = json.loads(said(await fogline("release", "show", name, "--hub", hub.url), 0))
+        assert shown["bundle"]["version"] == "1.0.0"
+    unknown = said(await fogline("release", "show", "digits@7", *at), 6)
+    assert "the hub refused [release/unknown]" in unknown
+    assert "there are: digits@1" in unknown
+
+
+async def test_a_failing_self_test_is_forced_and_shown_as_such(hub: Hub, bundles: Path) -> None:
+    at = ("--data", hub.config.data)
+    broken = bundles / "broken" / "digits-1.2.0"
+    await hub.fleet.releases.accept(bundles / "digits-hub-1.0.0")
+    assert "[self-test/failed]" in said(await fogline("release", "push", broken, *at), 6)
+    forced = said(await fogline("release", "push", "--force", broken, *at), 0)
+    assert "FORCED past its self-test" in forced
+
+
+async def test_devices_are_listed_shown_and_told_what_is_wanted(hub: Hub, bundles: Path) -> None:
+    at = ("--data", hub.config.data)
+    nobody = said(await fogline("device", "list", *at), 0)
+    assert "start one with `fogline-agent run --hub HOST:PORT`" in nobody
+    assert "no device has reported" not in said(await fogline("device", "list", "--json", *at), 0)
+    await hub.fleet.releases.accept(bundles / "digits-hub-1.0.0")
+    none = await fogline("device", "set", "--all", "--release", "digits-hub@1", *at)
+    assert said(none, 0) == "digits-hub@1 is wanted on no device\n"
+    await tell(hub, birth("a"), birth("b"))
+    wanted = await fogline("device", "set", "b", "--release", "digits-hub@1", *at)
+    assert said(wanted, 0) == "digits-hub@1 is wanted on b\n"
+    everywhere = await fogline("device", "set", "--all", "--release", "digits-hub@1", "--json", *at)
+    assert json.loads(said(everywhere, 0))["devices"] == ["a", "b"]
+    model = pb.ReportedModel(
+        model="digits-hub", desired_release=1, phase="rejected", code="self-test/deviation",
+        sentence="Off by 3.",
+    )  # fmt: skip
+    await tell(hub, pb.Reported(schema=1, device="b", sequence=1, generation=1, models=[model]))
+    listed = said(await fogline("device", "list", *at), 0).splitlines()
+    assert [line.split() for line in listed[:2]] == [
+        ["a", "offline", "queued", "generation", "1"],
+        ["b", "offline", "failed", "generation", "1"],
+    ]
+    assert listed[2] == (
+        "  digits-hub: runs its own (-), wanted 1, rejected [self-test/deviation] Off by 3."
+    )
+    shown = json.loads(said(await fogline("device", "show", "b", *at), 0))
+    assert [event["phase"] for event in shown["events"]] == ["rejected"]
+    unknown = said(await fogline("device", "show", "z", *at), 6)
+    assert "the hub refused [device/unknown]: no device 'z'" in unknown
+    unknown = await fogline("device", "set", "z", "--release", "digits-hub@1", *at)
+    assert "no device 'z'" in said(unknown, 6)
+
+
+@pytest.mark.parametrize("devices", [(), ("a", "--all")])
+async def test_a_command_that_names_no_devices_or_too_many_says_so(devices: tuple[str]) -> None:
+    result = await fogline("device", "set", *devices, "--release", "digits@1")
+    assert "name devices, or say --all: one of the two" in said(result, 2)
+
+
+async def test_what_is_no_bundle_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    result = await fogline("release", "push", tmp_path / "folder", "--hub", "http://127.0.0.1:1")
+    assert "is no bundle: it has no bundle.json" in said(result, 6)
+    (tmp_path / "folder" / "bundle.json").write_bytes(b"{}")
+    (tmp_path / "folder" / ("x" * 200)).write_bytes(b"")
+    result = await fogline("release", "push", tmp_path / "folder", "--hub", "http://127.0.0.1:1")
+    assert "cannot be packed" in said(result, 6)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '"x"', "\xff"])
+async def test_without_a_hub_the_ways_to_one_are_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "endpoints.json").write_text(content, encoding="latin-1")
+    told = said(await fogline("device", "list", "--data", tmp_path), 7)
+    assert f"start it with `fogline serve --data {tmp_path}`" in told
+    assert "--hub URL" in told
+
+
+async def test_a_hub_that_is_away_is_named(tmp_path: Path) -> None:
+    told = said(await fogline("device", "list", "--hub", "http://127.0.0.1:1"), 7)
+    assert "the hub at http://127.0.0.1:1 cannot be reached" in told
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "hub", "ftp://x", "http://", "://"])
+def test_a_hub_is_named_by_its_url(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigRefused, match="is not http://HOST:PORT"):
+        operate.hub_url(url, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "told"),
+    [
+        (200, b"<html>", 7, "is no fogline hub"),
+        (200, b"\xff\xfe", 7, "is no fogline hub"),
+        (502, b"<html>bad gateway", 6, "the hub answered 502: <html>bad gateway"),
+        (500, b"[1]", 6, "the hub answered 500: [1]"),
+        (401, b'{"detail": "who are you?"}', 6, "the hub refused: who are you?"),
+    ],
+)
+async def test_a_stranger_in_the_hubs_place_is_recognized(
+    status: int, body: bytes, code: int, told: str
+) -> None:
+    asked: list[web.Request] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request)
+        return web.Response(status=status, body=body)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        result = await fogline("release", "list", "--hub", url, FOGLINE_TOKEN="fgl_x\n")
+    finally:
+        await runner.cleanup()
+    assert told in said(result, code)
+    assert asked[0].headers["Authorization"] == "Bearer fgl_x"
+    assert asked[0].path == "/api/v1/releases"
