@@ -161,7 +161,10 @@ def from_values(datatype: str, shape: Sequence[int], values: Iterable[Any]) -> A
     if len(flat) != count:
         raise TensorError(f"expected {count} values for shape {list(shape)}, got {len(flat)}")
     if dtype == BYTES:
-        return _object_array([v.encode() if isinstance(v, str) else v for v in flat], shape)
+        try:
+            return _object_array([v.encode() if isinstance(v, str) else v for v in flat], shape)
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise TensorError("a BYTES element is not Unicode text") from None
     try:
         if dtype.kind in "iu" and any(isinstance(v, bool) or v != int(v) for v in flat):
             raise TensorError(f"{datatype} takes whole numbers only")
