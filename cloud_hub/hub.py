@@ -157,7 +157,7 @@ class Hub:
             client_max_size=self.config.max_message_bytes,
             middlewares=[admission.rest_middleware(self.identity.authenticate)] if guarded else [],
         )
-        rest_service.add_routes(app, self.server)
+        rest_service.add_routes(app, self.server, self.server)
         app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
