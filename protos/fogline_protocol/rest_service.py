@@ -158,7 +158,13 @@ def translating(handler: Handler) -> Handler:
             return await handler(request)
         except InferenceError as error:
             log.info("%s %s refused: %s", request.method, request.path, error)
-            return error_response(error)
+            response = error_response(error)
+            if request.content.exception() is not None:
+                # The body broke off. aiohttp would go on reading it for the next request on
+                # this connection, and log that as a fault of ours.
+                request.content.feed_eof()
+                response.force_close()
+            return response
         except web.HTTPException:
             raise
         except Exception:
