@@ -219,9 +219,12 @@ async def test_what_is_not_offered_is_501_and_what_does_not_exist_404(ask, http)
         async with http.request(method, path) as answer:
             assert answer.status == 404
             assert path in json.loads(await answer.read())["error"]
-    async with rest_door(EchoServer()) as bare, aiohttp.ClientSession() as session:
-        async with session.post(f"http://{bare}/v2/repository/index") as answer:
-            assert answer.status == 501
+    async with (
+        rest_door(EchoServer()) as bare,
+        aiohttp.ClientSession(f"http://{bare}") as session,
+        session.post("/v2/repository/index") as answer,
+    ):
+        assert answer.status == 501
 
 
 @pytest.mark.parametrize(
