@@ -173,8 +173,10 @@ def from_values(datatype: str, shape: Sequence[int], values: Iterable[Any]) -> A
             raise TensorError(f"a value does not fit {datatype}: numbers only")
         if dtype.kind == "b" and not all(isinstance(v, bool) for v in flat):
             raise TensorError("BOOL takes true and false only")
-        return np.array(flat, dtype=dtype).reshape(shape)
-    except (TypeError, ValueError, OverflowError) as error:
+        # Beyond the range of FP32, numpy would warn and take infinity.
+        with np.errstate(over="raise"):
+            return np.array(flat, dtype=dtype).reshape(shape)
+    except (TypeError, ValueError, OverflowError, FloatingPointError) as error:
         if isinstance(error, TensorError):
             raise
         raise TensorError(f"a value does not fit {datatype}: {error}") from None

@@ -102,3 +102,9 @@ def test_a_spec_says_what_differs():
     assert spec.mismatch(np.zeros((3, 8), np.float64)) == "expected datatype FP32, got FP64"
     assert spec.mismatch(np.zeros((3, 9), np.float32)) == "expected shape [-1, 8], got [3, 9]"
     assert spec.mismatch(np.zeros(8, np.float32)) == "expected shape [-1, 8], got [8]"
+
+
+def test_a_number_beyond_the_range_of_its_datatype_is_refused():
+    with pytest.raises(TensorError, match="does not fit FP32"):
+        tensors.from_values("FP32", [1], [1e300])
+    assert np.isinf(tensors.from_values("FP32", [1], [float("inf")])).all()
