@@ -102,10 +102,10 @@ def element_count(shape: Sequence[int]) -> int:
         raise TensorError(f"shape has {len(shape)} dimensions, at most {MAX_RANK} are accepted")
     if any(dim < 0 for dim in shape):
         raise TensorError(f"shape {list(shape)} has a negative dimension")
-    count = math.prod(shape)
-    if count > MAX_ELEMENTS:
+    # Without its zeros, which would hide the rest: numpy refuses an empty array of huge rows too.
+    if math.prod(dim or 1 for dim in shape) > MAX_ELEMENTS:
         raise TensorError(f"shape {list(shape)} has more than {MAX_ELEMENTS} elements")
-    return count
+    return math.prod(shape)
 
 
 def from_raw(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:

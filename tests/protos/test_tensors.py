@@ -108,3 +108,9 @@ def test_a_number_beyond_the_range_of_its_datatype_is_refused():
     with pytest.raises(TensorError, match="does not fit FP32"):
         tensors.from_values("FP32", [1], [1e300])
     assert np.isinf(tensors.from_values("FP32", [1], [float("inf")])).all()
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 62], [1 << 62, 0], [0, 1 << 20, 1 << 20]])
+def test_a_zero_does_not_hide_a_dimension_that_no_array_can_have(shape):
+    with pytest.raises(TensorError, match="more than"):
+        tensors.from_raw("FP32", shape, b"")
