@@ -56,6 +56,11 @@ def main() -> None:
     help="Serve this Triton-style directory: NAME/1/model.onnx.",
 )
 @click.option(
+    "--model-control",
+    type=click.Choice(["none", "explicit"]),
+    help="none: serve all of --models; explicit: what callers load [default: none].",
+)
+@click.option(
     "--mqtt",
     metavar="URL",
     help="Broker for device updates, mqtt://HOST:PORT [default: a Mosquitto of our own]; off: none.",

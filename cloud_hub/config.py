@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,6 +31,7 @@ class HubConfig(BaseSettings):
     grpc: str = "127.0.0.1:8001"  # Triton's ports, so that existing clients find us
     http: str = "127.0.0.1:8000"
     models: Path | None = None  # a Triton-style directory: name/1/model.onnx
+    model_control: Literal["none", "explicit"] = "none"  # explicit: callers load and unload
     mqtt: str = ""  # URL of a broker; empty: one of our own; "off": no devices to update
     name: str = "fogline-hub"  # shown in the console and in server metadata
 

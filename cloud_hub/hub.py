@@ -59,6 +59,7 @@ class Hub:
         self.repository = Repository(
             self.metrics,
             Limits(config.max_batch, config.max_queue_rows, config.threads),
+            config.model_control,
         )
         self.server = HubServer(config.name, self.repository, self.metrics)
         self._parts = contextlib.AsyncExitStack()
@@ -130,7 +131,8 @@ class Hub:
         )
         server.add_generic_rpc_handlers(
             (
-                grpc_service.handler(self.server),
+                grpc_service.handler(self.server, self.server),
+                grpc_service.health_handler(self.server),
                 reports.handler(self._count, lambda: self.fleet.contact(self.url)),
             )
         )
@@ -161,7 +163,7 @@ class Hub:
                 else rest_service.local_only
             ],
         )
-        rest_service.add_routes(app, self.server)
+        rest_service.add_routes(app, self.server, self.server)
         app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
@@ -224,11 +226,7 @@ class Hub:
         return web.json_response({"alive": True})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        reasons = [
-            f"model {status.name}: {status.reason}"
-            for status in self.repository.status()
-            if status.state != "READY"
-        ]
+        reasons = [f"model {status.name}: {status.reason}" for status in self.repository.refused]
         if self.server.draining:
             reasons.append("the hub is shutting down")
         return web.json_response(

@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from fogline_protocol.statistics import ModelStatistics
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -58,6 +60,7 @@ class Metrics:
     def of_model(self, model: str, version: str) -> "ModelMetrics":
         """Return what the batcher of one model reports to."""
         return ModelMetrics(
+            ModelStatistics(model, version),
             self._queue_seconds.labels(model, version),
             self._compute_seconds.labels(model, version),
             self._batch_rows.labels(model, version),
@@ -70,21 +73,45 @@ class Metrics:
 
 
 class ModelMetrics:
-    """The observer of one model's batcher."""
+    """What one version of one model reports to: Prometheus and the statistics of the protocol."""
 
-    def __init__(self, queue: Histogram, compute: Histogram, rows: Histogram, expired: Counter):
+    def __init__(
+        self,
+        statistics: ModelStatistics,
+        queue: Histogram,
+        compute: Histogram,
+        rows: Histogram,
+        expired: Counter,
+    ) -> None:
+        self.statistics = statistics
         self._queue = queue
         self._compute = compute
         self._rows = rows
         self._expired = expired
 
-    def batch_ran(self, rows: int, queued_s: Sequence[float], compute_s: float) -> None:
-        """A batch ran."""
+    def batch_ran(
+        self, rows: int, queued_s: Sequence[float], compute: tuple[float, float, float]
+    ) -> None:
+        """A batch ran; the seconds of ``compute`` went into joining, running and parting it."""
         self._rows.observe(rows)
-        self._compute.observe(compute_s)
+        self._compute.observe(sum(compute))
         for seconds in queued_s:
             self._queue.observe(seconds)
+        join_ns, run_ns, part_ns = (round(seconds * 1e9) for seconds in compute)
+        self.statistics.executed(
+            rows, [round(seconds * 1e9) for seconds in queued_s], join_ns, run_ns, part_ns
+        )
 
-    def requests_expired(self, count: int) -> None:
+    def batch_failed(self, queued_s: Sequence[float]) -> None:
+        """A batch failed in the engine."""
+        self._waited(queued_s)
+
+    def requests_expired(self, queued_s: Sequence[float]) -> None:
         """Requests ran out of time in the queue."""
-        self._expired.inc(count)
+        self._expired.inc(len(queued_s))
+        self._waited(queued_s)
+
+    def _waited(self, queued_s: Sequence[float]) -> None:
+        for seconds in queued_s:
+            self._queue.observe(seconds)
+        self.statistics.queue.add(round(sum(queued_s) * 1e9), len(queued_s))

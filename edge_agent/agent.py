@@ -162,7 +162,9 @@ class Agent:
         if config.grpc == OFF and config.unix == OFF:
             return
         server = grpc_service.new_server(max_message_bytes=config.max_message_bytes)
-        server.add_generic_rpc_handlers((grpc_service.handler(self.router),))
+        server.add_generic_rpc_handlers(
+            (grpc_service.handler(self.router), grpc_service.health_handler(self.router))
+        )
         try:
             if config.grpc != OFF:
                 what, flag = config.grpc, "--grpc HOST:PORT"

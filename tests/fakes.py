@@ -22,6 +22,8 @@ from fogline_protocol.inference import (
     NotFound,
     ServerMetadata,
 )
+from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array, TensorSpec
 
 HUB_MODEL = "judge"
@@ -43,6 +45,7 @@ class FakeHub:
         self.ready = True
         self.digest = HUB_DIGEST
         self.max_rows = 1_000_000
+        self.statistics = ModelStatistics(HUB_MODEL, "1")
         self.answer: Callable[[Mapping[str, Array]], dict[str, Array]] = plus_hundred
 
     def server_metadata(self) -> ServerMetadata:
@@ -68,6 +71,15 @@ class FakeHub:
             outputs=(TensorSpec("logits", "FP32", (-1, 3)),),
         )
 
+    def model_config(self, name: str, version: str) -> ModelConfig:
+        contract = self.model_metadata(name, version)
+        return ModelConfig(name, 64, contract.inputs, contract.outputs)
+
+    def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
+        if name:
+            self.model_metadata(name, version)
+        return (self.statistics,)
+
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         self.requests.append(request)
         await self.gate.wait()
@@ -81,6 +93,8 @@ class FakeHub:
         if len(request.inputs["x"]) > self.max_rows:
             raise inference.BadRequest(f"at most {self.max_rows} rows")
         outputs = self.answer(request.inputs)
+        self.statistics.executed(len(request.inputs["x"]), (0,), 0, 0, 0)
+        self.statistics.success.add(0)
         return InferResponse(
             model=request.model,
             version="1",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import grpc
 from google.protobuf.message import DecodeError
 
-from fogline_protocol import grpc_service
+from fogline_protocol import grpc_calls
 from fogline_protocol.inference import BadRequest
 from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.v1.fleet_pb2 import (
@@ -39,11 +39,11 @@ Contact = Callable[[], ContactResponse]
 def handler(accept: Accept, contact: Contact) -> grpc.GenericRpcHandler:
     """Return the gRPC handler that takes reports and tells devices where the rest is."""
 
-    async def report(data: bytes, _context: grpc_service.Context) -> bytes:
+    async def report(data: bytes, _context: grpc_calls.Context) -> bytes:
         accept(parse(data))
         return TelemetryReceipt().SerializeToString()
 
-    async def tell(data: bytes, _context: grpc_service.Context) -> bytes:
+    async def tell(data: bytes, _context: grpc_calls.Context) -> bytes:
         try:
             request = ContactRequest.FromString(data)
         except DecodeError:
@@ -51,7 +51,7 @@ def handler(accept: Accept, contact: Contact) -> grpc.GenericRpcHandler:
         check_device(request.device)
         return contact().SerializeToString()
 
-    return grpc_service.generic_handler(SERVICE, {"Report": report, "Contact": tell})
+    return grpc_calls.generic_handler(SERVICE, {"Report": report, "Contact": tell})
 
 
 def checked(accept: Accept) -> Accept:

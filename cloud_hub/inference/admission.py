@@ -7,7 +7,7 @@ import grpc
 from aiohttp import web
 
 from cloud_hub.fleet.identity import Caller
-from fogline_protocol import grpc_service, rest_service
+from fogline_protocol import grpc_calls, grpc_service, rest_service
 from fogline_protocol.inference import Unauthenticated
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
@@ -28,15 +28,18 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> Handler:
         """Refuse before a byte of the request is parsed."""
+        if details.method.startswith(f"/{grpc_service.HEALTH}/"):  # probes have no tokens
+            return await continuation(details)
         header = dict(details.invocation_metadata or ()).get("authorization", "")
         problem = await _problem(self._authenticate, str(header))
         if problem is None:
             return await continuation(details)
 
-        async def refuse(_request: Any, context: grpc_service.Context) -> bytes:
-            await grpc_service.abort(context, problem)
+        # As a stream, so that nothing is waited for: it suits unary calls as well.
+        async def refuse(_requests: Any, context: grpc_calls.Context) -> None:
+            await grpc_calls.abort(context, problem)
 
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def rest_middleware(authenticate: Authenticate) -> Any:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,15 +34,27 @@ class Engine(Protocol):
         ...
 
 
+class Compute(NamedTuple):
+    """Where the seconds of one batch went."""
+
+    join_s: float
+    run_s: float
+    part_s: float  # handing every caller its rows
+
+
 class Observer(Protocol):
     """Learns what a batch was like; must not raise."""
 
-    def batch_ran(self, rows: int, queued_s: Sequence[float], compute_s: float) -> None:
+    def batch_ran(self, rows: int, queued_s: Sequence[float], compute: Compute) -> None:
         """A batch of ``rows`` rows ran; one waiting time per request in it."""
         ...
 
-    def requests_expired(self, count: int) -> None:
-        """So many requests ran out of time before an engine was free."""
+    def batch_failed(self, queued_s: Sequence[float]) -> None:
+        """A batch failed; one waiting time per request in it."""
+        ...
+
+    def requests_expired(self, queued_s: Sequence[float]) -> None:
+        """Requests ran out of time before an engine was free; how long each had waited."""
         ...
 
 
@@ -85,6 +97,8 @@ class Batcher:
         self._observer = observer
         self._queue: Queue[Waiting] = Queue(self._max_batch)
         self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -126,6 +140,11 @@ class Batcher:
         )
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    async def drain(self) -> None:
+        """Take no more requests and return when those taken have their answers."""
+        self._closed = True
+        await self._idle.wait()
+
     async def serve(self) -> None:
         """Run batches until cancelled; what still waits then is told so."""
         try:
@@ -136,8 +155,10 @@ class Batcher:
                     await self._step()
                     # An inline engine never waits: let answers leave between two batches.
                     await asyncio.sleep(0)
+                self._idle.set()
         finally:
             self._closed = True
+            self._idle.set()
             for waiting in self._queue.drain():
                 _fail(waiting, Unavailable("the model is being unloaded"))
 
@@ -146,14 +167,16 @@ class Batcher:
         key = tuple((name, array.dtype, array.shape[1:]) for name, array in inputs.items())
         self._queue.add(Waiting(inputs, rows, key, time.monotonic(), deadline, answer))
         self._arrived.set()
+        self._idle.clear()
         return answer
 
     async def _step(self) -> None:
-        taken = self._queue.take(time.monotonic())
+        now = time.monotonic()
+        taken = self._queue.take(now)
         for waiting in taken.expired:
             _fail(waiting, DeadlineExceeded("the deadline passed before an engine was free"))
         if taken.expired:
-            self._observer.requests_expired(len(taken.expired))
+            self._observer.requests_expired([now - w.arrived for w in taken.expired])
         if not taken.batch:
             return
         try:
@@ -166,8 +189,12 @@ class Batcher:
     async def _run(self, batch: Sequence[Waiting]) -> None:
         started = time.monotonic()
         rows = sum(waiting.rows for waiting in batch)
+        queued_s = [started - waiting.arrived for waiting in batch]
         try:
-            outputs = await self._engine.run(_join(batch))
+            inputs = _join(batch)
+            joined = time.monotonic()
+            outputs = await self._engine.run(inputs)
+            ran = time.monotonic()
             if self._batches:
                 for name, array in outputs.items():
                     if len(array) != rows:
@@ -184,10 +211,8 @@ class Batcher:
             # The caller learns of it, and the loop lives on for the next one.
             known = isinstance(error, InferenceError)
             _fail(batch[0], error if known else ServerFault(f"the engine failed: {error}"))
+            self._observer.batch_failed(queued_s)
             return
-        self._observer.batch_ran(
-            rows, [started - waiting.arrived for waiting in batch], time.monotonic() - started
-        )
         at = 0
         for waiting in batch:
             if not waiting.answer.done():
@@ -197,6 +222,10 @@ class Batcher:
                     else {name: array[at : at + waiting.rows] for name, array in outputs.items()}
                 )
             at += waiting.rows
+        # Callers run only after this, so whoever has an answer finds it counted.
+        self._observer.batch_ran(
+            rows, queued_s, Compute(joined - started, ran - joined, time.monotonic() - ran)
+        )
 
 
 def _join(batch: Sequence[Waiting]) -> Arrays:

@@ -6,6 +6,7 @@ against its certificate, because another hub model voids a disagreement certific
 
 import asyncio
 import time
+from collections.abc import Sequence
 from importlib import metadata
 
 from cloud_hub.inference.repository import Repository, ServedModel
@@ -19,6 +20,19 @@ from fogline_protocol.inference import (
     ModelMetadata,
     ServerMetadata,
     Unavailable,
+    Unsupported,
+)
+from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.repository import ModelIndex
+from fogline_protocol.statistics import ModelStatistics
+
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
 )
 
 
@@ -32,8 +46,8 @@ class HubServer:
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
 
     def server_metadata(self) -> ServerMetadata:
-        """Return who this is; no extension is offered yet."""
-        return ServerMetadata(self._name, metadata.version("fogline"))
+        """Return who this is."""
+        return ServerMetadata(self._name, metadata.version("fogline"), EXTENSIONS)
 
     def server_ready(self) -> bool:
         """Return whether every model that should be served is."""
@@ -52,12 +66,47 @@ class HubServer:
         model = self._repository.find(name, version)
         return ModelMetadata(
             name=model.name,
-            versions=(model.version,),
+            versions=self._repository.versions(name),
             platform=model.engine.platform,
             inputs=model.engine.inputs,
             outputs=model.engine.outputs,
             properties={"fogline.digest": model.sha256, "fogline.provider": model.engine.provider},
         )
+
+    def model_config(self, name: str, version: str) -> ModelConfig:
+        """Return how a model is served."""
+        return self._repository.find(name, version).config
+
+    def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
+        """Return the counts of a model, of all models if ``name`` is empty."""
+        return [m.statistics for m in self._repository.find_all(name, version)]
+
+    def repository_index(self) -> Sequence[ModelIndex]:
+        """Return every model, served or not, with the reason."""
+        return [ModelIndex(s.name, s.version, s.state, s.reason) for s in self._repository.status()]
+
+    async def load_model(self, name: str, parameters: Sequence[str]) -> None:
+        """Load a model of the repository anew.
+
+        Raises:
+            Unsupported: the hub was not started for it, or the model's files come with the call.
+            InferenceError: there is no such model, or it cannot be served.
+        """
+        if parameters:
+            raise Unsupported(
+                f"load parameters {list(parameters)} are not offered here: change the files of the "
+                "repository, then load the model without parameters"
+            )
+        await self._repository.reload(name)
+
+    async def unload_model(self, name: str) -> None:
+        """Serve a model no longer; requests in flight finish.
+
+        Raises:
+            Unsupported: the hub was not started for it.
+            NotFound: it is not served.
+        """
+        await self._repository.unload(name)
 
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         """Answer one request.
@@ -70,15 +119,19 @@ class HubServer:
         started = time.monotonic()
         outcome = "internal"
         try:
-            answer = await self._answer(model, request, deadline)
+            response = await self._answer(model, request, deadline)
+        except BaseException as error:
+            # Every request has one outcome, that of a caller who left and of our own fault too.
+            if isinstance(error, InferenceError):
+                outcome = error.grpc_code.lower()
+            elif isinstance(error, asyncio.CancelledError):
+                outcome = "cancelled"
+            model.statistics.fail.add(round((time.monotonic() - started) * 1e9))
+            raise
+        else:
             outcome = "ok"
-            return answer
-        except InferenceError as error:
-            outcome = error.grpc_code.lower()
-            raise
-        except asyncio.CancelledError:
-            outcome = "cancelled"  # by its caller, who left
-            raise
+            model.statistics.success.add(round((time.monotonic() - started) * 1e9))
+            return response
         finally:
             self._metrics.request_done(
                 model.name, model.version, outcome, time.monotonic() - started
@@ -96,7 +149,7 @@ class HubServer:
             )
         inference.check_inputs(model.engine.inputs, request.inputs)
         names = inference.check_outputs(model.engine.outputs, request.outputs)
-        rows = {len(array) for array in request.inputs.values()} if model.engine.batches else {1}
+        rows = {len(array) for array in request.inputs.values()} if model.config.batches else {1}
         if len(rows) != 1:
             raise inference.BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:

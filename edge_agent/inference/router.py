@@ -41,6 +41,8 @@ from fogline_protocol.inference import (
     ServerMetadata,
     Unavailable,
 )
+from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array
 
 log = logging.getLogger("fogline.agent.router")
@@ -53,6 +55,14 @@ DIGEST = "fogline.digest"  # of the hub's model file, in the hub's answers
 _KNOWN = f"{MODE} ({', '.join(Mode)}), {PRIVATE} and {PER_ROW} (true or false)"
 # Ours to obey, not the hub's: the time left travels as the call's deadline.
 _NOT_FORWARDED = ("fogline.", "triton_", "timeout")
+
+EXTENSIONS = (
+    "classification",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
 
 EDGE, HUB, MIXED = "edge", "hub", "mixed"
 
@@ -88,6 +98,7 @@ class _Served:
         "output_names",
         "release",
         "retired",
+        "statistics",
         "terms",
         "uncertified",
         "users",
@@ -101,6 +112,7 @@ class _Served:
         self.release = release
         self.label = release.label
         self.version = release.version
+        self.statistics = ModelStatistics(release.bundle.model, release.version)
         self.output_names = [spec.name for spec in release.bundle.outputs]
         self.uncertified = Terms(paired)
         self.terms = self.uncertified
@@ -178,7 +190,7 @@ class Router:
         self._options = _Options(private=private)
         self._served: dict[str, _Served] = {}
         self._hub_refusals: dict[str, str] = {}  # by hub model: said once, until it changes
-        self._metadata = ServerMetadata("fogline-agent", metadata.version("fogline"))
+        self._metadata = ServerMetadata("fogline-agent", metadata.version("fogline"), EXTENSIONS)
 
     def install(self, release: Release) -> None:
         """Serve ``release`` from the next request on; an earlier one of the model drains."""
@@ -241,6 +253,20 @@ class Router:
             properties=properties,
         )
 
+    def model_config(self, name: str, version: str) -> ModelConfig:
+        """Return how a model is served on this device."""
+        bundle = self._find(name, version).release.bundle
+        return ModelConfig(name, bundle.max_batch, bundle.inputs, bundle.outputs)
+
+    def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
+        """Return what this device has run of a model, of all models if ``name`` is empty.
+
+        Escalated rows count too: the local answer came first. ``hub_only`` is the hub's to count.
+        """
+        if name:
+            return (self._find(name, version).statistics,)
+        return [served.statistics for served in self._served.values()]
+
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         """Answer one request.
 
@@ -266,9 +292,13 @@ class Router:
                 return await self._pass_through(request, options, started, deadline)
             served = self._find(request.model, request.version)
             served.users += 1
+            outcome = served.statistics.fail  # until there is an answer
             try:
-                return await self._answer(served, request, options, started, deadline)
+                response = await self._answer(served, request, options, started, deadline)
+                outcome = served.statistics.success
+                return response
             finally:
+                outcome.add(round((time.monotonic() - started) * 1e9))
                 served.leave()
         finally:
             self._in_flight -= 1
@@ -302,7 +332,7 @@ class Router:
             names = inference.check_outputs(bundle.outputs, request.outputs)
         rows = _rows(inputs) if bundle.max_batch else 1
 
-        outputs, scores = await _run_here(release, inputs, names, rows, deadline)
+        outputs, scores = await _run_here(served, inputs, names, rows, deadline)
 
         terms = served.terms_now()
         finish = deadline if deadline is not None else started + self._deadline_s
@@ -518,18 +548,20 @@ def _rows(inputs: Mapping[str, Array]) -> int:
 
 
 async def _run_here(
-    release: Release,
+    served: _Served,
     inputs: Mapping[str, Array],
     names: Sequence[str],
     rows: int,
     deadline: float | None,
 ) -> tuple[dict[str, Array], list[float]]:
     """Return the outputs ``names`` and one score per row, NaN where there is no score."""
+    release = served.release
     bundle = release.bundle
     wanted = names
     if bundle.score is not None and bundle.score.output not in names:
         wanted = [*names, bundle.score.output]
     limit = bundle.max_batch or 1
+    started = time.monotonic_ns()
     if rows == 0:
         values = _no_rows(bundle.outputs, wanted)
     elif rows <= limit:
@@ -545,6 +577,11 @@ async def _run_here(
             for at in range(0, rows, limit)
         ]
         values = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+    if rows <= limit:
+        # Inputs are taken as they are and nothing waits for anything here.
+        served.statistics.executed(rows, _AT_ONCE, 0, time.monotonic_ns() - started, 0)
+    else:
+        served.statistics.split(rows, limit, time.monotonic_ns() - started)
     outputs = dict(zip(wanted, values, strict=True))
     if release.score is None or bundle.score is None:
         scores = [math.nan] * rows
@@ -559,6 +596,9 @@ async def _run_here(
         else:
             scores = release.score(scored[np.newaxis]).tolist()
     return outputs, scores
+
+
+_AT_ONCE = (0,)  # the waiting time of the only request in a batch
 
 
 def _no_rows(specs: Sequence[tensors.TensorSpec], names: Sequence[str]) -> list[Array]:

@@ -5,7 +5,14 @@ have to agree on this?
 
     tensors.py         numpy and the wire: datatypes, byte order, limits
     inference.py       Open Inference requests, responses, errors; encode and decode; no transport
+    model_config.py    how a model is served; config.pbtxt
+    statistics.py      what a model has done
+    repository.py      what could be served, and asking for it
+    classification.py  an output as its best classes
+    doors.py           what both doors do with a request
+    grpc_calls.py      calls and streams over bytes, errors translated
     grpc_service.py    serves any InferenceServer over gRPC
+    rest_codec.py      requests and responses as JSON and raw bytes
     rest_service.py    serves any InferenceServer over HTTP
     client.py          asks any Open Inference server
     release.py         the bundle: what a model release consists of, read and verified

@@ -6,30 +6,32 @@ costs beyond grpcio is decided in ``inference.py`` alone.
 """
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Never, TypeVar
+from collections.abc import Sequence
+from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from fogline_protocol import inference
-from fogline_protocol.inference import BadRequest, InferenceError, InferenceServer
+from fogline_protocol import inference, model_config, repository, statistics
+from fogline_protocol.doors import answer
+from fogline_protocol.grpc_calls import Context, Method, generic_handler, stream, unary
+from fogline_protocol.inference import (
+    BadRequest,
+    InferenceServer,
+    InferResponse,
+    NotFound,
+    Unsupported,
+)
+from fogline_protocol.repository import ModelControl
 from fogline_protocol.v1 import inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
+HEALTH = "grpc.health.v1.Health"
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20  # sixteen times grpcio's default, which images exceed
-# The text of an error travels as a header, of which clients take 8 KiB in all by default, and
-# non-ASCII bytes are three there. A text that quotes a long name would take its status along.
-MAX_ERROR_BYTES = 2048
 SETTLE_S = 0.1  # between the decision to stop and the stop, for calls that are on their way in
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
 M = TypeVar("M", bound=Message)
-Method = Callable[[bytes, Context], Awaitable[bytes]]
-
-log = logging.getLogger("fogline.grpc")
 
 
 def new_server(
@@ -59,8 +61,12 @@ async def stop(server: grpc.aio.Server, grace_s: float) -> None:
     await server.stop(grace_s)
 
 
-def handler(server: InferenceServer) -> grpc.GenericRpcHandler:
-    """Return the handler to add to a ``grpc.aio.Server``."""
+def handler(server: InferenceServer, control: ModelControl | None = None) -> grpc.GenericRpcHandler:
+    """Return the handler to add to a ``grpc.aio.Server``.
+
+    Without ``control`` the repository calls, and in any case every other method of the protocol
+    that is not offered, answer UNIMPLEMENTED with a text.
+    """
 
     async def server_live(_request: bytes, _context: Context) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
@@ -83,57 +89,88 @@ def handler(server: InferenceServer) -> grpc.GenericRpcHandler:
         request = _parse(pb.ModelMetadataRequest(), data)
         return inference.encode_metadata(server.model_metadata(request.name, request.version))
 
-    async def model_infer(data: bytes, context: Context) -> bytes:
+    async def config(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.ModelConfigRequest(), data)
+        return model_config.encode(server.model_config(request.name, request.version))
+
+    async def model_statistics(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.ModelStatisticsRequest(), data)
+        return statistics.encode(server.model_statistics(request.name, request.version))
+
+    async def infer(data: bytes, context: Context) -> InferResponse:
         request = inference.decode_request(data)
         deadline = _deadline(context, inference.timeout_s(request.parameters))
-        return inference.encode_response(await server.infer(request, deadline))
+        return await answer(server, request, deadline)
 
-    return generic_handler(
-        SERVICE,
-        {
-            "ServerLive": server_live,
-            "ServerReady": server_ready,
-            "ServerMetadata": server_metadata,
-            "ModelReady": model_ready,
-            "ModelMetadata": model_metadata,
-            "ModelInfer": model_infer,
-        },
-    )
+    async def model_infer(data: bytes, context: Context) -> bytes:
+        return inference.encode_response(await infer(data, context))
 
-
-def generic_handler(service: str, methods: Mapping[str, Method]) -> grpc.GenericRpcHandler:
-    """Return a handler for unary methods over bytes that translates errors at the door."""
+    methods: dict[str, Method] = {
+        "ServerLive": server_live,
+        "ServerReady": server_ready,
+        "ServerMetadata": server_metadata,
+        "ModelReady": model_ready,
+        "ModelMetadata": model_metadata,
+        "ModelConfig": config,
+        "ModelStatistics": model_statistics,
+        "ModelInfer": model_infer,
+    }
+    if control is not None:
+        methods |= _repository_methods(control)
+    for name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
+        methods.setdefault(name, _not_offered(name))
+    methods.pop("ModelStreamInfer")
     return grpc.method_handlers_generic_handler(
-        service,
-        {
-            name: grpc.unary_unary_rpc_method_handler(_translating(f"{service}/{name}", method))
-            for name, method in methods.items()
-        },
+        SERVICE,
+        {name: unary(f"{SERVICE}/{name}", method) for name, method in methods.items()}
+        | {"ModelStreamInfer": stream(f"{SERVICE}/ModelStreamInfer", infer)},
     )
 
 
-async def abort(context: Context, error: InferenceError) -> Never:
-    """End a call with the status and the text of ``error``: the only place that aborts."""
-    text = str(error)
-    encoded = text.encode(errors="replace")
-    if len(encoded) > MAX_ERROR_BYTES:
-        text = encoded[:MAX_ERROR_BYTES].decode(errors="ignore") + "..."
-    await context.abort(getattr(grpc.StatusCode, error.grpc_code), text)
+def _repository_methods(control: ModelControl) -> dict[str, Method]:
+    async def index(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.RepositoryIndexRequest(), data)
+        return repository.encode_index(repository.chosen(control.repository_index(), request.ready))
+
+    async def load(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.RepositoryModelLoadRequest(), data)
+        await control.load_model(request.model_name, sorted(request.parameters))
+        return b""
+
+    async def unload(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.RepositoryModelUnloadRequest(), data)
+        await control.unload_model(request.model_name)
+        return b""
+
+    return {
+        "RepositoryIndex": index,
+        "RepositoryModelLoad": load,
+        "RepositoryModelUnload": unload,
+    }
 
 
-def _translating(path: str, method: Method) -> Any:
-    async def call(data: bytes, context: Context) -> bytes:
-        try:
-            return await method(data, context)
-        except InferenceError as error:
-            log.info("%s refused: %s: %s", path, error.grpc_code, error)
-            await abort(context, error)
-        except Exception:
-            # The last door: a fault of ours ends this call, never the process.
-            log.exception("%s failed", path)
-            await abort(context, inference.ServerFault(f"{path} failed, see the server's log"))
+def _not_offered(name: str) -> Method:
+    async def refuse(_data: bytes, _context: Context) -> bytes:
+        raise Unsupported(f"{name} is not offered by this server")
 
-    return call
+    return refuse
+
+
+def health_handler(server: InferenceServer) -> grpc.GenericRpcHandler:
+    """Return the handler of ``grpc.health.v1.Health``, which load balancers and probes ask.
+
+    Only ``Check`` is offered: a client that would rather watch falls back when it is told so.
+    """
+
+    async def check(data: bytes, _context: Context) -> bytes:
+        service = _parse(pb.HealthCheckRequest(), data).service
+        if service not in ("", SERVICE):
+            raise NotFound(f"unknown service {service!r}, known is {SERVICE!r}")
+        status = pb.HealthCheckResponse.ServingStatus
+        ready = status.SERVING if server.server_ready() else status.NOT_SERVING
+        return pb.HealthCheckResponse(status=ready).SerializeToString()
+
+    return generic_handler(HEALTH, {"Check": check, "Watch": _not_offered("Watch")})
 
 
 def _parse(message: M, data: bytes) -> M:

@@ -8,6 +8,7 @@ Source: Open Inference Protocol v2 and Triton's protocol documents; the raw-cont
 are numbered as in Triton's ``infer_handler.cc``.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,8 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from fogline_protocol import tensors
+from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 from fogline_protocol.v1 import inference_pb2 as pb
 
@@ -111,6 +114,7 @@ class InferRequest:
     id: str = ""
     outputs: Sequence[str] = ()  # empty: all, in the model's order
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    classification: Mapping[str, int] = field(default_factory=dict)  # output -> best k; see doors
 
 
 @dataclass(slots=True)
@@ -164,6 +168,14 @@ class InferenceServer(Protocol):
         """Return whether the model answers now; ``NotFound`` if there is none."""
         ...
 
+    def model_config(self, name: str, version: str) -> ModelConfig:
+        """Return how a model is served; ``NotFound`` if there is none."""
+        ...
+
+    def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
+        """Return the counts of a model, of all models if ``name`` is empty."""
+        ...
+
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         """Answer; ``deadline`` is in seconds of ``time.monotonic()``, None means no hurry."""
         ...
@@ -181,6 +193,24 @@ def timeout_s(parameters: Mapping[str, Parameter]) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise BadRequest(f"parameter 'timeout' must be whole microseconds, got {value!r}")
     return value / 1e6 or None
+
+
+def check_parameters(parameters: Mapping[str, Parameter]) -> None:
+    """Refuse request parameters that the protocol reserves or that it gives another type.
+
+    Raises:
+        BadRequest: the text names the parameter.
+    """
+    for key in parameters:
+        # The C++ client sends the exception with every request (perf_analyzer 2.50).
+        if key.startswith("triton_") and key != "triton_enable_empty_final_response":
+            raise BadRequest(f"parameter {key!r} is reserved")
+    priority = parameters.get("priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
+        raise BadRequest(
+            f"parameter 'priority' must be a whole number from 0 (the default) on, 1 being the "
+            f"highest, got {priority!r}"
+        )
 
 
 def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> None:
@@ -233,10 +263,11 @@ def decode_request(data: bytes) -> InferRequest:
     except DecodeError:
         raise BadRequest("the request is not a ModelInferRequest: malformed protobuf") from None
     parameters = _parameters(message.parameters)
-    for key in parameters:
-        # The C++ client sends the exception with every request (perf_analyzer 2.50).
-        if key.startswith("triton_") and key != "triton_enable_empty_final_response":
-            raise BadRequest(f"parameter {key!r} is reserved")
+    check_parameters(parameters)
+    shared = [t.name for t in message.inputs if "shared_memory_region" in t.parameters]
+    shared += [t.name for t in message.outputs if "shared_memory_region" in t.parameters]
+    if shared:
+        raise Unsupported(f"tensors {shared}: shared memory is not offered here")
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise BadRequest(
@@ -246,8 +277,6 @@ def decode_request(data: bytes) -> InferRequest:
     for index, tensor in enumerate(message.inputs):
         if tensor.name in inputs:
             raise BadRequest(f"input {tensor.name!r} comes twice")
-        if "shared_memory_region" in tensor.parameters:
-            raise Unsupported(f"input {tensor.name!r}: shared memory is not offered here")
         has_contents = tensor.HasField("contents")
         try:
             if raw:
@@ -272,7 +301,50 @@ def decode_request(data: bytes) -> InferRequest:
         inputs=inputs,
         outputs=[output.name for output in message.outputs],
         parameters=parameters,
+        classification={
+            output.name: classes(
+                output.name, _parameters(output.parameters).get("classification", "")
+            )
+            for output in message.outputs
+            if "classification" in output.parameters
+        },
     )
+
+
+def classes(output: str, value: Parameter) -> int:
+    """Return how many classes of an output a caller asks for.
+
+    Raises:
+        BadRequest: it is not a whole number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BadRequest(f"output {output!r}: 'classification' must be at least 1, got {value!r}")
+    return value
+
+
+def request_id(data: bytes) -> str:
+    """Return the id of a request that may be faulty otherwise, for the answer that refuses it."""
+    try:
+        return pb.ModelInferRequest.FromString(data).id
+    except DecodeError:
+        return ""
+
+
+def encode_stream_response(response: InferResponse) -> bytes:
+    """Return the response as a ``ModelStreamInferResponse``, marked as its request's last one.
+
+    Models here give one response per request, so the last one is never empty.
+    """
+    parameters = {**response.parameters, "triton_final_response": True}
+    message = _response(dataclasses.replace(response, parameters=parameters))
+    return pb.ModelStreamInferResponse(infer_response=message).SerializeToString()
+
+
+def encode_stream_error(id: str, error: InferenceError) -> bytes:
+    """Return a ``ModelStreamInferResponse`` that refuses the request ``id``."""
+    return pb.ModelStreamInferResponse(
+        error_message=str(error), infer_response=pb.ModelInferResponse(id=id)
+    ).SerializeToString()
 
 
 def encode_request(request: InferRequest) -> bytes:
@@ -294,6 +366,10 @@ def encode_response(response: InferResponse) -> bytes:
 
     Typed contents are never sent: Triton's C++ client reads ``raw_output_contents[i]`` unchecked.
     """
+    return _response(response).SerializeToString()
+
+
+def _response(response: InferResponse) -> pb.ModelInferResponse:
     message = pb.ModelInferResponse(
         model_name=response.model, model_version=response.version, id=response.id
     )
@@ -301,7 +377,7 @@ def encode_response(response: InferResponse) -> bytes:
     for name, array in response.outputs.items():
         message.outputs.add(name=name, datatype=tensors.datatype_of(array), shape=array.shape)
         message.raw_output_contents.append(tensors.to_raw(array))
-    return message.SerializeToString()
+    return message
 
 
 def decode_response(data: bytes) -> InferResponse:
@@ -403,6 +479,8 @@ def _fill_parameters(
     for key, value in parameters.items():
         if isinstance(value, bool):
             messages[key].bool_param = value
+        elif isinstance(value, int) and value >= 1 << 63:
+            messages[key].uint64_param = value
         elif isinstance(value, int):
             messages[key].int64_param = value
         elif isinstance(value, float):

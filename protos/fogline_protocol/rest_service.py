@@ -1,49 +1,67 @@
-"""Serves any ``InferenceServer`` over HTTP: the JSON side of the Open Inference Protocol.
+"""Serves any ``InferenceServer`` over HTTP: the REST side of the Open Inference Protocol.
 
     GET  /v2                                        who answers
     GET  /v2/health/live  /v2/health/ready          the status code is the answer
     GET  /v2/models/{m}[/versions/{v}][/ready]      a model's contract
+    GET  /v2/models/{m}[/versions/{v}]/config       how it is served
+    GET  /v2/models/stats, .../{m}[...]/stats       what it has done
     POST /v2/models/{m}[/versions/{v}]/infer        an answer
+    POST /v2/repository/index                       what could be served
+    POST /v2/repository/models/{m}/load|unload      serve it, or no longer
 
-Errors are ``{"error": "text"}`` with the status of the error's class.
+Bodies may be compressed with gzip or deflate, both ways. Errors are ``{"error": "text"}`` with
+the status of the error's class.
 
 ``local_only`` is for doors that ask nobody who they are, because only this machine reaches
 them: a browser on this machine must not open them to every web page it shows.
 """
 
 import ipaddress
-import json
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from aiohttp import web
 
-from fogline_protocol import inference, tensors
+from fogline_protocol import (
+    doors,
+    inference,
+    model_config,
+    repository,
+    rest_codec,
+    statistics,
+    tensors,
+)
 from fogline_protocol.inference import (
     BadRequest,
     InferenceError,
     InferenceServer,
-    InferRequest,
-    InferResponse,
     ModelMetadata,
-    Parameter,
+    NotFound,
     TooLarge,
     Unsupported,
 )
-from fogline_protocol.tensors import Array, TensorError
+from fogline_protocol.repository import ModelControl
+from fogline_protocol.rest_codec import HEADER_LENGTH
 
 log = logging.getLogger("fogline.rest")
 
-T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+COMPRESS_FROM = 1024  # bytes; below it the headers cost more than compression saves
 
-def add_routes(app: web.Application, server: InferenceServer) -> None:
-    """Add the protocol's routes to ``app``; its ``client_max_size`` limits the bodies."""
+
+def add_routes(
+    app: web.Application, server: InferenceServer, control: ModelControl | None = None
+) -> None:
+    """Add the protocol's routes to ``app``; its ``client_max_size`` limits the bodies.
+
+    Without ``control`` the repository is neither shown nor changed. Whatever else the protocol
+    knows and this server does not, answers 501 with a text.
+    """
 
     async def live(_request: web.Request) -> web.Response:
         return web.json_response({"live": True})
@@ -63,20 +81,79 @@ def add_routes(app: web.Application, server: InferenceServer) -> None:
     async def model_ready(request: web.Request) -> web.Response:
         return _readiness(server.model_ready(*_model(request)))
 
+    async def config(request: web.Request) -> web.Response:
+        return web.json_response(model_config.document(server.model_config(*_model(request))))
+
+    async def stats(request: web.Request) -> web.Response:
+        return web.json_response(statistics.document(server.model_statistics(*_model(request))))
+
     async def infer(request: web.Request) -> web.Response:
         name, version = _model(request)
-        question = decode_request(name, version, await _body(request))
+        body = await _body(request)
+        header = request.headers.get(HEADER_LENGTH)
+        if header == "0":
+            found = server.model_config(name, version)
+            question, wish = rest_codec.decode_raw(
+                name, version, body, found.inputs, batches=found.batches
+            )
+        else:
+            text, binary = rest_codec.split_body(body, header)
+            question, wish = rest_codec.decode_request(name, version, text, binary)
         timeout_s = inference.timeout_s(question.parameters)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        return web.json_response(encode_response(await server.infer(question, deadline)))
+        response = await doors.answer(server, question, deadline)
+        return _answer(request, *rest_codec.encode_response(response, wish))
 
     app.router.add_get("/v2", translating(metadata))
     app.router.add_get("/v2/health/live", translating(live))
     app.router.add_get("/v2/health/ready", translating(ready))
+    app.router.add_get("/v2/models/stats", translating(stats))
     for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         app.router.add_get(model, translating(model_metadata))
         app.router.add_get(f"{model}/ready", translating(model_ready))
+        app.router.add_get(f"{model}/config", translating(config))
+        app.router.add_get(f"{model}/stats", translating(stats))
         app.router.add_post(f"{model}/infer", translating(infer))
+    if control is not None:
+        _add_repository(app, control)
+    app.router.add_route("*", "/v2/{path:.*}", translating(_not_offered))
+
+
+def _add_repository(app: web.Application, control: ModelControl) -> None:
+    async def index(request: web.Request) -> web.Response:
+        ready = (await _document(request)).get("ready", False)
+        if not isinstance(ready, bool):
+            raise BadRequest("ready must be true or false")
+        found = repository.chosen(control.repository_index(), ready)
+        return web.json_response(repository.index_document(found))
+
+    async def load(request: web.Request) -> web.Response:
+        parameters = (await _document(request)).get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise BadRequest("parameters must be an object")
+        await control.load_model(request.match_info["model"], sorted(parameters))
+        return web.Response()
+
+    async def unload(request: web.Request) -> web.Response:
+        await _document(request)
+        await control.unload_model(request.match_info["model"])
+        return web.Response()
+
+    for root in ("/v2/repository", "/v2/repository/{repository}"):
+        app.router.add_post(f"{root}/index", translating(index))
+        app.router.add_post(f"{root}/models/{{model}}/load", translating(load))
+        app.router.add_post(f"{root}/models/{{model}}/unload", translating(unload))
+
+
+_KNOWN_ELSEWHERE = re.compile(
+    r"repository/|systemsharedmemory|cudasharedmemory|trace/|logging|models/[^/]+/(trace/|generate)"
+)
+
+
+async def _not_offered(request: web.Request) -> web.Response:
+    if _KNOWN_ELSEWHERE.match(request.match_info["path"]):
+        raise Unsupported(f"{request.path} is not offered by this server")
+    raise NotFound(f"there is no {request.method} {request.path} here")
 
 
 @web.middleware
@@ -118,7 +195,13 @@ def translating(handler: Handler) -> Handler:
             return await handler(request)
         except InferenceError as error:
             log.info("%s %s refused: %s", request.method, request.path, error)
-            return error_response(error)
+            response = error_response(error)
+            if request.content.exception() is not None:
+                # The body broke off. aiohttp would go on reading it for the next request on
+                # this connection, and log that as a fault of ours.
+                request.content.feed_eof()
+                response.force_close()
+            return response
         except web.HTTPException:
             raise
         except Exception:
@@ -140,92 +223,6 @@ def _error(status: int, text: str) -> web.Response:
     return web.json_response({"error": text}, status=status)
 
 
-def decode_request(model: str, version: str, body: bytes) -> InferRequest:
-    """Read an inference request from JSON.
-
-    Raises:
-        BadRequest: not JSON, or not a request; the text names the part that is wrong.
-    """
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    request = _typed(document, dict, "the body")
-    parameters = _parameters(request.get("parameters", {}), "parameters")
-    inputs: dict[str, Array] = {}
-    for index, entry in enumerate(_typed(request.get("inputs"), list, "inputs")):
-        where = f"inputs[{index}]"
-        tensor = _typed(entry, dict, where)
-        name = _typed(tensor.get("name"), str, f"{where}.name")
-        if name in inputs:
-            raise BadRequest(f"input {name!r} comes twice")
-        datatype = _typed(tensor.get("datatype"), str, f"{where}.datatype")
-        shape = _typed(tensor.get("shape"), list, f"{where}.shape")
-        if any(isinstance(dim, bool) or not isinstance(dim, int) for dim in shape):
-            raise BadRequest(f"{where}.shape must be whole numbers, got {shape}")
-        data = _typed(tensor.get("data"), list, f"{where}.data")
-        try:
-            inputs[name] = tensors.from_values(datatype, shape, _flat(data))
-        except TensorError as error:
-            raise BadRequest(f"input {name!r}: {error}") from None
-    outputs = [
-        _typed(_typed(entry, dict, f"outputs[{i}]").get("name"), str, f"outputs[{i}].name")
-        for i, entry in enumerate(_typed(request.get("outputs", []), list, "outputs"))
-    ]
-    return InferRequest(
-        model=model,
-        version=version,
-        id=_typed(request.get("id", ""), str, "id"),
-        inputs=inputs,
-        outputs=outputs,
-        parameters=parameters,
-    )
-
-
-def encode_response(response: InferResponse) -> dict[str, Any]:
-    """Return the response as a JSON-ready document.
-
-    Raises:
-        Unsupported: an output has a datatype or a value that JSON cannot carry.
-    """
-    document: dict[str, Any] = {
-        "model_name": response.model,
-        "model_version": response.version,
-        "outputs": [_output_json(name, array) for name, array in response.outputs.items()],
-    }
-    if response.id:
-        document["id"] = response.id
-    if response.parameters:
-        document["parameters"] = {key: _finite(value) for key, value in response.parameters.items()}
-    return document
-
-
-def _finite(value: Parameter) -> Parameter:
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _output_json(name: str, array: Array) -> dict[str, Any]:
-    datatype = tensors.datatype_of(array)
-    if datatype in ("FP16", "BF16"):
-        raise Unsupported(f"output {name!r} is {datatype}, which JSON cannot carry: use gRPC")
-    if datatype == "BYTES":
-        try:
-            data: list[Any] = [
-                element if isinstance(element, str) else element.decode() for element in array.flat
-            ]
-        except UnicodeDecodeError:
-            raise Unsupported(
-                f"output {name!r} is not text, which JSON cannot carry: use gRPC"
-            ) from None
-    else:
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise Unsupported(
-                f"output {name!r} has values that are not finite, which JSON cannot carry: use gRPC"
-            )
-        data = array.ravel().tolist()
-    return {"name": name, "datatype": datatype, "shape": list(array.shape), "data": data}
-
-
 def _metadata_json(metadata: ModelMetadata) -> dict[str, Any]:
     def tensor(spec: tensors.TensorSpec) -> dict[str, Any]:
         return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
@@ -245,56 +242,32 @@ def _readiness(ready: bool) -> web.Response:
 
 
 def _model(request: web.Request) -> tuple[str, str]:
-    return request.match_info["model"], request.match_info.get("version", "")
+    return request.match_info.get("model", ""), request.match_info.get("version", "")
+
+
+def _answer(request: web.Request, body: bytes, json_length: int | None) -> web.Response:
+    response = web.Response(body=body, content_type="application/json")
+    if json_length is not None:
+        response.content_type = "application/octet-stream"
+        response.headers[HEADER_LENGTH] = str(json_length)
+    if len(body) >= COMPRESS_FROM:
+        response.enable_compression()  # if the caller accepts gzip or deflate
+    return response
+
+
+async def _document(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object that a body is; clients may leave it out."""
+    body = await _body(request)
+    document = rest_codec.parse(body) if body else {}
+    if not isinstance(document, dict):
+        raise BadRequest(f"the body must be an object, got {type(document).__name__}")
+    return document
 
 
 async def _body(request: web.Request) -> bytes:
-    if "Inference-Header-Content-Length" in request.headers:
-        raise Unsupported("the binary tensor extension is not offered here: send JSON or use gRPC")
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise TooLarge(f"the body is too large: {error.text}") from None
-
-
-_JSON_NAMES: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
-
-
-def _typed(value: Any, kind: type[T], where: str) -> T:
-    if not isinstance(value, kind):
-        raise BadRequest(f"{where} must be {_JSON_NAMES[kind]}, got {type(value).__name__}")
-    return value
-
-
-def _parameters(document: Any, where: str) -> Mapping[str, Parameter]:
-    parameters = _typed(document, dict, where)
-    for key, value in parameters.items():
-        if not isinstance(value, bool | int | float | str):
-            raise BadRequest(f"{where}.{key} must be a flag, a number or a text")
-        # JSON can spell what the protocol's own messages, and so the next hop, cannot carry.
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            raise BadRequest(f"{where}.{key} has more than 64 bits")
-        if any(isinstance(text, str) and not _is_text(text) for text in (key, value)):
-            raise BadRequest(f"{where}.{key!a} is not text that UTF-8 can carry")
-    return parameters
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
-
-
-def _flat(data: list[Any]) -> list[Any]:
-    """Return nested lists flattened, row by row: the protocol allows both forms."""
-    flat: list[Any] = []
-    stack: list[Any] = [data]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, list):
-            stack.extend(reversed(item))
-        else:
-            flat.append(item)
-    return flat
+    except web.RequestPayloadError as error:
+        raise BadRequest(f"the body cannot be read: {error}") from None

@@ -103,11 +103,10 @@ def element_count(shape: Sequence[int]) -> int:
         raise TensorError(f"shape has {len(shape)} dimensions, at most {MAX_RANK} are accepted")
     if any(dim < 0 for dim in shape):
         raise TensorError(f"shape {list(shape)} has a negative dimension")
-    count = math.prod(shape)
-    # A zero hides the other dimensions from the product, and numpy refuses sizes beyond 63 bits.
-    if count > MAX_ELEMENTS or math.prod(dim or 1 for dim in shape) > MAX_ELEMENTS:
+    # Without its zeros, which would hide the rest: numpy refuses an empty array of huge rows too.
+    if math.prod(dim or 1 for dim in shape) > MAX_ELEMENTS:
         raise TensorError(f"shape {list(shape)} has more than {MAX_ELEMENTS} elements")
-    return count
+    return math.prod(shape)
 
 
 def from_raw(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:
@@ -166,10 +165,9 @@ def from_values(datatype: str, shape: Sequence[int], values: Iterable[Any]) -> A
         raise TensorError(f"expected {count} values for shape {list(shape)}, got {len(flat)}")
     if dtype == BYTES:
         try:
-            elements = [v.encode() if isinstance(v, str) else v for v in flat]
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-            raise TensorError("a BYTES element is not text that UTF-8 can carry") from None
-        return _object_array(elements, shape)
+            return _object_array([v.encode() if isinstance(v, str) else v for v in flat], shape)
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise TensorError("a BYTES element is not Unicode text") from None
     try:
         if dtype.kind in "iu" and any(isinstance(v, bool) or v != int(v) for v in flat):
             raise TensorError(f"{datatype} takes whole numbers only")

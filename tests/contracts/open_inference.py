@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import tritonclient.grpc.aio as triton
 
 from fogline_protocol.client import Client
 from fogline_protocol.inference import BadRequest, InferRequest, NotFound
@@ -108,3 +109,49 @@ class OpenInferenceContract:
         x = {target.input: np.zeros((1, 3), np.float32)}
         with pytest.raises(BadRequest, match="no-such-output"):
             await client.infer(InferRequest(target.model, x, outputs=["no-such-output"]), 5.0)
+
+    async def test_its_configuration_agrees_with_its_metadata(self, target: Target) -> None:
+        async with triton.InferenceServerClient(target.address) as theirs:
+            config = (await theirs.get_model_config(target.model)).config
+            metadata = await theirs.get_model_metadata(target.model)
+        assert config.name == target.model
+        assert config.max_batch_size > 0
+        (tensor,), (described,) = config.input, metadata.inputs
+        assert [-1, *tensor.dims] == list(described.shape)
+        assert [o.name for o in config.output] == [o.name for o in metadata.outputs]
+
+    async def test_every_request_grows_the_queue_statistic(self, target: Target) -> None:
+        x = triton.InferInput(target.input, [2, 3], "FP32")
+        x.set_data_from_numpy(np.zeros((2, 3), np.float32))
+        async with triton.InferenceServerClient(target.address) as theirs:
+            for count in (1, 2):
+                await theirs.infer(target.model, [x])
+                answer = await theirs.get_inference_statistics(target.model)
+                (found,) = answer.model_stats
+                assert found.version.isdecimal()
+                assert found.inference_stats.queue.count == count
+                assert found.inference_stats.success.count == count
+                assert found.inference_count == 2 * count
+                assert found.batch_stats[0].batch_size == 2
+            everything = (await theirs.get_inference_statistics()).model_stats
+        assert target.model in [stats.name for stats in everything]
+
+    async def test_a_stream_is_answered_in_order(self, target: Target) -> None:
+        async def requests() -> AsyncIterator[dict[str, object]]:
+            for at in range(5):
+                x = triton.InferInput(target.input, [1, 3], "FP32")
+                x.set_data_from_numpy(np.full((1, 3), at, np.float32))
+                yield {"model_name": target.model, "inputs": [x], "request_id": str(at)}
+
+        async with triton.InferenceServerClient(target.address) as theirs:
+            ids = [answer.get_response().id async for answer, _ in theirs.stream_infer(requests())]
+        assert ids == list("01234")
+
+    async def test_classification_ranks_row_by_row(self, target: Target) -> None:
+        x = triton.InferInput(target.input, [2, 3], "FP32")
+        x.set_data_from_numpy(np.array([[0, 2, 1], [3, 0, 1]], np.float32))
+        best = triton.InferRequestedOutput(target.output, class_count=1)
+        async with triton.InferenceServerClient(target.address) as theirs:
+            answer = await theirs.infer(target.model, [x], outputs=[best])
+        indices = [text.split(b":")[1] for text in answer.as_numpy(target.output).ravel()]
+        assert indices == [b"1", b"0"]

@@ -289,10 +289,10 @@ async def test_rest_answers_json(http):
         ("full", b'{"inputs":[]}', 429, "come back later"),
         ("broken", b'{"inputs":[]}', 500, "see the server's log"),
         ("echo", b" " * (2 << 20), 413, "too large"),
-        ("echo", b'{"inputs":[],"parameters":{"n":9223372036854775808}}', 400, "64 bits"),
+        ("echo", b'{"inputs":[],"parameters":{"n":18446744073709551616}}', 400, "64 bits"),
         ("echo", b'{"inputs":[],"parameters":{"timeout":1%s}}' % (b"0" * 400), 400, "64 bits"),
-        ("echo", b'{"inputs":[],"parameters":{"t":"\\ud800"}}', 400, "UTF-8"),
-        ("echo", b'{"inputs":[],"parameters":{"\\ud800":1}}', 400, "UTF-8"),
+        ("echo", b'{"inputs":[],"parameters":{"t":"\\ud800"}}', 400, "Unicode"),
+        ("echo", b'{"inputs":[],"parameters":{"\\ud800":1}}', 400, "Unicode"),
         ("echo", b'{"inputs":[],"parameters":{"timeout":"soon"}}', 400, "whole microseconds"),
     ],
 )

@@ -86,7 +86,7 @@ def test_raw_bytes_that_contradict_their_shape_are_refused_by_name(datatype, sha
         ("UINT8", [-1], "does not fit UINT8"),
         ("BOOL", [1], "true and false"),
         ("BYTES", [1], "must be text"),
-        ("BYTES", ["\ud800"], "UTF-8"),
+        ("BYTES", ["\ud800"], "Unicode"),
         ("FP32", [1e39], "does not fit FP32"),
         ("FP16", [1.0], "raw bytes"),
         ("FP32", [1.0, 2.0], "expected 1 values"),
@@ -107,3 +107,15 @@ def test_a_spec_says_what_differs():
     assert spec.mismatch(np.zeros((3, 8), np.float64)) == "expected datatype FP32, got FP64"
     assert spec.mismatch(np.zeros((3, 9), np.float32)) == "expected shape [-1, 8], got [3, 9]"
     assert spec.mismatch(np.zeros(8, np.float32)) == "expected shape [-1, 8], got [8]"
+
+
+def test_a_number_beyond_the_range_of_its_datatype_is_refused():
+    with pytest.raises(TensorError, match="does not fit FP32"):
+        tensors.from_values("FP32", [1], [1e300])
+    assert np.isinf(tensors.from_values("FP32", [1], [float("inf")])).all()
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 62], [1 << 62, 0], [0, 1 << 20, 1 << 20]])
+def test_a_zero_does_not_hide_a_dimension_that_no_array_can_have(shape):
+    with pytest.raises(TensorError, match="more than"):
+        tensors.from_raw("FP32", shape, b"")

@@ -45,11 +45,17 @@ class Notes:
         self.ran = []
         self.expired = 0
 
-    def batch_ran(self, rows, queued_s, compute_s):
+        self.failed = 0
+
+    def batch_ran(self, rows, queued_s, compute):
+        assert min(compute) >= 0
         self.ran.append((rows, len(queued_s)))
 
-    def requests_expired(self, count):
-        self.expired += count
+    def batch_failed(self, queued_s):
+        self.failed += len(queued_s)
+
+    def requests_expired(self, queued_s):
+        self.expired += len(queued_s)
 
 
 @pytest.fixture

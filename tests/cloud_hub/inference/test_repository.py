@@ -16,6 +16,7 @@ from fogline_protocol.inference import (
     InferRequest,
     NotFound,
     Unavailable,
+    Unsupported,
 )
 
 
@@ -166,3 +167,148 @@ async def test_a_draining_hub_is_not_ready_and_still_answers(server):
     assert not server.server_ready()
     assert not server.model_ready("digits-hub", "")
     assert (await server.infer(InferRequest("digits-hub", images(1)), None)).outputs
+
+
+def add_version(root, version):
+    """Serve the same file as another version too, or as another model's."""
+    source = root / "digits-hub" / "3" / "model.onnx"
+    folder = root / version
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(source.read_bytes())
+
+
+async def test_a_configuration_limits_batches_and_names_versions_and_labels(
+    repository, triton_directory
+):
+    add_version(triton_directory, "digits-hub/1")
+    add_version(triton_directory, "digits-hub/2")
+    folder = triton_directory / "digits-hub"
+    (folder / "digits.txt").write_text("zero\none\n")
+    (folder / "config.pbtxt").write_text(
+        'max_batch_size: 4 version_policy { latest { num_versions: 2 } } output { name: "logits" '
+        'data_type: TYPE_FP32 dims: 10 label_filename: "digits.txt" }'
+    )
+    await repository.load_directory(triton_directory)
+    server = HubServer("hub", repository, Metrics())
+    assert list(server.model_metadata("digits-hub", "").versions) == ["2", "3"]
+    assert (await server.infer(InferRequest("digits-hub", images(1)), None)).version == "3"
+    second = InferRequest("digits-hub", images(1), version="2")
+    assert (await server.infer(second, None)).version == "2"
+    with pytest.raises(NotFound, match="no version '1', served is 2, 3"):
+        await server.infer(InferRequest("digits-hub", images(1), version="1"), None)
+    config = server.model_config("digits-hub", "")
+    assert config.max_batch_size == 4
+    assert list(config.labels["logits"]) == ["zero", "one"]
+    counts = {s.version: s.success.count for s in server.model_statistics("digits-hub", "")}
+    assert counts == {"2": 1, "3": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("max_batch_size:", "cannot be read"),
+        ('output { name: "nope" data_type: TYPE_FP32 dims: 10 }', "names the output 'nope'"),
+        ("version_policy { specific { versions: 7 } }", r"asks for \[7\], there are \[3\]"),
+        (
+            'output { name: "logits" data_type: TYPE_FP32 dims: 10 label_filename: "../../x" }',
+            "leaves",
+        ),
+        (
+            'output { name: "logits" data_type: TYPE_FP32 dims: 10 label_filename: "none.txt" }',
+            "No such file",
+        ),
+    ],
+)
+async def test_a_configuration_that_cannot_be_obeyed_says_why(
+    repository, triton_directory, text, reason
+):
+    (triton_directory / "digits-hub" / "config.pbtxt").write_text(text)
+    await repository.load_directory(triton_directory)
+    with pytest.raises(Unavailable, match=reason):
+        repository.find("digits-hub")
+
+
+async def test_a_model_told_not_to_batch_takes_its_whole_shape(repository, triton_directory):
+    (triton_directory / "digits-hub" / "config.pbtxt").write_text("max_batch_size: 0")
+    await repository.load_directory(triton_directory)
+    server = HubServer("hub", repository, Metrics())
+    answer = await server.infer(InferRequest("digits-hub", images(3)), None)
+    assert answer.outputs["logits"].shape == (3, 10)
+    (found,) = server.model_statistics("", "")
+    assert (found.inference_count, found.execution_count) == (1, 1)
+
+
+async def test_statistics_tell_success_failure_and_rows_apart(server):
+    await server.infer(InferRequest("digits-hub", images(2)), None)
+    await asyncio.gather(
+        *(server.infer(InferRequest("digits-hub", images(1)), None) for _ in range(3))
+    )
+    with pytest.raises(BadRequest):
+        await server.infer(InferRequest("digits-hub", {}), None)
+    (found,) = server.model_statistics("digits-hub", "3")
+    assert (found.success.count, found.fail.count) == (4, 1)
+    assert (found.queue.count, found.compute_infer.count) == (4, 4)
+    assert (found.inference_count, found.execution_count) == (5, 2)
+    assert set(found.batches) == {2, 3}
+    assert found.compute_infer.ns > 0
+
+
+async def test_models_change_on_request_only_where_that_is_allowed(server):
+    for change in (server.load_model("digits-hub", ()), server.unload_model("digits-hub")):
+        with pytest.raises(Unsupported, match="--model-control explicit"):
+            await change
+    assert server.server_ready()
+
+
+@pytest.fixture
+async def explicit(triton_directory):
+    repository = Repository(Metrics(), Limits(max_batch=16, threads=1), "explicit")
+    await repository.load_directory(triton_directory)
+    yield HubServer("hub", repository, Metrics())
+    await repository.close()
+
+
+def states(server):
+    return [(m.name, m.version, m.state, m.reason) for m in server.repository_index()]
+
+
+async def test_explicit_control_loads_and_unloads_what_callers_name(explicit, triton_directory):
+    assert states(explicit) == [("digits-hub", "", "UNAVAILABLE", "not loaded")]
+    assert explicit.server_ready()
+    await explicit.load_model("digits-hub", ())
+    assert states(explicit) == [("digits-hub", "3", "READY", "")]
+    await explicit.unload_model("digits-hub")
+    assert states(explicit) == [("digits-hub", "3", "UNAVAILABLE", "unloaded")]
+    with pytest.raises(NotFound, match="unknown model"):
+        await explicit.infer(InferRequest("digits-hub", images(1)), None)
+    with pytest.raises(NotFound, match="not loaded"):
+        await explicit.unload_model("digits-hub")
+    with pytest.raises(NotFound, match="no model of the repository"):
+        await explicit.load_model("../models/digits-hub", ())
+    with pytest.raises(Unsupported, match="load parameters"):
+        await explicit.load_model("digits-hub", ("file:1/model.onnx",))
+
+
+async def test_a_load_that_fails_leaves_the_model_as_it_was(explicit, triton_directory):
+    await explicit.load_model("digits-hub", ())
+    (triton_directory / "digits-hub" / "4").mkdir()
+    (triton_directory / "digits-hub" / "4" / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(Unavailable, match="cannot be loaded"):
+        await explicit.load_model("digits-hub", ())
+    assert states(explicit) == [("digits-hub", "3", "READY", "")]
+    assert (await explicit.infer(InferRequest("digits-hub", images(1)), None)).version == "3"
+
+
+async def test_no_request_fails_while_a_new_version_takes_over(explicit, triton_directory):
+    await explicit.load_model("digits-hub", ())
+    add_version(triton_directory, "digits-hub/4")
+    loading = asyncio.create_task(explicit.load_model("digits-hub", ()))
+    seen = []
+    while "4" not in seen:
+        answers = await asyncio.gather(
+            *(explicit.infer(InferRequest("digits-hub", images(1)), None) for _ in range(8))
+        )
+        seen += [answer.version for answer in answers]
+    await loading
+    assert seen == sorted(seen)
+    assert seen[0] == "3"

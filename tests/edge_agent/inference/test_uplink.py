@@ -86,8 +86,8 @@ async def test_only_questions_of_one_kind_share_a_request(hub: FakeHub, door: Se
         wide = Question(HUB_MODEL, {"x": np.zeros((1, 4), np.float32)}, 1, ("logits",))
         answers = await asyncio.gather(
             uplink.ask(question(1), 5.0),
-            uplink.ask(question(1, priority=1), 5.0),
-            uplink.ask(question(1, priority=True), 5.0),
+            uplink.ask(question(1, beams=1), 5.0),
+            uplink.ask(question(1, beams=True), 5.0),
             uplink.ask(wide, 5.0),
             return_exceptions=True,
         )

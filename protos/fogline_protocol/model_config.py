@@ -1,0 +1,297 @@
+"""The configuration of a model: what a server says of it, and what a ``config.pbtxt`` says.
+
+Two shapes of the same tensors exist in this protocol. Metadata carry the whole shape, the
+batch dimension included; the configuration leaves the batch dimension out whenever
+``max_batch_size`` is above 0. ``TensorSpec`` is always the whole shape, so the difference is
+made here and nowhere else.
+
+Source: triton-inference-server/common model_config.proto and server docs/user_guide.
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf import text_format
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from fogline_protocol.tensors import TensorSpec
+from fogline_protocol.v1 import inference_pb2 as pb
+from fogline_protocol.v1 import model_config_pb2 as mc
+
+BACKEND = "onnxruntime"
+PLATFORM = "onnxruntime_onnx"
+
+log = logging.getLogger("fogline.model_config")
+
+
+class ConfigError(ValueError):
+    """A ``config.pbtxt`` that cannot be obeyed: its text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPolicy:
+    """Which versions of a model are served: the newest ``latest``, ``specific`` ones, or all."""
+
+    latest: int = 1
+    specific: tuple[int, ...] = ()
+    all: bool = False
+
+    def choose(self, versions: Sequence[int]) -> Sequence[int]:
+        """Return the versions to serve, in ascending order."""
+        found = sorted(versions)
+        if self.all:
+            return found
+        if self.specific:
+            return [version for version in found if version in self.specific]
+        return found[-self.latest :]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a server does with a model. Shapes are whole: they start with the batch dimension."""
+
+    name: str
+    max_batch_size: int  # 0: the model has no batch dimension
+    inputs: Sequence[TensorSpec] = ()
+    outputs: Sequence[TensorSpec] = ()
+    platform: str = PLATFORM
+    backend: str = BACKEND
+    versions: VersionPolicy = VersionPolicy()
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_us: int = 0
+    instances: int = 1
+    label_files: Mapping[str, str] = field(default_factory=dict)  # by output
+    labels: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by output, read from them
+
+    @property
+    def batches(self) -> bool:
+        """Whether requests of several rows share one run."""
+        return self.max_batch_size > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a ``config.pbtxt`` asks for; None where it says nothing and the graph decides."""
+
+    name: str = ""
+    max_batch_size: int | None = None
+    inputs: Sequence[tuple[str, str, tuple[int, ...]]] = ()  # name, datatype, dims without batch
+    outputs: Sequence[tuple[str, str, tuple[int, ...]]] = ()
+    versions: VersionPolicy = VersionPolicy()
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_us: int = 0
+    instances: int = 1
+    label_files: Mapping[str, str] = field(default_factory=dict)
+
+    def completed(
+        self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], limit: int
+    ) -> ModelConfig:
+        """Return the configuration of the model whose graph has these tensors.
+
+        Without a word on ``max_batch_size`` a model batches up to ``limit`` if all of its
+        tensors start with a dimension that may vary.
+
+        Raises:
+            ConfigError: the file contradicts the graph.
+        """
+        if self.name not in ("", name):
+            raise ConfigError(f"config.pbtxt names {self.name!r}, its directory is {name!r}")
+        can_batch = all(spec.shape[:1] == (-1,) for spec in (*inputs, *outputs))
+        size = self.max_batch_size
+        if size is None:
+            size = limit if can_batch else 0
+        elif size < 0:
+            raise ConfigError(f"max_batch_size must be at least 0, got {size}")
+        elif size and not can_batch:
+            raise ConfigError(
+                f"max_batch_size is {size}, but not every tensor of the graph starts with a "
+                "dimension that may vary: export it so, or say max_batch_size: 0"
+            )
+        _agree("input", self.inputs, inputs, size)
+        _agree("output", self.outputs, outputs, size)
+        return ModelConfig(
+            name=name,
+            max_batch_size=size,
+            inputs=inputs,
+            outputs=outputs,
+            versions=self.versions,
+            preferred_batch_sizes=self.preferred_batch_sizes,
+            max_queue_delay_us=self.max_queue_delay_us,
+            instances=self.instances,
+            label_files=self.label_files,
+        )
+
+
+def parse_pbtxt(text: str) -> Wanted:
+    """Read a ``config.pbtxt``.
+
+    Raises:
+        ConfigError: it is not one, or asks for what is not served here.
+    """
+    message = mc.ModelConfig()
+    try:
+        text_format.Parse(text, message)
+    except text_format.ParseError as error:
+        first = str(error)
+        message.Clear()
+        try:
+            # Triton's files name many things that mean nothing here.
+            text_format.Parse(text, message, allow_unknown_field=True)
+        except text_format.ParseError as second:
+            raise ConfigError(f"config.pbtxt cannot be read: {second}") from None
+        log.warning("config.pbtxt has fields that are not known here and are ignored: %s", first)
+    backend = message.backend or message.platform
+    if backend not in ("", BACKEND, PLATFORM):
+        raise ConfigError(f"backend {backend!r} is not served here, {BACKEND!r} is")
+    if message.model_transaction_policy.decoupled:
+        raise ConfigError("decoupled models are not served here")
+    for tensor in message.input:
+        if tensor.HasField("reshape") or tensor.allow_ragged_batch:
+            raise ConfigError(
+                f"input {tensor.name!r}: reshape and allow_ragged_batch are not offered here"
+            )
+    # proto3 cannot tell 0 from absent, a text can.
+    says_size = "max_batch_size" in re.sub(r"#.*", "", text)
+    groups = message.instance_group
+    return Wanted(
+        name=message.name,
+        max_batch_size=message.max_batch_size if says_size else None,
+        inputs=[(t.name, _datatype(t.data_type), tuple(t.dims)) for t in message.input],
+        outputs=[(t.name, _datatype(t.data_type), tuple(t.dims)) for t in message.output],
+        versions=_policy(message.version_policy),
+        preferred_batch_sizes=tuple(message.dynamic_batching.preferred_batch_size),
+        max_queue_delay_us=message.dynamic_batching.max_queue_delay_microseconds,
+        instances=max(1, sum(max(1, group.count) for group in groups)),
+        label_files={t.name: t.label_filename for t in message.output if t.label_filename},
+    )
+
+
+def encode(config: ModelConfig) -> bytes:
+    """Return the configuration as a ``ModelConfigResponse``."""
+    return pb.ModelConfigResponse(config=_message(config)).SerializeToString()
+
+
+def document(config: ModelConfig) -> dict[str, Any]:
+    """Return the configuration as a JSON-ready document: Triton's names, numbers as numbers."""
+    return _json(_message(config))
+
+
+def _message(config: ModelConfig) -> mc.ModelConfig:
+    skip = 1 if config.batches else 0
+    policy = config.versions
+    versions = mc.ModelVersionPolicy()
+    if policy.all:
+        versions.all.SetInParent()
+    elif policy.specific:
+        versions.specific.versions.extend(policy.specific)
+    else:
+        versions.latest.num_versions = policy.latest
+    message = mc.ModelConfig(
+        name=config.name,
+        platform=config.platform,
+        backend=config.backend,
+        version_policy=versions,
+        max_batch_size=config.max_batch_size,
+        input=[
+            mc.ModelInput(name=s.name, data_type=_type_number(s.datatype), dims=s.shape[skip:])
+            for s in config.inputs
+        ],
+        output=[
+            mc.ModelOutput(
+                name=s.name,
+                data_type=_type_number(s.datatype),
+                dims=s.shape[skip:],
+                label_filename=config.label_files.get(s.name, ""),
+            )
+            for s in config.outputs
+        ],
+        instance_group=[
+            mc.ModelInstanceGroup(
+                name=config.name, count=config.instances, kind=mc.ModelInstanceGroup.KIND_AUTO
+            )
+        ],
+        default_model_filename="model.onnx",
+        model_transaction_policy=mc.ModelTransactionPolicy(decoupled=False),
+    )
+    if config.batches:
+        message.dynamic_batching.SetInParent()
+        message.dynamic_batching.preferred_batch_size.extend(config.preferred_batch_sizes)
+        message.dynamic_batching.max_queue_delay_microseconds = config.max_queue_delay_us
+    return message
+
+
+def _type_number(datatype: str) -> Any:  # the stubs call one enum by two types
+    return mc.DataType.Value("TYPE_" + ("STRING" if datatype == "BYTES" else datatype))
+
+
+def _datatype(number: mc.DataType) -> str:
+    name = mc.DataType.Name(number).removeprefix("TYPE_")
+    return "BYTES" if name == "STRING" else name
+
+
+def _policy(message: mc.ModelVersionPolicy) -> VersionPolicy:
+    match message.WhichOneof("policy_choice"):
+        case "all":
+            return VersionPolicy(all=True)
+        case "specific":
+            return VersionPolicy(specific=tuple(message.specific.versions))
+        case "latest":
+            return VersionPolicy(latest=max(1, message.latest.num_versions))
+        case _:
+            return VersionPolicy()
+
+
+def _agree(
+    kind: str,
+    wanted: Sequence[tuple[str, str, tuple[int, ...]]],
+    found: Sequence[TensorSpec],
+    max_batch_size: int,
+) -> None:
+    specs = {spec.name: spec for spec in found}
+    for name, datatype, dims in wanted:
+        spec = specs.get(name)
+        if spec is None:
+            raise ConfigError(
+                f"config.pbtxt names the {kind} {name!r}, the graph has {sorted(specs)}"
+            )
+        shape = spec.shape[1:] if max_batch_size else spec.shape
+        fits = len(dims) == len(shape) and all(
+            -1 in (want, have) or want == have for want, have in zip(dims, shape, strict=True)
+        )
+        if datatype != spec.datatype or not fits:
+            raise ConfigError(
+                f"{kind} {name!r} is {spec.datatype} {list(shape)} in the graph, config.pbtxt says "
+                f"{datatype} {list(dims)}"
+            )
+
+
+def _json(message: Message) -> dict[str, Any]:
+    """Return every set field, and every plain field that a reader may look for, by its name.
+
+    Protobuf's own mapping would write 64-bit integers as texts.
+    """
+    found: dict[str, Any] = {}
+    for field_ in message.DESCRIPTOR.fields:
+        value = getattr(message, field_.name)
+        if field_.message_type is not None and field_.message_type.GetOptions().map_entry:
+            found[field_.name] = {
+                str(key): _json(item) if isinstance(item, Message) else item
+                for key, item in value.items()
+            }
+        elif field_.is_repeated:
+            found[field_.name] = [_json_value(field_, item) for item in value]
+        elif field_.message_type is None or message.HasField(field_.name):
+            found[field_.name] = _json_value(field_, value)
+    return found
+
+
+def _json_value(field_: FieldDescriptor, value: Any) -> Any:
+    if field_.message_type is not None:
+        return _json(value)
+    if field_.enum_type is not None:
+        return field_.enum_type.values_by_number[value].name
+    return value

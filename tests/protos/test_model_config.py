@@ -1,0 +1,134 @@
+"""Configurations: completed from the graph, read from config.pbtxt, and told to clients."""
+
+import contextlib
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fogline_protocol import model_config
+from fogline_protocol.model_config import ConfigError, VersionPolicy, Wanted, parse_pbtxt
+from fogline_protocol.tensors import DTYPES, TensorSpec
+
+X = TensorSpec("x", "FP32", (-1, 3))
+Y = TensorSpec("y", "BYTES", (-1, 2))
+FIXED = TensorSpec("x", "FP32", (1, 3))
+
+FULL = """
+name: "m"  # a comment with max_batch_size
+platform: "onnxruntime_onnx"
+max_batch_size: 8
+input [ { name: "x" data_type: TYPE_FP32 dims: [ 3 ] } ]
+output [ { name: "y" data_type: TYPE_STRING dims: [ 2 ] label_filename: "labels.txt" } ]
+dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }
+instance_group [ { count: 2 kind: KIND_CPU } ]
+version_policy: { specific { versions: [ 2, 5 ] } }
+"""
+
+
+def test_without_a_file_the_graph_decides():
+    config = Wanted().completed("m", (X,), (Y,), 64)
+    assert (config.max_batch_size, config.batches) == (64, True)
+    assert Wanted().completed("m", (FIXED,), (Y,), 64).max_batch_size == 0
+
+
+def test_a_file_says_what_it_wants_and_the_graph_completes_it():
+    config = parse_pbtxt(FULL).completed("m", (X,), (Y,), 64)
+    assert config.max_batch_size == 8
+    assert config.preferred_batch_sizes == (4, 8)
+    assert config.max_queue_delay_us == 100
+    assert config.instances == 2
+    assert config.versions.specific == (2, 5)
+    assert config.label_files == {"y": "labels.txt"}
+    document = model_config.document(config)
+    assert document["input"][0]["dims"] == [3]
+    assert document["output"][0]["data_type"] == "TYPE_STRING"
+    assert document["version_policy"] == {"specific": {"versions": [2, 5]}}
+    assert document["dynamic_batching"]["max_queue_delay_microseconds"] == 100
+
+
+def test_a_model_without_batching_keeps_its_whole_shapes():
+    config = parse_pbtxt("max_batch_size: 0").completed("m", (X,), (Y,), 64)
+    document = model_config.document(config)
+    assert document["max_batch_size"] == 0
+    assert document["input"][0]["dims"] == [-1, 3]
+    assert "dynamic_batching" not in document
+    # A comment is not a word on it.
+    assert parse_pbtxt("# max_batch_size: 0").max_batch_size is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name:", "cannot be read"),
+        ("max_batch_size: 1.5", "cannot be read"),
+        ('backend: "pytorch"', "'pytorch' is not served here"),
+        ("model_transaction_policy { decoupled: true }", "decoupled"),
+        ('input { name: "x" reshape { shape: [1] } }', "reshape"),
+        ('name: "other"', "names 'other'"),
+        ("max_batch_size: -1", "at least 0"),
+        ('input { name: "z" data_type: TYPE_FP32 dims: 3 }', "names the input 'z'"),
+        ('input { name: "x" data_type: TYPE_FP64 dims: 3 }', "says FP64"),
+        ('input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }', r"says FP32 \[-1, 3\]"),
+    ],
+)
+def test_a_file_that_cannot_be_obeyed_says_why(text, problem):
+    with pytest.raises(ConfigError, match=problem):
+        parse_pbtxt(text).completed("m", (X,), (Y,), 64)
+
+
+def test_a_batch_size_needs_a_batch_dimension():
+    with pytest.raises(ConfigError, match="may vary"):
+        parse_pbtxt("max_batch_size: 4").completed("m", (FIXED,), (Y,), 64)
+
+
+def test_unknown_fields_are_named_and_skipped(caplog):
+    with caplog.at_level(logging.WARNING, "fogline.model_config"):
+        wanted = parse_pbtxt("optimization { priority: 1 }\nmax_batch_size: 4")
+    assert wanted.max_batch_size == 4
+    assert "optimization" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen"),
+    [
+        (VersionPolicy(), [10]),
+        (VersionPolicy(latest=2), [9, 10]),
+        (VersionPolicy(latest=9), [1, 9, 10]),
+        (VersionPolicy(all=True), [1, 9, 10]),
+        (VersionPolicy(specific=(9, 4)), [9]),
+        (VersionPolicy(specific=(4,)), []),
+    ],
+)
+def test_the_version_policy_chooses(policy, chosen):
+    assert policy.choose([10, 1, 9]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("", VersionPolicy()),
+        ("version_policy { all {} }", VersionPolicy(all=True)),
+        ("version_policy { latest { num_versions: 3 } }", VersionPolicy(latest=3)),
+    ],
+)
+def test_the_version_policy_is_read(text, policy):
+    assert parse_pbtxt(text).versions == policy
+
+
+def test_every_datatype_has_its_name_in_the_configuration():
+    specs = [TensorSpec(name, name, (1,)) for name in DTYPES]
+    names = [t["data_type"] for t in model_config.document(
+        Wanted().completed("m", specs, (), 1))["input"]]  # fmt: skip
+    assert names == ["TYPE_" + ("STRING" if n == "BYTES" else n) for n in DTYPES]
+
+
+@given(st.text(max_size=200) | st.sampled_from(FULL.split()).flatmap(lambda w: st.just(w * 3)))
+def test_no_text_does_more_than_be_refused(text):
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.suppress(ConfigError):
+            parse_pbtxt(text)
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,48 @@
+"""NVIDIA's perf_analyzer, unmodified, against hub and agent."""
+
+import asyncio
+
+import pytest
+
+from tests import perf_analyzer
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(bool(perf_analyzer.missing()), reason=perf_analyzer.missing()),
+]
+
+
+@pytest.fixture
+async def doors(make_hub, make_agent):
+    """Addresses by protocol of both halves, and the model each serves."""
+    hub = await make_hub()
+    agent = await make_agent("device", hub.endpoints["grpc"])
+    return {"hub": (hub.endpoints, "digits-hub"), "agent": (agent.endpoints, "digits")}
+
+
+@pytest.mark.parametrize("who", ["hub", "agent"])
+async def test_it_measures_every_way_of_asking_to_the_end(doors, who):
+    endpoints, model = doors[who]
+    for batch, options in ((1, ()), (8, ()), (1, ("--streaming",)), (8, ("--streaming",))):
+        levels = await asyncio.to_thread(
+            perf_analyzer.run, endpoints["grpc"], model, "-i", "grpc", "-b", str(batch),
+            "--concurrency-range", "1:8:7", *options,
+        )  # fmt: skip
+        assert [level.concurrency for level in levels] == [1, 8]
+        for level in levels:
+            assert level.per_second > 0
+            assert level.server_requests > 0
+            # Every request has its rows, and no row runs twice. Windows cut through batches.
+            assert level.server_inferences >= batch * level.server_requests - 8 * batch
+            assert 0 < level.server_executions <= level.server_inferences
+
+
+@pytest.mark.parametrize("who", ["hub", "agent"])
+async def test_it_measures_over_http_too(doors, who):
+    endpoints, model = doors[who]
+    (level,) = await asyncio.to_thread(
+        perf_analyzer.run, endpoints["http"], model, "-i", "http", "-b", "8",
+        "--concurrency-range", "4",
+    )  # fmt: skip
+    assert level.per_second > 0
+    assert level.server_requests > 0
