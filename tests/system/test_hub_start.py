@@ -7,6 +7,7 @@ import json
 import socket
 
 import aiohttp
+import grpc
 import numpy as np
 import pytest
 from cryptography import x509
@@ -163,6 +164,14 @@ async def test_doors_that_others_can_reach_let_only_known_callers_in(
         processes.push_async_callback(stranger.close)
         with pytest.raises(Unauthenticated, match="fogline token create"):
             await stranger.infer(InferRequest("digits-hub", IMAGE), 10)
+        # Probes have no tokens, and learn nothing but whether the hub is ready.
+        assert await stranger.call("/grpc.health.v1.Health/Check", b"", 10)
+    async with grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(pem)) as channel:
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(
+            timeout=10
+        )
+        with pytest.raises(grpc.aio.AioRpcError, match="fogline token create"):
+            await stream.read()  # before it has sent anything
 
     async with aiohttp.ClientSession(base) as session:
         bearer = {"Authorization": f"Bearer {token.strip()}"}
