@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from cloud_hub.console.access import problem
-from cloud_hub.insight.history import WINDOW_S, Overview
+from cloud_hub.insight.history import WINDOW_S, Decided, Overview
 
 DEFAULT_WINDOW_S = 300.0
 SHORTEST_WINDOW_S = 10.0  # what a rate "now" is taken over
@@ -23,6 +23,10 @@ class Insight(Protocol):
 
     def overview(self, now: float, window_s: float) -> Overview:
         """Return the figures of the last ``window_s`` seconds."""
+        ...
+
+    def decisions(self, device: str) -> Sequence[Decided]:
+        """Return what became of a device's latest requests, the newest first."""
         ...
 
 

@@ -128,7 +128,9 @@ class DeviceTopic:
         assert line is not None  # refresh came before, and devices stay
         detail = self._details.get(parameters, Detail(line, (), ()))
         return fleet_views.device(
-            replace(detail, line=line), self._of_this_second().get(parameters), now=self._clock()
+            replace(detail, line=line, decisions=self._insight.decisions(parameters)),
+            self._of_this_second().get(parameters),
+            now=self._clock(),
         )
 
     async def _detail(self, name: str) -> Detail:

@@ -17,7 +17,7 @@ from cloud_hub.console.roster import (
 )
 from cloud_hub.console.views import Cell, Page, Row
 from cloud_hub.fleet.controller import Answered, Event
-from cloud_hub.insight.history import DeviceLine
+from cloud_hub.insight.history import Decided, DeviceLine
 
 ANSWERED_S = 900  # of the counted outcomes
 TRAFFIC_S = 300.0
@@ -43,6 +43,7 @@ class Detail:
     line: Line
     events: Sequence[Event]
     answered: Sequence[Answered]
+    decisions: Sequence[Decided] = ()
 
 
 def devices(lines: Sequence[Line], query: Query, *, now: float) -> Page:
@@ -114,6 +115,8 @@ def device(detail: Detail, traffic: DeviceLine | None, *, now: float) -> Page:
             "no_models": not line.models,
             "answered": bool(detail.answered),
             "no_answers": not detail.answered,
+            "decisions": bool(detail.decisions),
+            "no_decisions": not detail.decisions,
             "events": bool(detail.events),
             "no_events": not detail.events,
             "unmanaged": not line.managed,
@@ -123,6 +126,7 @@ def device(detail: Detail, traffic: DeviceLine | None, *, now: float) -> Page:
             "failures": [_failure(model) for model in failed],
             "models": [_model(model) for model in line.models],
             "answered": [_answered(one, rows) for one in detail.answered],
+            "decisions": _decisions(detail.decisions, now),
             "events": _events(detail.events, now),
         },
         announcement=_device_announcement(line),
@@ -276,6 +280,26 @@ def _answered(one: Answered, rows: int) -> Row:
             "share": Cell(figures.percent(one.rows / rows if rows else None)),
         },
     )
+
+
+def _decisions(decisions: Sequence[Decided], now: float) -> list[Row]:
+    # The newest comes first and pushes the others down: rows are keyed by their place.
+    return [
+        Row(
+            key=str(place),
+            state="degraded" if one.quality == "degraded" else one.tier,
+            cells={
+                "at": Cell(figures.ago(max(now - one.at, 0.0))),
+                "release": Cell(one.release),
+                "tier": Cell(one.tier.capitalize()),
+                "quality": Cell(one.quality or figures.NOTHING),
+                "reason": Cell(plain(one.reason) or figures.NOTHING),
+                "took": Cell(str(figures.duration(one.seconds * 1000))),
+                "rows": Cell(figures.count(one.rows)),
+            },
+        )
+        for place, one in enumerate(decisions)
+    ]
 
 
 def _events(events: Sequence[Event], now: float) -> list[Row]:

@@ -26,6 +26,7 @@ MAX_BYTES = 256 << 10
 MAX_MODELS = 64
 MAX_OUTCOMES = 256  # per model: tiers x qualities x reasons are far fewer
 MAX_BOUNDS = 64
+MAX_DECISIONS = 100
 MAX_TEXT = 200
 # A million rows a second for nine years; sums of thousands still fit the database's 63 bits.
 MAX_COUNT = 1 << 48
@@ -113,6 +114,12 @@ def check(report: Telemetry) -> None:
     numbers = [report.rss_bytes, report.escalation_bytes_sent, report.escalation_bytes_received]
     if len(report.models) > MAX_MODELS:
         raise BadRequest(f"{len(report.models)} models, at most {MAX_MODELS} are accepted")
+    if len(report.recent) > MAX_DECISIONS:
+        raise BadRequest(f"{len(report.recent)} decisions, at most {MAX_DECISIONS} are accepted")
+    for one in report.recent:
+        texts += [one.model, one.release, one.tier, one.quality, one.reason]
+        if not (math.isfinite(one.at) and math.isfinite(one.seconds)):
+            raise BadRequest("a decision's time must be a number")
     for model in report.models:
         if max(len(model.outcomes), len(model.latencies)) > MAX_OUTCOMES:
             raise BadRequest(f"model {model.model!r} has more than {MAX_OUTCOMES} outcomes")

@@ -55,6 +55,20 @@ class DeviceLine:
 
 
 @dataclass(frozen=True, slots=True)
+class Decided:
+    """What became of one of a device's latest requests."""
+
+    at: float  # seconds since the epoch, the device's clock
+    model: str
+    release: str
+    tier: str
+    quality: str
+    reason: str
+    seconds: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Series:
     """Points of equal width, oldest first; None where nothing was answered."""
 
@@ -225,6 +239,18 @@ class History:
             devices=lines,
             series=_series(seconds, now, window_s),
         )
+
+    def decisions(self, device: str) -> Sequence[Decided]:
+        """Return what became of the latest requests a device has told of, the newest first."""
+        boots = self._boots.get(device)
+        if not boots:
+            return ()
+        latest = max(boots.values(), key=lambda boot: boot.reported_at)
+        recent = Telemetry.FromString(latest.telemetry).recent
+        return [
+            Decided(**{name: getattr(one, name) for name in Decided.__slots__})
+            for one in reversed(recent)
+        ]
 
     async def flush(self) -> None:
         """Write what the disk does not know yet, in one transaction.

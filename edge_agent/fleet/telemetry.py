@@ -11,6 +11,7 @@ import os
 import secrets
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +28,7 @@ REPORT_TIMEOUT_S = 2.0
 FAREWELL_TIMEOUT_S = 0.5  # the last report must not hold up a shutdown
 
 # Seconds; 1-2-5 per decade covers a 20 us model in process and a slow link alike.
+DECISIONS_KEPT = 20  # of the latest requests, for whoever asks why
 LATENCY_BOUNDS_S = (
     0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
 )  # fmt: skip
@@ -87,6 +89,10 @@ class Telemetry:
         self._rows: dict[tuple[str, str], dict[tuple[str, str, str], int]] = {}
         # (model, release) -> tier -> requests by duration
         self._latencies: dict[tuple[str, str], dict[str, list[int]]] = {}
+        # time, model, release, tier, seconds, outcomes of the latest requests
+        self._recent: deque[tuple[float, str, str, str, float, Sequence[Outcome]]] = deque(
+            maxlen=DECISIONS_KEPT
+        )
 
     def answered(
         self, model: str, release: str, tier: str, seconds: float, outcomes: Sequence[Outcome]
@@ -104,6 +110,7 @@ class Telemetry:
         if counts is None:
             counts = self._latencies[key][tier] = [0] * (len(LATENCY_BOUNDS_S) + 1)
         counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        self._recent.append((time.time(), model, release, tier, seconds, outcomes))
 
     def snapshot(self) -> pb.Telemetry:
         """Return everything counted so far, as the next report."""
@@ -136,6 +143,7 @@ class Telemetry:
                     ],
                 )
             )
+        report.recent.extend(_decision(*one) for one in self._recent)
         return report
 
     async def keep_reporting(self, hub: Hub, interval_s: float) -> None:
@@ -153,6 +161,25 @@ class Telemetry:
             log.debug("report not delivered: %s", error)
             return False
         return True
+
+
+def _decision(
+    at: float, model: str, release: str, tier: str, seconds: float, outcomes: Sequence[Outcome]
+) -> pb.Decision:
+    """Return one request as people read it: of several rows, one that was degraded speaks."""
+    speaks = next(
+        (o for o in outcomes if o.quality == "degraded"), outcomes[0] if outcomes else None
+    )
+    return pb.Decision(
+        at=at,
+        model=model,
+        release=release,
+        tier=tier,
+        quality="" if speaks is None else speaks.quality,
+        reason="" if speaks is None else speaks.reason,
+        seconds=seconds,
+        rows=len(outcomes),
+    )
 
 
 def rss_bytes() -> int:

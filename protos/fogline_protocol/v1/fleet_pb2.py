@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66ogline_protocol/v1/fleet.proto\x12\nfogline.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xab\x02\n\tTelemetry\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12/\n\x0breported_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\ragent_version\x18\x05 \x01(\t\x12\x16\n\x0ehardware_class\x18\x06 \x01(\t\x12\x0c\n\x04link\x18\x07 \x01(\t\x12\x11\n\trss_bytes\x18\x08 \x01(\x04\x12(\n\x06models\x18\t \x03(\x0b\x32\x18.fogline.v1.ModelTraffic\x12\x1d\n\x15\x65scalation_bytes_sent\x18\n \x01(\x04\x12!\n\x19\x65scalation_bytes_received\x18\x0b \x01(\x04\"}\n\x0cModelTraffic\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\t\x12%\n\x08outcomes\x18\x03 \x03(\x0b\x32\x13.fogline.v1.Outcome\x12&\n\tlatencies\x18\x04 \x03(\x0b\x32\x13.fogline.v1.Latency\"F\n\x07Outcome\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0f\n\x07quality\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\x04\"9\n\x07Latency\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x10\n\x08\x62ounds_s\x18\x02 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x04\"\x12\n\x10TelemetryReceipt\" \n\x0e\x43ontactRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"-\n\x0f\x43ontactResponse\x12\x0c\n\x04mqtt\x18\x01 \x01(\t\x12\x0c\n\x04http\x18\x02 \x01(\t\"n\n\x07\x44\x65sired\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x11\n\thub_epoch\x18\x03 \x01(\t\x12,\n\x08releases\x18\x04 \x03(\x0b\x32\x1a.fogline.v1.DesiredRelease\"t\n\x0e\x44\x65siredRelease\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x14\n\x0cindex_target\x18\x04 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_targets\x18\x05 \x03(\t\"{\n\x08Reported\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12)\n\x06models\x18\x05 \x03(\x0b\x32\x19.fogline.v1.ReportedModel\"\xd3\x02\n\rReportedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\x0f\x64\x65sired_release\x18\x02 \x01(\x04\x12\x16\n\x0e\x61\x63tive_release\x18\x03 \x01(\x04\x12\x18\n\x10previous_release\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x63tive_version\x18\x05 \x01(\t\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0c\n\x04\x63ode\x18\x07 \x01(\t\x12\x10\n\x08sentence\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12\x37\n\x07\x66igures\x18\n \x03(\x0b\x32&.fogline.v1.ReportedModel.FiguresEntry\x12\x12\n\nbytes_done\x18\x0b \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x0c \x01(\x04\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa2\x01\n\x0b\x44\x65viceState\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0e\n\x06online\x18\x03 \x01(\x08\x12\x0c\n\x04\x62oot\x18\x04 \x01(\x04\x12\x12\n\nconnection\x18\x05 \x01(\x04\x12\x15\n\ragent_version\x18\x06 \x01(\t\x12\x16\n\x0ehardware_class\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\x04\"+\n\x08HubEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08spread_s\x18\x02 \x01(\x01\x32\x8a\x01\n\x05\x46leet\x12=\n\x06Report\x12\x15.fogline.v1.Telemetry\x1a\x1c.fogline.v1.TelemetryReceipt\x12\x42\n\x07\x43ontact\x12\x1a.fogline.v1.ContactRequest\x1a\x1b.fogline.v1.ContactResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66ogline_protocol/v1/fleet.proto\x12\nfogline.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd1\x02\n\tTelemetry\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12/\n\x0breported_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\ragent_version\x18\x05 \x01(\t\x12\x16\n\x0ehardware_class\x18\x06 \x01(\t\x12\x0c\n\x04link\x18\x07 \x01(\t\x12\x11\n\trss_bytes\x18\x08 \x01(\x04\x12(\n\x06models\x18\t \x03(\x0b\x32\x18.fogline.v1.ModelTraffic\x12\x1d\n\x15\x65scalation_bytes_sent\x18\n \x01(\x04\x12!\n\x19\x65scalation_bytes_received\x18\x0b \x01(\x04\x12$\n\x06recent\x18\x0c \x03(\x0b\x32\x14.fogline.v1.Decision\"\x84\x01\n\x08\x44\x65\x63ision\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\t\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x0f\n\x07quality\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12\x0c\n\x04rows\x18\x08 \x01(\r\"}\n\x0cModelTraffic\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\t\x12%\n\x08outcomes\x18\x03 \x03(\x0b\x32\x13.fogline.v1.Outcome\x12&\n\tlatencies\x18\x04 \x03(\x0b\x32\x13.fogline.v1.Latency\"F\n\x07Outcome\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x0f\n\x07quality\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\x04\"9\n\x07Latency\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x10\n\x08\x62ounds_s\x18\x02 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x03 \x03(\x04\"\x12\n\x10TelemetryReceipt\" \n\x0e\x43ontactRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"-\n\x0f\x43ontactResponse\x12\x0c\n\x04mqtt\x18\x01 \x01(\t\x12\x0c\n\x04http\x18\x02 \x01(\t\"n\n\x07\x44\x65sired\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x11\n\thub_epoch\x18\x03 \x01(\t\x12,\n\x08releases\x18\x04 \x03(\x0b\x32\x1a.fogline.v1.DesiredRelease\"t\n\x0e\x44\x65siredRelease\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x14\n\x0cindex_target\x18\x04 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_targets\x18\x05 \x03(\t\"{\n\x08Reported\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12)\n\x06models\x18\x05 \x03(\x0b\x32\x19.fogline.v1.ReportedModel\"\xd3\x02\n\rReportedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\x0f\x64\x65sired_release\x18\x02 \x01(\x04\x12\x16\n\x0e\x61\x63tive_release\x18\x03 \x01(\x04\x12\x18\n\x10previous_release\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x63tive_version\x18\x05 \x01(\t\x12\r\n\x05phase\x18\x06 \x01(\t\x12\x0c\n\x04\x63ode\x18\x07 \x01(\t\x12\x10\n\x08sentence\x18\x08 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\t \x01(\r\x12\x37\n\x07\x66igures\x18\n \x03(\x0b\x32&.fogline.v1.ReportedModel.FiguresEntry\x12\x12\n\nbytes_done\x18\x0b \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x0c \x01(\x04\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xa2\x01\n\x0b\x44\x65viceState\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0e\n\x06online\x18\x03 \x01(\x08\x12\x0c\n\x04\x62oot\x18\x04 \x01(\x04\x12\x12\n\nconnection\x18\x05 \x01(\x04\x12\x15\n\ragent_version\x18\x06 \x01(\t\x12\x16\n\x0ehardware_class\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\x04\"+\n\x08HubEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08spread_s\x18\x02 \x01(\x01\x32\x8a\x01\n\x05\x46leet\x12=\n\x06Report\x12\x15.fogline.v1.Telemetry\x1a\x1c.fogline.v1.TelemetryReceipt\x12\x42\n\x07\x43ontact\x12\x1a.fogline.v1.ContactRequest\x1a\x1b.fogline.v1.ContactResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTEDMODEL_FIGURESENTRY']._loaded_options = None
   _globals['_REPORTEDMODEL_FIGURESENTRY']._serialized_options = b'8\001'
   _globals['_TELEMETRY']._serialized_start=81
-  _globals['_TELEMETRY']._serialized_end=380
-  _globals['_MODELTRAFFIC']._serialized_start=382
-  _globals['_MODELTRAFFIC']._serialized_end=507
-  _globals['_OUTCOME']._serialized_start=509
-  _globals['_OUTCOME']._serialized_end=579
-  _globals['_LATENCY']._serialized_start=581
-  _globals['_LATENCY']._serialized_end=638
-  _globals['_TELEMETRYRECEIPT']._serialized_start=640
-  _globals['_TELEMETRYRECEIPT']._serialized_end=658
-  _globals['_CONTACTREQUEST']._serialized_start=660
-  _globals['_CONTACTREQUEST']._serialized_end=692
-  _globals['_CONTACTRESPONSE']._serialized_start=694
-  _globals['_CONTACTRESPONSE']._serialized_end=739
-  _globals['_DESIRED']._serialized_start=741
-  _globals['_DESIRED']._serialized_end=851
-  _globals['_DESIREDRELEASE']._serialized_start=853
-  _globals['_DESIREDRELEASE']._serialized_end=969
-  _globals['_REPORTED']._serialized_start=971
-  _globals['_REPORTED']._serialized_end=1094
-  _globals['_REPORTEDMODEL']._serialized_start=1097
-  _globals['_REPORTEDMODEL']._serialized_end=1436
-  _globals['_REPORTEDMODEL_FIGURESENTRY']._serialized_start=1390
-  _globals['_REPORTEDMODEL_FIGURESENTRY']._serialized_end=1436
-  _globals['_DEVICESTATE']._serialized_start=1439
-  _globals['_DEVICESTATE']._serialized_end=1601
-  _globals['_HUBEPOCH']._serialized_start=1603
-  _globals['_HUBEPOCH']._serialized_end=1646
-  _globals['_FLEET']._serialized_start=1649
-  _globals['_FLEET']._serialized_end=1787
+  _globals['_TELEMETRY']._serialized_end=418
+  _globals['_DECISION']._serialized_start=421
+  _globals['_DECISION']._serialized_end=553
+  _globals['_MODELTRAFFIC']._serialized_start=555
+  _globals['_MODELTRAFFIC']._serialized_end=680
+  _globals['_OUTCOME']._serialized_start=682
+  _globals['_OUTCOME']._serialized_end=752
+  _globals['_LATENCY']._serialized_start=754
+  _globals['_LATENCY']._serialized_end=811
+  _globals['_TELEMETRYRECEIPT']._serialized_start=813
+  _globals['_TELEMETRYRECEIPT']._serialized_end=831
+  _globals['_CONTACTREQUEST']._serialized_start=833
+  _globals['_CONTACTREQUEST']._serialized_end=865
+  _globals['_CONTACTRESPONSE']._serialized_start=867
+  _globals['_CONTACTRESPONSE']._serialized_end=912
+  _globals['_DESIRED']._serialized_start=914
+  _globals['_DESIRED']._serialized_end=1024
+  _globals['_DESIREDRELEASE']._serialized_start=1026
+  _globals['_DESIREDRELEASE']._serialized_end=1142
+  _globals['_REPORTED']._serialized_start=1144
+  _globals['_REPORTED']._serialized_end=1267
+  _globals['_REPORTEDMODEL']._serialized_start=1270
+  _globals['_REPORTEDMODEL']._serialized_end=1609
+  _globals['_REPORTEDMODEL_FIGURESENTRY']._serialized_start=1563
+  _globals['_REPORTEDMODEL_FIGURESENTRY']._serialized_end=1609
+  _globals['_DEVICESTATE']._serialized_start=1612
+  _globals['_DEVICESTATE']._serialized_end=1774
+  _globals['_HUBEPOCH']._serialized_start=1776
+  _globals['_HUBEPOCH']._serialized_end=1819
+  _globals['_FLEET']._serialized_start=1822
+  _globals['_FLEET']._serialized_end=1960
 # @@protoc_insertion_point(module_scope)

@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Telemetry(_message.Message):
-    __slots__ = ("device", "boot_id", "sequence", "reported_at", "agent_version", "hardware_class", "link", "rss_bytes", "models", "escalation_bytes_sent", "escalation_bytes_received")
+    __slots__ = ("device", "boot_id", "sequence", "reported_at", "agent_version", "hardware_class", "link", "rss_bytes", "models", "escalation_bytes_sent", "escalation_bytes_received", "recent")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class Telemetry(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     ESCALATION_BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
     ESCALATION_BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
     device: str
     boot_id: str
     sequence: int
@@ -33,7 +34,28 @@ class Telemetry(_message.Message):
     models: _containers.RepeatedCompositeFieldContainer[ModelTraffic]
     escalation_bytes_sent: int
     escalation_bytes_received: int
-    def __init__(self, device: _Optional[str] = ..., boot_id: _Optional[str] = ..., sequence: _Optional[int] = ..., reported_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., agent_version: _Optional[str] = ..., hardware_class: _Optional[str] = ..., link: _Optional[str] = ..., rss_bytes: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelTraffic, _Mapping]]] = ..., escalation_bytes_sent: _Optional[int] = ..., escalation_bytes_received: _Optional[int] = ...) -> None: ...
+    recent: _containers.RepeatedCompositeFieldContainer[Decision]
+    def __init__(self, device: _Optional[str] = ..., boot_id: _Optional[str] = ..., sequence: _Optional[int] = ..., reported_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., agent_version: _Optional[str] = ..., hardware_class: _Optional[str] = ..., link: _Optional[str] = ..., rss_bytes: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ModelTraffic, _Mapping]]] = ..., escalation_bytes_sent: _Optional[int] = ..., escalation_bytes_received: _Optional[int] = ..., recent: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("at", "model", "release", "tier", "quality", "reason", "seconds", "rows")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    model: str
+    release: str
+    tier: str
+    quality: str
+    reason: str
+    seconds: float
+    rows: int
+    def __init__(self, at: _Optional[float] = ..., model: _Optional[str] = ..., release: _Optional[str] = ..., tier: _Optional[str] = ..., quality: _Optional[str] = ..., reason: _Optional[str] = ..., seconds: _Optional[float] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class ModelTraffic(_message.Message):
     __slots__ = ("model", "release", "outcomes", "latencies")

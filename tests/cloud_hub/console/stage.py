@@ -16,7 +16,7 @@ from cloud_hub.console.app import add_console
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import Caller
-from cloud_hub.insight.history import DeviceLine, Overview, Series
+from cloud_hub.insight.history import Decided, DeviceLine, Overview, Series
 
 NOW = 1_790_000_000.0
 POINTS = 60
@@ -130,6 +130,9 @@ class Figures:
     def overview(self, now: float, window_s: float) -> Overview:
         self.asked.append(window_s)
         return replace(self.figures, window_s=window_s)
+
+    def decisions(self, device: str) -> list[Decided]:
+        return []
 
 
 async def only_the_right_token(token: str) -> Caller | None:

@@ -37,6 +37,9 @@ def test_an_ordinary_report_passes():
         (report(models=[model()] * 65), "65 models"),
         (report(models=[model(outcomes=[pb.Outcome()] * 257)]), "more than 256"),
         (report(link="x" * 201), "longer than 200"),
+        (report(recent=[pb.Decision()] * 101), "101 decisions"),
+        (report(recent=[pb.Decision(reason="x" * 201)]), "longer than 200"),
+        (report(recent=[pb.Decision(at=float("nan"))]), "must be a number"),
         (report(models=[model(latencies=[pb.Latency(counts=[1])])]), "bounds"),
         (
             report(models=[model(latencies=[pb.Latency(bounds_s=[1.0], counts=[1])])]),

@@ -81,6 +81,19 @@ async def test_the_overview_is_counted_from_reports(history):
     assert sum(found.series.requests_per_s_edge) * found.series.step_s == pytest.approx(65)
 
 
+async def test_the_latest_decisions_of_a_device_survive_a_restart_newest_first(store):
+    first = await reopened(store)
+    told = report(3)
+    for at, reason in ((1.0, "confident"), (2.0, "link")):
+        told.recent.add(at=at, model="digits", tier="edge", quality="x", reason=reason, rows=1)
+    first.accept(told, NOW)
+    await first.close()
+    second = await reopened(store)
+    assert [one.reason for one in second.decisions("kiosk")] == ["link", "confident"]
+    assert second.decisions("stranger") == ()
+    await second.close()
+
+
 async def test_an_empty_history_has_no_figures_rather_than_wrong_ones(history):
     found = history.overview(NOW, 300)
     assert found.share_edge is None

@@ -67,6 +67,20 @@ def test_every_row_and_every_request_is_counted_once(
     assert sum(counts) == len(requests)
 
 
+def test_the_latest_requests_are_told_with_the_row_that_was_degraded() -> None:
+    counted = telemetry()
+    degraded = Decision(False, Quality.DEGRADED, Reason.LINK)
+    for _ in range(30):
+        counted.answered("m", "m@1.0.0", "edge", 0.5, [CONFIDENT])
+    counted.answered("m", "m@1.0.0", "edge", 0.25, [CONFIDENT, degraded])
+    recent = counted.snapshot().recent
+    assert len(recent) == 20
+    newest = recent[-1]
+    assert (newest.rows, newest.seconds) == (2, 0.25)
+    assert (newest.quality, newest.reason) == ("degraded", "link")
+    assert recent[0].reason == "confident"
+
+
 @pytest.mark.parametrize(
     ("seconds", "index"), [(0.0, 0), (0.0001, 0), (0.00011, 1), (5.0, 14), (5.1, 15)]
 )
