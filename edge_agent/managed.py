@@ -15,7 +15,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -24,10 +24,9 @@ from edge_agent.config import AgentConfig, split_address
 from edge_agent.errors import ReleaseRefused, StartRefused
 from edge_agent.fleet import contact as contacts
 from edge_agent.fleet import twin
-from edge_agent.fleet.contact import Contact
+from edge_agent.fleet.contact import Contact, Hub
 from edge_agent.fleet.link import DeviceLink, DeviceLinkOptions
 from edge_agent.inference.router import Router
-from edge_agent.inference.uplink import Uplink
 from edge_agent.runtime import release as releases
 from edge_agent.runtime.release import Release
 from edge_agent.update import slots
@@ -46,19 +45,32 @@ from fogline_protocol.mqtt import Backoff
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.tensors import Array
 
-ASK_EVERY_S = 2.0  # for the hub's addresses, while its broker cannot be reached
 ASK_TIMEOUT_S = 5.0
-ACCEPT_AGAIN_S = 30.0  # after the disk did not take what is wanted
-RESTART_S = 1.0  # before the first start after a mistake of our own; doubles, with full jitter
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pauses:
+    """How long things are left alone, in seconds."""
+
+    ask_s: float = 2.0  # between questions for the hub's addresses while its broker is away
+    accept_s: float = 30.0  # until a desired state is tried again that the disk did not take
+    restart_s: float = 1.0  # after a mistake of our own; doubles, with full jitter
 
 
 class Managed:
     """The part of an agent that a hub manages. ``restore`` it, then ``run`` it."""
 
     def __init__(
-        self, config: AgentConfig, router: Router, uplink: Uplink, *, version: str, hardware: str
+        self,
+        config: AgentConfig,
+        router: Router,
+        uplink: Hub,
+        *,
+        version: str,
+        hardware: str,
+        pauses: Pauses | None = None,
     ) -> None:
         """Make the parts; nothing is read or asked yet.
 
@@ -68,11 +80,13 @@ class Managed:
             uplink: the way to ask the hub for its addresses.
             version: of the agent.
             hardware: class of this device.
+            pauses: shorter ones, in tests.
         """
         self._config = config
         self._uplink = uplink
         self._version = version
         self._hardware = hardware
+        self._pauses = pauses or Pauses()
         self._contact_file = config.data / "contact.json"
         self._releases = config.data / "releases"
         self._releases.mkdir(exist_ok=True)
@@ -121,7 +135,7 @@ class Managed:
 
     async def run(self) -> None:
         """Follow the hub until cancelled."""
-        backoff = Backoff(base_s=RESTART_S, max_s=60.0)
+        backoff = Backoff(base_s=self._pauses.restart_s, max_s=60.0)
         while True:
             began = time.monotonic()
             # Not a task group: on Python 3.11 it can take a cancellation for a failure of its own.
@@ -191,7 +205,7 @@ class Managed:
         except (DiskFull, DiskFault) as error:
             self._refuse(twin.Refuse(error.code, str(error), wanted.generation))
             self._unaccepted = payload
-            self._accept_again_at = asyncio.get_running_loop().time() + ACCEPT_AGAIN_S
+            self._accept_again_at = asyncio.get_running_loop().time() + self._pauses.accept_s
 
     async def report(self) -> bytes:
         """Return a reported document of how all models stand, for a new connection or epoch."""
@@ -264,7 +278,7 @@ class Managed:
                     useless = contact
             found = await self._ask()
             if found is None or found == contact:
-                await asyncio.sleep(ASK_EVERY_S)
+                await asyncio.sleep(self._pauses.ask_s)
             contact = found
 
     async def _linked(self, contact: Contact, files: HubFiles) -> Contact:
@@ -307,7 +321,7 @@ class Managed:
         clock = asyncio.get_running_loop().time
         was_connected = False
         while True:
-            pause_s = ASK_EVERY_S if was_connected else ASK_EVERY_S / 4
+            pause_s = self._pauses.ask_s / (1 if was_connected else 4)
             await asyncio.wait({serving}, timeout=pause_s)
             if serving.done():
                 await serving  # it only ends by a mistake of our own

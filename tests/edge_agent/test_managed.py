@@ -9,7 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -23,7 +23,7 @@ from edge_agent.errors import ReleaseRefused, StartRefused
 from edge_agent.fleet.telemetry import Telemetry
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
-from edge_agent.managed import Managed
+from edge_agent.managed import Managed, Pauses
 from edge_agent.update.disk import LocalDisk
 from edge_agent.update.slots import Pointer, Slots, Target
 from fogline_protocol import documents
@@ -38,6 +38,7 @@ from tests.fakes import FakeHub, Serving
 DESIRED = "v1/default/d/dev/desired"
 EPOCH = "v1/default/hub/epoch"
 NO_FILES = "http://127.0.0.1:9"
+QUICK = Pauses(ask_s=0.05, accept_s=0.05, restart_s=0.01)
 
 
 class Contacts:
@@ -181,14 +182,13 @@ async def test_the_hub_is_asked_remembered_and_found_again_without_being_asked(
 
 @needs_mosquitto
 async def test_a_hub_that_is_not_there_yet_and_one_without_a_broker_are_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("edge_agent.managed.ASK_EVERY_S", 0.05)
     contacts = Contacts()
     async with contacts.door as door:
         options = config(tmp_path, door.address)
     async with (
-        managed(options),
+        managed(options, pauses=QUICK),
         broker(tmp_path) as mosquitto,
         ear(mosquitto.address) as hub,
         contacts.door,
@@ -239,10 +239,9 @@ async def test_files_that_moved_are_noticed_although_the_broker_stayed(tmp_path:
 
 @needs_mosquitto
 async def test_addresses_that_cannot_be_used_are_said_once_and_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """A token travels over TLS only, so files without it are refused before anything is asked."""
-    monkeypatch.setattr("edge_agent.managed.ASK_EVERY_S", 0.02)
     (tmp_path / "token").write_text("fgl_x")
 
     async with broker(tmp_path) as mosquitto, ear(mosquitto.address) as hub:
@@ -263,7 +262,7 @@ async def test_addresses_that_cannot_be_used_are_said_once_and_asked_again(
             hub_token_file=tmp_path / "token",
         )
         with capture_logs() as logs:
-            async with managed(options, door):
+            async with managed(options, door, pauses=QUICK):
                 await eventually(lambda: door.asked >= 5)
                 door.http = "https://hub.example:8000"
                 await eventually(lambda: hub.births)
@@ -362,17 +361,15 @@ async def test_what_is_refused_is_reported_with_its_code_and_the_next_wish_is_he
 
 @needs_mosquitto
 async def test_a_wish_that_the_disk_does_not_take_is_reported_and_accepted_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("edge_agent.managed.ASK_EVERY_S", 0.05)
-    monkeypatch.setattr("edge_agent.managed.ACCEPT_AGAIN_S", 0.05)
     async with (
         broker(tmp_path) as mosquitto,
         ear(mosquitto.address) as hub,
         Contacts(mosquitto.address).door as door,
     ):
         options = config(tmp_path, door.address)
-        async with managed(options) as (part, _):
+        async with managed(options, pauses=QUICK) as (part, _):
             await eventually(lambda: hub.reports)
             obstacle = options.data / "releases" / "device.json.tmp"
             obstacle.mkdir()
@@ -472,7 +469,7 @@ async def test_a_data_directory_that_cannot_be_read_refuses_the_start(tmp_path: 
 
 @needs_mosquitto
 async def test_a_mistake_of_our_own_is_logged_with_its_trace_and_everything_starts_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     bundles.make(tmp_path / "hand")
     bundles.make(tmp_path / "hub", version="2.0.0")
@@ -490,9 +487,8 @@ async def test_a_mistake_of_our_own_is_logged_with_its_trace_and_everything_star
 
         options = config(tmp_path, "127.0.0.1:9", bundle=(tmp_path / "hand",))
         commit(options.data / "releases", tmp_path / "hub")
-        monkeypatch.setattr("edge_agent.managed.RESTART_S", 0.01)
         with capture_logs() as logs:
-            async with managed(options, Stumbling()) as (part, router):
+            async with managed(options, Stumbling(), pauses=QUICK) as (part, router):
                 first = part.updater
                 await eventually(lambda: hub.reports)
                 assert part.updater is not first
@@ -507,7 +503,7 @@ async def test_a_mistake_of_our_own_is_logged_with_its_trace_and_everything_star
 
 async def test_a_cancelled_device_leaves_nothing_running(tmp_path: Path) -> None:
     before = asyncio.all_tasks()
-    async with made(config(tmp_path, "127.0.0.1:9"), cast(Any, _Silent())) as (part, _):
+    async with made(config(tmp_path, "127.0.0.1:9"), _Silent()) as (part, _):
         await part.restore()
         for turns in itertools.chain(range(30), [0]):
             task = asyncio.ensure_future(part.run())

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ def visitor(chromium: Browser) -> Iterator[BrowserContext]:
 def prepared(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """The data of a hub that has releases; to be copied."""
     folder = tmp_path_factory.mktemp("prepared")
-    asyncio.run(prepare(folder, digits))
+    # In a thread of its own: this one may have the loop of the browser or of another test.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: asyncio.run(prepare(folder, digits))).result()
     return folder
 
 
