@@ -6,7 +6,7 @@ in their own process, and the tests all use ``Agent``.
 Start                                             Stop
   1 lock the data directory                         readiness turns false
   2 load what was committed last, or the bundles    gRPC, HTTP: no new calls, those in flight finish
-  3 uplink, fleet link: connect in the background   fleet link; telemetry: one last report
+  3 uplink, fleet link: connect in the background   telemetry: one last report; fleet link
   4 telemetry                                       uplink
   5 gRPC doors: loopback, Unix socket               engines
   6 HTTP door                                       the lock goes with the process
@@ -125,10 +125,11 @@ class Agent:
             managed = self._manage(self.uplink)
             await managed.restore()
             await self._parts.enter_async_context(self.uplink)
-            if config.telemetry_interval_s > 0:
-                await self._start_telemetry(self.uplink)
             following = asyncio.create_task(managed.run(), name="managed")
             self._parts.push_async_callback(_ended, following)
+            # Stopped before the link: a report after its farewell would make us online again.
+            if config.telemetry_interval_s > 0:
+                await self._start_telemetry(self.uplink)
         await self._open_grpc()
         await self._open_http()
         _write_endpoints(config.data / ENDPOINTS, self.endpoints)

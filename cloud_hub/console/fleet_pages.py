@@ -35,7 +35,7 @@ from cloud_hub.console.roster import (
 )
 from cloud_hub.console.views import Page
 from cloud_hub.errors import StoreFailed
-from cloud_hub.fleet.controller import Controller, UnknownDevice, UnknownRelease
+from cloud_hub.fleet.controller import Controller, TooMuchWanted, UnknownDevice, UnknownRelease
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.releases import CARD, Release, ReleaseRefused
 from cloud_hub.insight.history import DeviceLine
@@ -317,6 +317,8 @@ class FleetPages:
                 status, title, detail = 404, "No such device", str(error)
             except (UnknownRelease, ReleaseRefused) as error:
                 status, title, detail = 404, "No such release", str(error)
+            except TooMuchWanted as error:
+                status, title, detail = 409, "Too much is wanted", str(error)
             except StoreFailed as error:
                 status, title, detail = 503, "The hub cannot reach its data", str(error)
             detail = detail[:1].upper() + detail[1:]
