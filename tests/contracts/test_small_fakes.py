@@ -1,0 +1,94 @@
+"""The small fakes of single test files keep the same promises as what they stand for."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
+from cloud_hub.fleet import reports
+from edge_agent.fleet.telemetry import REPORT
+from edge_agent.inference.uplink import Uplink
+from fogline_protocol import grpc_service
+from fogline_protocol.client import Client
+from fogline_protocol.inference import InferenceError
+from fogline_protocol.v1 import fleet_pb2 as pb
+from tests.cloud_hub.inference.test_batcher import Doubling
+from tests.edge_agent.fleet.test_telemetry import Hub
+from tests.edge_agent.test_agent import FleetDoor
+
+DOUBLE = Path(__file__).parents[1] / "edge_agent" / "data" / "double.onnx"
+REPORTED = pb.Telemetry(device="kiosk", boot_id="b", sequence=1).SerializeToString()
+
+
+@pytest.fixture(params=["real", "fake"])
+async def engine(request):
+    """What a batcher runs: a model that doubles."""
+    if request.param == "fake":
+        yield Doubling()
+        return
+    real = OnnxRuntimeEngine(DOUBLE, threads=1)
+    yield real
+    real.close()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+async def test_an_engine_returns_one_output_row_per_input_row_in_order(engine, rows):
+    x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
+    (doubled,) = (await engine.run({"x": x})).values()
+    np.testing.assert_array_equal(doubled, x * 2)
+
+
+async def test_an_engine_that_cannot_run_raises_and_runs_again(engine):
+    with pytest.raises(Exception):  # noqa: B017, PT011  each runtime has errors of its own
+        await engine.run({"y": np.zeros((1, 3), np.float32)})
+    (doubled,) = (await engine.run({"x": np.ones((1, 3), np.float32)})).values()
+    np.testing.assert_array_equal(doubled, [[2, 2, 2]])
+
+
+@pytest.fixture(params=["real", "fake"])
+async def fleet_door(request):
+    """The address of a door that takes reports, and what has arrived behind it."""
+    server = grpc_service.new_server()
+    if request.param == "fake":
+        door = FleetDoor()
+        handler, arrived = door.handler, door.reports
+    else:
+        arrived = []
+        handler = reports.handler(arrived.append, pb.ContactResponse)
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield SimpleNamespace(address=f"127.0.0.1:{port}", arrived=arrived)
+    await server.stop(None)
+
+
+async def test_a_fleet_door_takes_a_report_and_answers_with_a_receipt(fleet_door):
+    client = Client(fleet_door.address)
+    answer = await client.call(REPORT, REPORTED, 10)
+    assert pb.TelemetryReceipt.FromString(answer) == pb.TelemetryReceipt()
+    assert [report.device for report in fleet_door.arrived] == ["kiosk"]
+    await client.close()
+
+
+@pytest.fixture(params=["real", "fake"])
+async def hub(request, fleet_door):
+    """What telemetry reports to: the uplink, or its stand-in."""
+    if request.param == "fake":
+        yield Hub()
+        return
+    async with Uplink(lambda: Client(fleet_door.address)) as uplink:
+        yield uplink
+
+
+async def test_a_hub_answers_a_report_or_raises_an_error_of_the_protocol(hub):
+    assert isinstance(hub.link_up, bool)
+    assert isinstance(await hub.call(REPORT, REPORTED, 10), bytes)
+    if isinstance(hub, Hub):
+        hub.error = InferenceError("gone")
+        with pytest.raises(InferenceError):
+            await hub.call(REPORT, REPORTED, 10)
+    else:
+        with pytest.raises(InferenceError):
+            await hub.call("/fogline.v1.Fleet/Nothing", REPORTED, 10)
