@@ -38,9 +38,10 @@ def main() -> None:
             [
                 Path(sys.executable).with_name("fogline"), "serve", "--data", root / "hub",
                 "--models", root / "models", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0",
-                "--threads", "1",
+                "--threads", "1", "--mqtt", "off",
             ],
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             address = _address(root / "hub" / "endpoints.json")
