@@ -42,6 +42,7 @@ class HubConfig(BaseSettings):
     max_queue_rows: int = Field(1024, ge=1)  # waiting per model; beyond it callers are refused
     threads: int = Field(0, ge=0, le=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30)
+    run_limit_s: float = Field(30.0, gt=0)  # of one batch; then its engine is replaced
     drain_s: float = Field(10.0, ge=0)  # for requests in flight when the hub is told to stop
     offline_after_s: float = Field(30.0, gt=0)  # silence after which a device counts as offline
 

@@ -31,7 +31,7 @@ from aiohttp import web
 from cloud_hub import metrics as metrics_module
 from cloud_hub.config import ENDPOINTS, HubConfig, is_loopback, split_address
 from cloud_hub.console.app import add_console
-from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
+from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
@@ -56,9 +56,11 @@ class Hub:
         self.grpc_address = ""
         self.http_address = ""
         self.metrics = Metrics()
+        self._launcher = Launcher(config.threads, config.run_limit_s)
         self.repository = Repository(
             self.metrics,
-            Limits(config.max_batch, config.max_queue_rows, config.threads),
+            self._launcher,
+            Limits(config.max_batch, config.max_queue_rows),
             config.model_control,
         )
         self.server = HubServer(config.name, self.repository, self.metrics)
@@ -107,7 +109,7 @@ class Hub:
         self.fleet = Fleet(
             self.store,
             data,
-            lambda path: OnnxRuntimeEngine(path, threads=self.config.threads),
+            self._launcher.open_apart,  # nothing is known yet of what is pushed
             self.devices,
             reports.checked(self._count),
         )

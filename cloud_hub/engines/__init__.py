@@ -1,4 +1,10 @@
 """What runs a model on the hub: arrays in, arrays out.
 
-onnx_runtime.py   the embedded default, on the CPU or through CUDA
+engine.py         the two contracts: a session runs here and now, an engine is waited for
+launch.py         which engine a model gets: inline if its runs are proven short, else a process
+onnx_runtime.py   a session of ONNX Runtime, on the CPU or through CUDA
+inline.py         an engine in this process
+process.py        an engine in a child process, replaced when it hangs or dies
+worker.py         that child process
+channel.py        how both exchange tensors: a socket, and memory that both map
 """

@@ -6,7 +6,7 @@ another instruction set: that is what the device's self-test is for.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,12 +26,12 @@ class Engine(Protocol):
         """Return every output, one row per input row: ``[n, ...] -> [n, ...]``."""
         ...
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Give back what it holds."""
         ...
 
 
-Load = Callable[[Path], Engine]  # raises ModelRefused; it blocks, so it is called in a thread
+Load = Callable[[Path], Awaitable[Engine]]  # raises ModelRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ async def run(
             continue
         tolerance = bundle.self_test.tolerances[variant.name]
         try:
-            engine = await asyncio.to_thread(load, directory.file(variant.path))
+            engine = await load(directory.file(variant.path))
         except ModelRefused as error:
             findings[variant.name] = Finding({}, f"it cannot be loaded: {error}")
             continue
@@ -78,5 +78,5 @@ async def run(
         except Exception as error:  # a runtime's errors have no common base; all mean the same here
             findings[variant.name] = Finding({}, f"it fails on its golden inputs: {error}")
         finally:
-            await asyncio.to_thread(engine.close)
+            await engine.close()
     return findings

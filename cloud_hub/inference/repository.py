@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
+from cloud_hub.engines.engine import Engine
+from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import ModelRefused
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.metrics import Metrics
@@ -41,7 +42,7 @@ class ServedModel:
     name: str
     version: str
     sha256: str  # of the ONNX file
-    engine: OnnxRuntimeEngine
+    engine: Engine
     config: ModelConfig
     statistics: ModelStatistics
     batcher: Batcher
@@ -56,7 +57,7 @@ class ServedModel:
         """Tell what is waiting that it will get no answer, and give the engine back."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        self.engine.close()
+        await self.engine.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +77,16 @@ class Limits:
 
     max_batch: int = 64
     max_queue_rows: int = 1024
-    threads: int = 0
 
 
 class Repository:
     """The models being served. Owner of their tasks; used on one event loop."""
 
-    def __init__(self, metrics: Metrics, limits: Limits, control: Control = "none") -> None:
+    def __init__(
+        self, metrics: Metrics, launcher: Launcher, limits: Limits, control: Control = "none"
+    ) -> None:
         self._metrics = metrics
+        self._launcher = launcher
         self._limits = limits
         self._control = control
         self._root: Path | None = None
@@ -248,7 +251,12 @@ class Repository:
 
     async def _open_model(self, name: str, version: str, file: Path, wanted: Wanted) -> ServedModel:
         """Load one version and start its batcher."""
-        engine, sha256, config = await asyncio.to_thread(self._open, name, file, wanted)
+        engine = await self._launcher.open(file)
+        try:
+            sha256, config = await asyncio.to_thread(self._describe, name, file, wanted, engine)
+        except BaseException:
+            await engine.close()
+            raise
         if wanted.instances > 1 or wanted.max_queue_delay_us or wanted.preferred_batch_sizes:
             log.info(
                 "model %s: instance counts, queue delays and preferred sizes are not obeyed; one "
@@ -266,23 +274,19 @@ class Repository:
         task = asyncio.create_task(batcher.serve(), name=f"batcher-{name}")
         return ServedModel(name, version, sha256, engine, config, metrics.statistics, batcher, task)
 
-    def _open(
-        self, name: str, file: Path, wanted: Wanted
-    ) -> tuple[OnnxRuntimeEngine, str, ModelConfig]:
-        engine = OnnxRuntimeEngine(file, threads=self._limits.threads)
+    def _describe(
+        self, name: str, file: Path, wanted: Wanted, engine: Engine
+    ) -> tuple[str, ModelConfig]:
+        """Return the digest of a loaded file and how it is served."""
+        folder = file.parent.parent
         try:
             config = wanted.completed(name, engine.inputs, engine.outputs, self._limits.max_batch)
-            labels = {
-                output: _labels(file.parent.parent, label_file)
-                for output, label_file in wanted.label_files.items()
-            }
         except ConfigError as error:
-            engine.close()
-            raise ModelRefused(f"{file.parent.parent / 'config.pbtxt'}: {error}") from None
-        except ModelRefused:
-            engine.close()
-            raise
-        return engine, documents.sha256_of_file(file), replace(config, labels=labels)
+            raise ModelRefused(f"{folder / 'config.pbtxt'}: {error}") from None
+        labels = {
+            output: _labels(folder, label_file) for output, label_file in wanted.label_files.items()
+        }
+        return documents.sha256_of_file(file), replace(config, labels=labels)
 
     def _replace(self, name: str, versions: tuple[ServedModel, ...]) -> None:
         for old in self._models.get(name, ()):

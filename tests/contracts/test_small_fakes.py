@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
+from cloud_hub.engines.launch import Launcher
 from cloud_hub.fleet import reports
 from edge_agent.fleet.telemetry import REPORT
 from edge_agent.inference.uplink import Uplink
@@ -22,15 +22,17 @@ DOUBLE = Path(__file__).parents[1] / "edge_agent" / "data" / "double.onnx"
 REPORTED = pb.Telemetry(device="kiosk", boot_id="b", sequence=1).SerializeToString()
 
 
-@pytest.fixture(params=["real", "fake"])
+@pytest.fixture(params=["inline", "process", "fake"])
 async def engine(request):
     """What a batcher runs: a model that doubles."""
     if request.param == "fake":
         yield Doubling()
         return
-    real = OnnxRuntimeEngine(DOUBLE, threads=1)
+    launcher = Launcher(threads=1)
+    open_engine = launcher.open if request.param == "inline" else launcher.open_apart
+    real = await open_engine(DOUBLE)
     yield real
-    real.close()
+    await real.close()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

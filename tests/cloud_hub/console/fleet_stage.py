@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
+from cloud_hub.engines.launch import Launcher
 from cloud_hub.fleet.devices import Device, Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.link import Arrival
@@ -60,7 +60,7 @@ class Stage:
         self.store = await Store.open(f"sqlite:///{self._data / 'hub.sqlite'}")
         try:
             self.fleet = await asyncio.to_thread(
-                Fleet, self.store, self._data, OnnxRuntimeEngine, self.devices, lambda report: None
+                Fleet, self.store, self._data, Launcher().open, self.devices, lambda report: None
             )
             self.console.operated = self.fleet
             publishing = asyncio.create_task(self.fleet.controller.publish(self.broker, "default"))
@@ -152,7 +152,7 @@ async def prepare(data: Path, digits: Path) -> None:
     """Fill a folder with releases: digits-hub@1, digits@1, digits@2, and digits@3 by force."""
     store = await Store.open(f"sqlite:///{data / 'hub.sqlite'}")
     try:
-        fleet = Fleet(store, data, OnnxRuntimeEngine, Devices([], 1.0), lambda report: None)
+        fleet = Fleet(store, data, Launcher().open, Devices([], 1.0), lambda report: None)
         for name in BUNDLES:
             await fleet.releases.accept(digits / "bundles" / name)
         await fleet.releases.accept(digits / "bundles" / "broken" / "digits-1.2.0", force=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sqlalchemy import Connection
 
-from cloud_hub.engines.onnx_runtime import OnnxRuntimeEngine
+from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import ModelRefused, StoreFailed
 from cloud_hub.fleet.artifacts import Blobs, Disk
 from cloud_hub.fleet.golden import Engine
@@ -84,7 +84,7 @@ class Scaled:
             raise RuntimeError("division by zero")
         return {"y": (inputs["x"][:, :2] * self._factor).astype(np.float32)}
 
-    def close(self) -> None:
+    async def close(self) -> None:
         pass
 
 
@@ -183,7 +183,7 @@ class Hub:
         return self.releases
 
     @staticmethod
-    def load(path: Path) -> Engine:
+    async def load(path: Path) -> Engine:
         return Scaled(path)
 
 
@@ -507,7 +507,7 @@ async def test_the_committed_digits_become_releases_and_the_broken_one_does_not(
         hub.store,
         Blobs(hub.data / "blobs", hub.disk),
         hub.repository,
-        load=lambda path: OnnxRuntimeEngine(path, threads=1),
+        load=Launcher(threads=1).open_apart,
     )
     built = digits / "bundles"
     for name in ("digits-hub-1.0.0", "digits-1.0.0", "digits-1.1.0"):

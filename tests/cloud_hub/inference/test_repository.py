@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 
+from cloud_hub.engines.launch import Launcher
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
@@ -22,7 +23,7 @@ from fogline_protocol.inference import (
 
 @pytest.fixture
 async def repository():
-    repository = Repository(Metrics(), Limits(max_batch=16, threads=1))
+    repository = Repository(Metrics(), Launcher(threads=1), Limits(max_batch=16))
     yield repository
     await repository.close()
 
@@ -262,7 +263,7 @@ async def test_models_change_on_request_only_where_that_is_allowed(server):
 
 @pytest.fixture
 async def explicit(triton_directory):
-    repository = Repository(Metrics(), Limits(max_batch=16, threads=1), "explicit")
+    repository = Repository(Metrics(), Launcher(threads=1), Limits(max_batch=16), "explicit")
     await repository.load_directory(triton_directory)
     yield HubServer("hub", repository, Metrics())
     await repository.close()

@@ -1,0 +1,110 @@
+"""What runs a model: the two contracts of this package.
+
+A ``Session`` is one loaded model, run by the thread that calls it. An ``Engine`` is what the
+batcher waits for: a session in this process (``inline.py``), one in a child process
+(``process.py``), or another server.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from cloud_hub.errors import ModelRefused
+from fogline_protocol import tensors
+from fogline_protocol.inference import Unavailable
+from fogline_protocol.tensors import Array, TensorSpec
+
+Arrays = Mapping[str, Array]
+
+
+class EngineLost(Unavailable):
+    """The engine died or hung while it ran a batch. It is being replaced."""
+
+
+class Contract(Protocol):
+    """What is known of a loaded model."""
+
+    @property
+    def platform(self) -> str:
+        """Triton's name for this kind of model, e.g. ``onnxruntime_onnx``."""
+
+    @property
+    def provider(self) -> str:
+        """What computes, e.g. ``CPUExecutionProvider``."""
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """The tensors it takes: whole shapes, -1 where variable, the batch dimension included."""
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """The tensors it gives."""
+
+
+class Session(Contract, Protocol):
+    """One loaded model, run on the thread that calls it."""
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Return every output: ``[n, ...] -> [n, ...]``.
+
+        Raises:
+            BadRequest: the values do not suit the model.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; no run is in flight."""
+        ...
+
+
+class Engine(Contract, Protocol):
+    """One loaded model, whose runs are waited for. One run at a time."""
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot run at the moment; empty if it can."""
+
+    async def ready(self) -> None:
+        """Return when a run could start at once: not while it is being replaced."""
+        ...
+
+    async def run(self, inputs: Arrays) -> Arrays:
+        """Return every output, one row per input row: ``[n, ...] -> [n, ...]``.
+
+        Raises:
+            BadRequest: the values do not suit the model.
+            EngineLost: it died or hung over them.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back what it holds; no run is in flight."""
+        ...
+
+
+def seconds_per_row(session: Session) -> float | None:
+    """Run a row of zeros twice and return how long the second run took; None: cannot be told.
+
+    The first run allocates, so it is not representative.
+
+    Raises:
+        ModelRefused: it fails on zeros although all of its shapes are known.
+    """
+    if any(spec.datatype == "BYTES" for spec in session.inputs):
+        return None  # nothing is known of what texts it takes
+    zeros = {
+        spec.name: np.zeros([max(dim, 1) for dim in spec.shape], tensors.dtype_of(spec.datatype))
+        for spec in session.inputs
+    }
+    try:
+        session.run(zeros)
+        started = time.perf_counter()
+        session.run(zeros)
+        return time.perf_counter() - started
+    except Exception as error:  # every runtime has errors of its own
+        # Free dimensions of 1 need not suit a model; real requests will tell.
+        if any(dim == -1 for spec in session.inputs for dim in spec.shape[1:]):
+            return None
+        raise ModelRefused(f"the model fails on zeros: {error}") from None

@@ -1,0 +1,70 @@
+"""Which engine a model gets.
+
+A model whose runs are proven short on the CPU runs inline, where it costs no hand-over. Every
+other one gets a child process, because what can take long can also hang, and because a large
+model's memory returns only with its process.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloud_hub.engines.engine import Engine, seconds_per_row
+from cloud_hub.engines.inline import ON_LOOP_BELOW_S, InlineEngine
+from cloud_hub.engines.onnx_runtime import CPU, OnnxRuntimeSession, usable_providers
+from cloud_hub.engines.process import Job, ProcessEngine
+from cloud_hub.errors import ModelRefused
+
+# A file of this size loads in a tenth of a second, so that little is lost if it turns out slow.
+INLINE_MAX_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """Opens engines as this hub is configured."""
+
+    threads: int = 0  # per run; 0: as many as there are cores
+    run_limit_s: float = 30.0  # then an engine counts as hung
+
+    async def open(self, path: Path, *, threads: int = 0) -> Engine:
+        """Return an engine that has loaded the file and run it once.
+
+        Raises:
+            ModelRefused: it cannot be loaded.
+        """
+        threads = threads or self.threads
+        if _small(path) and usable_providers() == [CPU]:
+            engine = await asyncio.to_thread(_inline, path, threads)
+            if engine is not None:
+                return engine
+        return await self.open_apart(path, threads=threads)
+
+    async def open_apart(self, path: Path, *, threads: int = 0) -> ProcessEngine:
+        """Return an engine in a process of its own, for a file that nothing is known of.
+
+        Raises:
+            ModelRefused: it cannot be loaded.
+        """
+        job = Job("onnxruntime", path, threads or self.threads, run_limit_s=self.run_limit_s)
+        return await ProcessEngine.start(job)
+
+
+def _small(path: Path) -> bool:
+    try:
+        return path.stat().st_size <= INLINE_MAX_BYTES
+    except OSError as error:
+        raise ModelRefused(f"{path}: {error.strerror}") from None
+
+
+def _inline(path: Path, threads: int) -> InlineEngine | None:
+    """Return an inline engine if its runs are short."""
+    session = OnnxRuntimeSession(path, threads=threads)
+    try:
+        row_s = seconds_per_row(session)
+    except ModelRefused as error:
+        session.close()
+        raise ModelRefused(f"{path}: {error}") from None
+    if row_s is None or row_s >= ON_LOOP_BELOW_S:
+        session.close()
+        return None
+    return InlineEngine(session, row_s)

@@ -1,0 +1,248 @@
+"""An engine in a child process: what hangs, crashes or eats the memory there costs one batch.
+
+    start ─► loading ─ contract ─► running ◄─────────────┐
+                └─ refused: ModelRefused                 │ started again
+                               running ─ died, hung ─► replaced, at once, then ever more slowly
+
+A batch that took an engine down is not tried again: it might take the next one down too.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from cloud_hub.engines.channel import Channel, Gone, Message
+from cloud_hub.engines.engine import Arrays, EngineLost
+from cloud_hub.errors import ModelRefused
+from fogline_protocol.inference import BadRequest, ServerFault
+from fogline_protocol.tensors import TensorSpec
+
+RETRY_S = 0.5  # before the second start in a row; doubles
+RETRY_MAX_S = 30.0
+CLOSE_S = 5.0  # for a child that is told to end; it has nothing to save
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a child is to load, and how long it may take over things."""
+
+    runtime: str  # a key of what worker.py can open
+    path: Path
+    threads: int = 0  # per run; 0: as many as there are cores
+    load_limit_s: float = 300.0
+    run_limit_s: float = 30.0
+
+    def document(self) -> Mapping[str, Any]:
+        """Return what the child is told."""
+        return {"runtime": self.runtime, "path": str(self.path), "threads": self.threads}
+
+
+class ProcessEngine:
+    """A session in a child process. Used on one event loop; one run at a time.
+
+    Owner of the child. ``_running`` is set while there is one that can take a run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._channel: Channel | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._answered: asyncio.Future[Message] | None = None  # while something was asked
+        self._running = asyncio.Event()
+        self._replacing: asyncio.Task[None] | None = None
+        self._closed = False
+        self.trouble = ""
+        self.starts = 0
+        self.platform = ""
+        self.provider = ""
+        self.inputs: tuple[TensorSpec, ...] = ()
+        self.outputs: tuple[TensorSpec, ...] = ()
+        self.row_s: float | None = None  # how long one row took, if that can be told
+
+    def __repr__(self) -> str:
+        pid = None if self._process is None else self._process.pid
+        return f"<ProcessEngine {self._job.path} pid {pid} {self.trouble or 'running'}>"
+
+    @classmethod
+    async def start(cls, job: Job) -> "ProcessEngine":
+        """Return an engine that has loaded its model and run it once.
+
+        Raises:
+            ModelRefused: it cannot be loaded, or died or hung meanwhile.
+        """
+        engine = cls(job)
+        await engine._start()
+        return engine
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process, for figures about it; None while it is being replaced."""
+        return self._process.pid if self._process is not None else None
+
+    async def ready(self) -> None:
+        """Return when a run could start at once."""
+        await self._running.wait()
+
+    async def run(self, inputs: Arrays) -> Arrays:
+        """Return every output; see ``Engine``.
+
+        Raises:
+            BadRequest: the values do not suit the model.
+            ServerFault: the runtime failed on them.
+            EngineLost: the child died or hung over them and is being replaced.
+        """
+        await self._running.wait()
+        try:
+            answer, outputs = await self._ask(
+                {}, inputs, self._job.run_limit_s, f"hung: no answer in {self._job.run_limit_s} s"
+            )
+        except Gone as error:
+            self._replace(str(error))
+            raise EngineLost(
+                f"the engine {error} while it ran this batch; it is being replaced"
+            ) from None
+        except asyncio.CancelledError:
+            # It may answer late, which nobody must take for the answer to something else.
+            self._replace("was left in the middle of a run")
+            raise
+        if "error" in answer:
+            kind = BadRequest if answer["blame"] == "caller" else ServerFault
+            raise kind(answer["error"])
+        # The next run overwrites this memory, and callers keep their rows for as long as they like.
+        return {name: values.copy() for name, values in outputs.items()}
+
+    async def close(self) -> None:
+        """End the child: its memory returns with it."""
+        self._closed = True
+        if self._replacing is not None:
+            self._replacing.cancel()
+            await asyncio.gather(self._replacing, return_exceptions=True)
+        await self._end()
+
+    async def _start(self) -> None:
+        channel, theirs = Channel.pair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "cloud_hub.engines.worker",
+                str(theirs.fileno()), str(os.getpid()),
+                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
+        self._channel = channel
+        asyncio.get_running_loop().add_reader(channel.fileno(), self._heard)
+        self.starts += 1
+        limit = self._job.load_limit_s
+        try:
+            answer, _ = await self._ask(
+                self._job.document(), {}, limit, f"hung: not loaded after {limit} s"
+            )
+        except Gone as error:
+            await self._end()
+            raise ModelRefused(f"{self._job.path}: the engine {error} while it loaded") from None
+        except BaseException:
+            await self._end()
+            raise
+        if "refused" in answer:
+            await self._end()
+            raise ModelRefused(answer["refused"])
+        self.platform, self.provider = answer["platform"], answer["provider"]
+        self.inputs, self.outputs = _specs(answer["inputs"]), _specs(answer["outputs"])
+        self.row_s = answer["row_s"]
+        self.trouble = ""
+        self._running.set()
+
+    async def _ask(
+        self, document: Mapping[str, Any], arrays: Arrays, limit_s: float, late: str
+    ) -> Message:
+        """Send a message and return the one that answers it.
+
+        Raises:
+            Gone: with a verb phrase that says what became of the child.
+        """
+        assert self._channel is not None
+        self._answered = asyncio.get_running_loop().create_future()
+        try:
+            self._channel.send(document, arrays)
+            async with asyncio.timeout(limit_s):
+                return await self._answered
+        except TimeoutError:
+            raise Gone(late) from None
+        except Gone:
+            raise Gone(await self._fate()) from None
+        finally:
+            self._answered = None
+
+    def _heard(self) -> None:
+        """The child has said something, or hung up."""
+        assert self._channel is not None
+        try:
+            message = self._channel.receive()
+        except Gone as gone:
+            if self._answered is None:
+                self._replace("died while it was idle")
+            elif not self._answered.done():
+                self._answered.set_exception(gone)
+        else:
+            if self._answered is not None and not self._answered.done():
+                self._answered.set_result(message)
+
+    async def _fate(self) -> str:
+        """Say what became of a child that hung up."""
+        assert self._process is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                code = await self._process.wait()
+                return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return "closed its connection"
+
+    def _replace(self, why: str) -> None:
+        assert self._channel is not None
+        asyncio.get_running_loop().remove_reader(self._channel.fileno())
+        self._running.clear()
+        self.trouble = f"the engine {why}; it is being replaced"
+        log.error("engine lost", model=str(self._job.path), why=why)
+        if not self._closed:
+            self._replacing = asyncio.create_task(self._start_again(), name="replace-engine")
+
+    async def _start_again(self) -> None:
+        wait_s = RETRY_S
+        while True:
+            await self._end()
+            began = time.monotonic()
+            try:
+                await self._start()
+            except (ModelRefused, OSError) as error:
+                self.trouble = f"the engine cannot be started again: {error}"
+                log.error("engine not replaced", model=str(self._job.path), why=str(error))
+            else:
+                took = round(time.monotonic() - began, 3)
+                log.info("engine replaced", model=str(self._job.path), took_s=took)
+                return
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, RETRY_MAX_S)
+
+    async def _end(self) -> None:
+        """End the child and wait until it is gone."""
+        self._running.clear()
+        channel, self._channel = self._channel, None
+        process, self._process = self._process, None
+        if channel is not None:
+            asyncio.get_running_loop().remove_reader(channel.fileno())
+            channel.close()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def _specs(documents: list[tuple[str, str, list[int]]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, datatype, tuple(shape)) for name, datatype, shape in documents)

@@ -1,0 +1,202 @@
+"""Engines in real child processes, which the tests kill, stop and starve."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloud_hub.engines.engine import EngineLost
+from cloud_hub.engines.inline import InlineEngine
+from cloud_hub.engines.launch import INLINE_MAX_BYTES, Launcher
+from cloud_hub.engines.process import Job, ProcessEngine
+from cloud_hub.errors import ModelRefused
+from fogline_protocol.inference import BadRequest, ServerFault
+
+DATA = Path(__file__).parents[2] / "edge_agent" / "data"
+DOUBLE = DATA / "double.onnx"  # x FP32 [n, 3] -> its double
+TEXT = DATA / "text.onnx"
+X = {"x": np.ones((2, 3), np.float32)}
+
+
+@pytest.fixture
+async def engine():
+    engine = await ProcessEngine.start(Job("onnxruntime", DOUBLE, threads=1, run_limit_s=0.5))
+    yield engine
+    await engine.close()
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def children():
+    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_it_knows_the_contract_of_its_model(engine):
+    assert [(s.name, s.datatype, s.shape) for s in engine.inputs] == [("x", "FP32", (-1, 3))]
+    assert len(engine.outputs) == 1
+    assert engine.platform == "onnxruntime_onnx"
+    assert engine.provider == "CPUExecutionProvider"
+    assert 0 < engine.row_s < 1
+
+
+async def test_answers_stay_what_they_were_when_the_next_run_is_over(engine):
+    first = await engine.run(X)
+    await engine.run({"x": np.full((2, 3), 7, np.float32)})
+    (doubled,) = first.values()
+    np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
+async def test_one_that_dies_over_a_batch_costs_that_batch_and_is_replaced(engine):
+    before = engine.pid
+    os.kill(before, signal.SIGSTOP)  # so that the run is in flight when it dies
+    run = asyncio.create_task(engine.run(X))
+    await asyncio.sleep(0)
+    os.kill(before, signal.SIGKILL)
+    with pytest.raises(EngineLost, match="killed by signal 9 while it ran this batch"):
+        await run
+    assert "being replaced" in engine.trouble
+    await asyncio.wait_for(engine.ready(), 20)
+    assert engine.trouble == ""
+    assert engine.pid != before
+    (doubled,) = (await engine.run(X)).values()
+    np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
+async def test_one_that_hangs_is_killed_and_replaced(engine):
+    before = engine.pid
+    os.kill(before, signal.SIGSTOP)
+    with pytest.raises(EngineLost, match=r"hung: no answer in 0\.5 s"):
+        await engine.run(X)
+    await asyncio.wait_for(engine.ready(), 20)
+    assert not is_alive(before)
+    await engine.run(X)
+
+
+async def test_one_that_dies_idle_costs_no_batch(engine):
+    before = engine.pid
+    os.kill(before, signal.SIGKILL)
+    await until(lambda: engine.trouble)
+    await engine.run(X)  # waits for the new one
+    assert engine.pid != before
+
+
+async def test_one_that_cannot_be_started_again_says_so_and_goes_on_trying(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(DOUBLE.read_bytes())
+    engine = await ProcessEngine.start(Job("onnxruntime", file, threads=1))
+    file.rename(tmp_path / "away.onnx")
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: "cannot be started again" in engine.trouble)
+    (tmp_path / "away.onnx").rename(file)
+    await asyncio.wait_for(engine.ready(), 20)
+    await engine.run(X)
+    await engine.close()
+
+
+async def test_a_caller_who_leaves_in_the_middle_gets_nobody_a_wrong_answer(engine):
+    os.kill(engine.pid, signal.SIGSTOP)
+    run = asyncio.create_task(engine.run({"x": np.full((2, 3), 100, np.float32)}))
+    await asyncio.sleep(0)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    (doubled,) = (await engine.run(X)).values()
+    np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
+async def test_what_the_runtime_refuses_costs_nothing_but_its_answer(engine):
+    before = engine.pid
+    with pytest.raises(ServerFault, match="y"):
+        await engine.run({"y": X["x"]})
+    await engine.run(X)
+    assert engine.pid == before
+
+
+async def test_values_that_do_not_suit_the_model_are_the_callers_fault():
+    engine = await ProcessEngine.start(Job("onnxruntime", TEXT, threads=1))
+    with pytest.raises(BadRequest, match="not UTF-8"):
+        await engine.run({"s": np.array([[b"\xff"]], dtype=object)})
+    texts = np.array([[b"caf\xc3\xa9"], [b""]], dtype=object)
+    assert (await engine.run({"s": texts}))["t"].tolist() == texts.tolist()
+    await engine.close()
+
+
+async def test_a_file_that_is_no_model_is_refused_and_leaves_no_process(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"not a model")
+    before = children()
+    with pytest.raises(ModelRefused, match="ONNX Runtime cannot load it"):
+        await ProcessEngine.start(Job("onnxruntime", file))
+    assert children() == before
+
+
+async def test_one_that_does_not_load_in_time_is_refused():
+    with pytest.raises(ModelRefused, match=r"hung: not loaded after 0\.001 s"):
+        await ProcessEngine.start(Job("onnxruntime", DOUBLE, load_limit_s=0.001))
+
+
+async def test_its_process_ends_with_it(engine):
+    pid = engine.pid
+    await engine.close()
+    assert not is_alive(pid)
+
+
+async def test_it_outlives_signals_that_are_meant_for_the_hub(engine):
+    os.kill(engine.pid, signal.SIGTERM)
+    os.kill(engine.pid, signal.SIGINT)
+    before = engine.pid
+    await engine.run(X)
+    assert engine.pid == before
+
+
+def test_it_does_not_outlive_its_hub():
+    code = (
+        "import asyncio, sys, time\n"
+        "from pathlib import Path\n"
+        "from cloud_hub.engines.process import Job, ProcessEngine\n"
+        "async def main():\n"
+        f"    engine = await ProcessEngine.start(Job('onnxruntime', Path({str(DOUBLE)!r})))\n"
+        "    print(engine.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as hub:
+        pid = int(hub.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)  # a hung one does not see that its hub hung up
+        hub.kill()
+    limit = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+async def test_short_runs_stay_in_the_hub_and_others_do_not(tmp_path):
+    launcher = Launcher(threads=1)
+    short = await launcher.open(DOUBLE)
+    assert isinstance(short, InlineEngine)
+    unknown = await launcher.open(TEXT)
+    assert isinstance(unknown, ProcessEngine)
+    large = tmp_path / "large.onnx"
+    large.write_bytes(DOUBLE.read_bytes())
+    os.truncate(large, INLINE_MAX_BYTES + 1)
+    with pytest.raises(ModelRefused):  # zeros behind a model are none, but it was tried apart
+        await launcher.open(large)
+    await short.close()
+    await unknown.close()
