@@ -57,9 +57,11 @@ def main() -> None:
 )
 @click.option(
     "--model-control",
-    type=click.Choice(["none", "explicit"]),
-    help="none: serve all of --models; explicit: what callers load [default: none].",
+    type=click.Choice(["none", "poll", "explicit"]),
+    help="none: serve all of --models as it is at the start; poll: follow its files; explicit: "
+    "what callers load [default: none].",
 )
+@click.option("--poll-s", type=float, help="Between two looks at --models, with poll [default: 5].")
 @click.option(
     "--mqtt",
     metavar="URL",

@@ -31,7 +31,8 @@ class HubConfig(BaseSettings):
     grpc: str = "127.0.0.1:8001"  # Triton's ports, so that existing clients find us
     http: str = "127.0.0.1:8000"
     models: Path | None = None  # a Triton-style directory: name/1/model.onnx
-    model_control: Literal["none", "explicit"] = "none"  # explicit: callers load and unload
+    model_control: Literal["none", "poll", "explicit"] = "none"  # explicit: callers load and unload
+    poll_s: float = Field(5.0, gt=0)  # between two looks at the directory, with poll
     mqtt: str = ""  # URL of a broker; empty: one of our own; "off": no devices to update
     name: str = "fogline-hub"  # shown in the console and in server metadata
 

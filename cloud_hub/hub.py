@@ -5,13 +5,15 @@ The only file that knows all sides. ``fogline serve`` and the system tests both 
 Start                                           Stop
   1 TLS files; lock the data directory            readiness turns false; endpoints.json goes
   2 database: open, migrate                       HTTP: no new calls, those in flight finish
-  3 models: load, warm                            gRPC: the same
-  4 fleet: sign what is due, start the broker     broker, links
+  3 models of the directory: load, warm           gRPC: the same
+  4 fleet: sign what is due, start the broker;    broker, links
+    models of the registry: load, warm
   5 gRPC door                                     engines
   6 HTTP door: REST, console, files, metrics      history is written, database closes
   7 endpoints.json names them all                 the lock goes with the process
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -20,7 +22,7 @@ import os
 import ssl
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,6 +40,7 @@ from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import Identity
 from cloud_hub.inference import admission
+from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
@@ -114,6 +117,11 @@ class Hub:
             reports.checked(self._count),
         )
         await self._parts.enter_async_context(self.fleet.running(self.config.mqtt))
+        registry = Registry(self.fleet.releases, self.repository, data / "serving")
+        await registry.serve()
+        self._keep("registry", registry.follow())
+        if self.config.models is not None and self.config.model_control == "poll":
+            self._keep("poll", self.repository.keep_polling(self.config.poll_s))
         self.grpc_address = await self._open_grpc()
         self.http_address = await self._open_http(tls)
         endpoints = {"grpc": self.grpc_address, "http": self.http_address}
@@ -121,6 +129,16 @@ class Hub:
             endpoints["mqtt"] = self.fleet.broker
         _write_endpoints(data / ENDPOINTS, endpoints)
         self._parts.callback((data / ENDPOINTS).unlink, missing_ok=True)
+
+    def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Run ``work`` until the hub stops."""
+        task = asyncio.create_task(work, name=name)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._parts.push_async_callback(end)
 
     async def _open_grpc(self) -> str:
         address = self.config.grpc

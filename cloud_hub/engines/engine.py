@@ -64,7 +64,7 @@ class Engine(Contract, Protocol):
 
     @property
     def trouble(self) -> str:
-        """Why it cannot run at the moment; empty if it can."""
+        """Why it cannot run until further notice; empty if it runs or is only just replaced."""
 
     async def ready(self) -> None:
         """Return when a run could start at once: not while it is being replaced."""

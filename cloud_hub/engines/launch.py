@@ -6,6 +6,7 @@ model's memory returns only with its process.
 """
 
 import asyncio
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,26 +27,29 @@ class Launcher:
     threads: int = 0  # per run; 0: as many as there are cores
     run_limit_s: float = 30.0  # then an engine counts as hung
 
-    async def open(self, path: Path, *, threads: int = 0) -> Engine:
-        """Return an engine that has loaded the file and run it once.
+    async def open(self, path: Path, *, instances: int = 1) -> Engine:
+        """Return one of ``instances`` engines that has loaded the file and run it once.
 
         Raises:
             ModelRefused: it cannot be loaded.
         """
-        threads = threads or self.threads
+        threads = self.threads or max(1, (os.cpu_count() or 1) // instances)
         if _small(path) and usable_providers() == [CPU]:
             engine = await asyncio.to_thread(_inline, path, threads)
             if engine is not None:
                 return engine
-        return await self.open_apart(path, threads=threads)
+        return await self._apart(path, threads)
 
-    async def open_apart(self, path: Path, *, threads: int = 0) -> ProcessEngine:
+    async def open_apart(self, path: Path) -> Engine:
         """Return an engine in a process of its own, for a file that nothing is known of.
 
         Raises:
             ModelRefused: it cannot be loaded.
         """
-        job = Job("onnxruntime", path, threads or self.threads, run_limit_s=self.run_limit_s)
+        return await self._apart(path, self.threads)
+
+    async def _apart(self, path: Path, threads: int) -> ProcessEngine:
+        job = Job("onnxruntime", path, threads, run_limit_s=self.run_limit_s)
         return await ProcessEngine.start(job)
 
 

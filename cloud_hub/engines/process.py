@@ -61,7 +61,7 @@ class ProcessEngine:
         self._running = asyncio.Event()
         self._replacing: asyncio.Task[None] | None = None
         self._closed = False
-        self.trouble = ""
+        self.trouble = ""  # set when it could not be started again
         self.starts = 0
         self.platform = ""
         self.provider = ""
@@ -208,7 +208,6 @@ class ProcessEngine:
         assert self._channel is not None
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         self._running.clear()
-        self.trouble = f"the engine {why}; it is being replaced"
         log.error("engine lost", model=str(self._job.path), why=why)
         if not self._closed:
             self._replacing = asyncio.create_task(self._start_again(), name="replace-engine")

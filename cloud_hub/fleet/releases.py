@@ -115,6 +115,7 @@ class Releases:
         self._providers = tuple(providers)
         self._clock = clock
         self._accepting = asyncio.Lock()  # two at a time would take the same number
+        self.accepted = asyncio.Event()  # set after each one; whoever follows them clears it
 
     async def accept(self, directory: Path, *, force: bool = False) -> Release:
         """Make the bundle in ``directory`` a release, or return the one it already is.
@@ -171,6 +172,7 @@ class Releases:
                     certificates.attach(connection, read.bundle.model, number, certificate, now)
 
             await self._store.write(insert)
+            self.accepted.set()
             log.info(
                 "release accepted", model=read.bundle.model, number=number, forced=row["forced"]
             )

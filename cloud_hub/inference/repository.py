@@ -1,63 +1,77 @@
 """Which models the hub serves, and from which files.
 
-A Triton-style directory: ``name/1/model.onnx`` and an optional ``name/config.pbtxt``; versions
-are decimal integers, and the version policy of the configuration says which of them are served
-(the highest one where it says nothing). A model that cannot be loaded says why and does not stop
-the others; the hub is ready only when none failed.
+    directory (``--models``)     control: none, poll or explicit  ┐
+    registry (``serve_releases``)                                 ┴► files ► engines, warm ► serve
 
-With control ``none`` everything is loaded at the start and nothing changes after it; with
-``explicit`` nothing is loaded until a caller asks for it by name.
+What is served answers until its successor is warm, and finishes what it took. A model that
+cannot be loaded says why and does not stop the others; the hub is ready only when none failed.
+
+With control ``none`` the directory is loaded at the start and nothing changes after it; with
+``poll`` its files are looked at every few seconds; with ``explicit`` nothing is loaded until a
+caller asks for it by name. A name in the directory takes precedence over the registry's.
 """
 
 import asyncio
-import logging
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import structlog
+
 from cloud_hub.engines.engine import Engine
 from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import ModelRefused
+from cloud_hub.inference import directory, warmup
 from cloud_hub.inference.batcher import Batcher
+from cloud_hub.inference.directory import ModelFiles
 from cloud_hub.metrics import Metrics
-from fogline_protocol import documents, model_config
+from fogline_protocol import documents
 from fogline_protocol.inference import NotFound, Unavailable, Unsupported
-from fogline_protocol.model_config import ConfigError, ModelConfig, Wanted
-from fogline_protocol.release import MODEL_NAME
+from fogline_protocol.model_config import ConfigError, ModelConfig
 from fogline_protocol.repository import READY, UNAVAILABLE
 from fogline_protocol.statistics import ModelStatistics
 
-MAX_CONFIG_BYTES = 1 << 20  # of a config.pbtxt or a file of labels
+log = structlog.get_logger(__name__)
 
-log = logging.getLogger("fogline.repository")
-
-Control = Literal["none", "explicit"]
+Control = Literal["none", "poll", "explicit"]
 
 
 @dataclass(slots=True)
 class ServedModel:
-    """One version of one model: its engine, its batcher, and the task that runs batches."""
+    """One version of one model: its engines, its batcher, and the task that runs batches."""
 
     name: str
     version: str
     sha256: str  # of the ONNX file
-    engine: Engine
+    engines: Sequence[Engine]
     config: ModelConfig
     statistics: ModelStatistics
     batcher: Batcher
     task: asyncio.Task[None]
 
+    @property
+    def engine(self) -> Engine:
+        """One of its engines, to ask what they have in common."""
+        return self.engines[0]
+
+    @property
+    def trouble(self) -> str:
+        """Why it cannot answer; empty if one of its engines can."""
+        troubles = [engine.trouble for engine in self.engines]
+        return troubles[0] if all(troubles) else ""
+
     async def retire(self) -> None:
-        """Finish what is waiting, then give the engine back."""
+        """Finish what is waiting, then give the engines back."""
         await self.batcher.drain()
         await self.stop()
 
     async def stop(self) -> None:
-        """Tell what is waiting that it will get no answer, and give the engine back."""
+        """Tell what is waiting that it will get no answer, and give the engines back."""
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
-        await self.engine.close()
+        await asyncio.gather(*(engine.close() for engine in self.engines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +81,11 @@ class ModelStatus:
     name: str
     version: str
     state: str  # READY or UNAVAILABLE, Triton's words
-    reason: str
+    reason: str = ""  # why it is not READY, or why newer files of it are not served
     provider: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What every model of the repository is held to."""
 
@@ -87,30 +101,60 @@ class Repository:
     ) -> None:
         self._metrics = metrics
         self._launcher = launcher
-        self._limits = limits
+        self.limits = limits
         self._control = control
         self._root: Path | None = None
         # By name; the versions of a model ascend, the last one answers who names none.
         self._models: dict[str, tuple[ServedModel, ...]] = {}
-        self._refused: dict[str, ModelStatus] = {}
+        self._refused: dict[str, ModelStatus] = {}  # should be served and cannot be
         self._unloaded: dict[str, ModelStatus] = {}
+        self._objections: dict[str, str] = {}  # to newer files of a model that is served
+        self._fingerprints: dict[str, Hashable] = {}  # of the folders as they were last read
         self._retiring: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()  # one load or unload at a time
 
     async def load_directory(self, root: Path) -> None:
         """Serve every model below ``root``; those that cannot be are kept with their reason."""
         self._root = root
-        for folder in await asyncio.to_thread(_model_folders, root):
-            if self._control == "explicit":
-                self._unloaded[folder.name] = ModelStatus(
-                    folder.name, "", UNAVAILABLE, "not loaded"
-                )
-                continue
+        found = await asyncio.to_thread(directory.folders, root)
+        if self._control == "explicit":
+            for name in found:
+                self._unloaded[name] = ModelStatus(name, "", UNAVAILABLE, "not loaded")
+            return
+        async with self._changing:
+            for folder in found.values():
+                await self._follow(folder)
+
+    async def poll(self, seen: Mapping[str, Hashable]) -> Mapping[str, Hashable]:
+        """Serve the directory as it is now: load what is new or changed, unload what is gone.
+
+        A folder is acted on when it is as it was in the look before: ``seen``, the value that
+        look returned. So a file that is still being copied is not taken for a model.
+        """
+        assert self._root is not None
+        found = await asyncio.to_thread(directory.folders, self._root)
+        now = {n: await asyncio.to_thread(directory.fingerprint, f) for n, f in found.items()}
+        async with self._changing:
+            for name, fingerprint in now.items():
+                if seen.get(name) == fingerprint != self._fingerprints.get(name):
+                    await self._follow(found[name])
+            for name in self._fingerprints.keys() - now.keys():
+                log.info("model is gone from the directory", model=name)
+                del self._fingerprints[name]
+                self._refused.pop(name, None)
+                self._objections.pop(name, None)
+                await self._retire_all(self._models.pop(name, ()))
+        return now
+
+    async def keep_polling(self, every_s: float) -> None:
+        """Poll until cancelled."""
+        seen: Mapping[str, Hashable] = {}
+        while True:
             try:
-                await self._load(folder)
-            except ModelRefused as error:
-                log.error("model %s is not served: %s", folder.name, error)
-                self._refused[folder.name] = ModelStatus(folder.name, "", UNAVAILABLE, str(error))
+                seen = await self.poll(seen)
+            except OSError as error:
+                log.error("the model directory cannot be read", why=str(error))
+            await asyncio.sleep(every_s)
 
     async def reload(self, name: str) -> None:
         """Serve a model of the directory from its files as they are now.
@@ -124,14 +168,11 @@ class Repository:
         """
         root = self._explicit("load")
         async with self._changing:
-            folders = await asyncio.to_thread(_model_folders, root)
-            folder = next((f for f in folders if f.name == name), None)
-            if folder is None:
-                raise NotFound(
-                    f"{name!r} is no model of the repository: {[f.name for f in folders]}"
-                )
+            found = await asyncio.to_thread(directory.folders, root)
+            if name not in found:
+                raise NotFound(f"{name!r} is no model of the repository: {list(found)}")
             try:
-                await self._load(folder)
+                await self._serve(name, await asyncio.to_thread(directory.read, found[name]))
             except ModelRefused as error:
                 if name not in self._models:
                     self._unloaded[name] = ModelStatus(name, "", UNAVAILABLE, str(error))
@@ -151,23 +192,33 @@ class Repository:
             if versions is None:
                 raise NotFound(f"model {name!r} is not loaded, loaded are {sorted(self._models)}")
             self._unloaded[name] = ModelStatus(name, versions[-1].version, UNAVAILABLE, "unloaded")
-            await asyncio.gather(*(model.retire() for model in versions))
+            await self._retire_all(versions)
 
-    async def load(self, name: str, version: str, file: Path) -> None:
-        """Load and warm one version of a model without a configuration, then let it serve alone.
+    async def serve_release(self, name: str, files: ModelFiles) -> None:
+        """Serve these versions of a model of the registry from now on, and no others.
 
-        Raises:
-            ModelRefused: it cannot be loaded; what was served before still is.
+        A version that is served already, from the same bytes, goes on undisturbed. What the
+        directory names is left alone.
         """
-        self._replace(name, (await self._open_model(name, version, file, Wanted()),))
+        async with self._changing:
+            if name in self._fingerprints or name in self._unloaded:
+                log.warning("the directory's model is served, the registry's is not", model=name)
+                return
+            await self._attempt(name, files, keep=True)
 
     def find(self, name: str, version: str = "") -> ServedModel:
         """Return the model that answers for ``name`` and ``version`` (empty: the newest).
 
         Raises:
             NotFound: there is none; the text names those there are.
-            Unavailable: there should be one, but it could not be loaded.
+            Unavailable: there should be one, but it could not be loaded, or its engines are lost.
         """
+        found = self._find(name, version)
+        if found.trouble:
+            raise Unavailable(f"model {name!r} cannot answer: {found.trouble}")
+        return found
+
+    def _find(self, name: str, version: str) -> ServedModel:
         versions = self._models.get(name)
         if versions is None:
             if name in self._refused:
@@ -191,7 +242,7 @@ class Repository:
             Unavailable: it should be there, but could not be loaded.
         """
         if name:
-            found = self.find(name, version)
+            found = self._find(name, version)
             return (found,) if version else self._models[name]
         return [model for versions in self._models.values() for model in versions]
 
@@ -202,21 +253,18 @@ class Repository:
     @property
     def ready(self) -> bool:
         """Whether every model that should be served is."""
-        return not self._refused
+        return not self.refused
 
     @property
     def refused(self) -> Sequence[ModelStatus]:
         """The models that should be served and cannot be."""
-        return list(self._refused.values())
+        lost = [status for status in self._served() if status.state != READY]
+        return [*self._refused.values(), *lost]
 
     def status(self) -> list[ModelStatus]:
         """Return every model there is or should be, by name."""
-        served = [
-            ModelStatus(m.name, m.version, READY, "", m.engine.provider)
-            for m in self.find_all("", "")
-        ]
-        others = [*self._refused.values(), *self._unloaded.values()]
-        return sorted([*served, *others], key=lambda status: status.name)
+        everything = [*self._served(), *self._refused.values(), *self._unloaded.values()]
+        return sorted(everything, key=lambda status: status.name)
 
     async def close(self) -> None:
         """Stop every batcher and give the engines back."""
@@ -224,6 +272,15 @@ class Repository:
         self._models.clear()
         await asyncio.gather(*(model.stop() for model in models))
         await asyncio.gather(*self._retiring, return_exceptions=True)
+
+    def _served(self) -> Iterator[ModelStatus]:
+        for model in self.find_all("", ""):
+            if model.trouble:
+                yield ModelStatus(model.name, model.version, UNAVAILABLE, model.trouble)
+            else:
+                reason = self._objections.get(model.name, "")
+                provider = model.engine.provider
+                yield ModelStatus(model.name, model.version, READY, reason, provider)
 
     def _explicit(self, verb: str) -> Path:
         if self._control != "explicit" or self._root is None:
@@ -233,125 +290,105 @@ class Repository:
             )
         return self._root
 
-    async def _load(self, folder: Path) -> None:
+    async def _follow(self, folder: Path) -> None:
+        """Serve a folder of the directory as it is, or keep why not."""
         name = folder.name
-        if not MODEL_NAME.fullmatch(name):
-            raise ModelRefused(
-                f"{name!r} is no model name: use lower-case letters, digits, '_', '-'"
-            )
-        wanted, files = await asyncio.to_thread(_read, folder)
-        opened: list[ServedModel] = []
+        # Before it is read: what changes meanwhile is seen by the next look.
+        self._fingerprints[name] = await asyncio.to_thread(directory.fingerprint, folder)
         try:
-            for version, file in files:
-                opened.append(await self._open_model(name, version, file, wanted))
-        except BaseException:
-            await asyncio.gather(*(model.stop() for model in opened))
-            raise
-        self._replace(name, tuple(opened))
+            files = await asyncio.to_thread(directory.read, folder)
+        except ModelRefused as error:
+            self._object(name, error)
+        else:
+            await self._attempt(name, files, keep=False)
 
-    async def _open_model(self, name: str, version: str, file: Path, wanted: Wanted) -> ServedModel:
-        """Load one version and start its batcher."""
-        engine = await self._launcher.open(file)
+    async def _attempt(self, name: str, files: ModelFiles, *, keep: bool) -> None:
         try:
-            sha256, config = await asyncio.to_thread(self._describe, name, file, wanted, engine)
-        except BaseException:
-            await engine.close()
-            raise
-        if wanted.instances > 1 or wanted.max_queue_delay_us or wanted.preferred_batch_sizes:
-            log.info(
-                "model %s: instance counts, queue delays and preferred sizes are not obeyed; one "
-                "engine takes what is queued whenever it is free",
-                name,
-            )
+            await self._serve(name, files, keep=keep)
+        except ModelRefused as error:
+            self._object(name, error)
+
+    def _object(self, name: str, error: ModelRefused) -> None:
+        log.error("model is not served", model=name, why=str(error))
+        if name in self._models:
+            self._objections[name] = f"newer files of it are not served: {error}"
+        else:
+            self._refused[name] = ModelStatus(name, "", UNAVAILABLE, str(error))
+
+    async def _serve(self, name: str, files: ModelFiles, *, keep: bool = False) -> None:
+        """Serve exactly the versions of ``files``, all of them or none.
+
+        Raises:
+            ModelRefused: one cannot be loaded; what was served before still is.
+        """
+        kept: list[ServedModel] = []
+        async with contextlib.AsyncExitStack() as opened:
+            served = []
+            for version, file in files.versions:
+                sha256 = await asyncio.to_thread(documents.sha256_of_file, file)
+                model = self._same(name, version, sha256) if keep else None
+                if model is None:
+                    model = await self._open(name, version, sha256, file, files)
+                    opened.push_async_callback(model.stop)
+                else:
+                    kept.append(model)
+                served.append(model)
+            opened.pop_all()
+        old = [model for model in self._models.get(name, ()) if model not in kept]
+        self._models[name] = tuple(served)
+        self._refused.pop(name, None)
+        self._objections.pop(name, None)
+        for model in old:
+            task = asyncio.create_task(model.retire(), name=f"retire-{name}")
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    def _same(self, name: str, version: str, sha256: str) -> ServedModel | None:
+        for model in self._models.get(name, ()):
+            if (model.version, model.sha256) == (version, sha256):
+                return model
+        return None
+
+    async def _open(
+        self, name: str, version: str, sha256: str, file: Path, files: ModelFiles
+    ) -> ServedModel:
+        """Load and warm one version and start its batcher."""
+        wanted = files.wanted
+        async with contextlib.AsyncExitStack() as opened:
+            engines: list[Engine] = []
+            for _ in range(wanted.instances):
+                engine = await self._launcher.open(file, instances=wanted.instances)
+                opened.push_async_callback(engine.close)
+                engines.append(engine)
+            inputs, outputs = engines[0].inputs, engines[0].outputs
+            try:
+                config = wanted.completed(name, inputs, outputs, self.limits.max_batch)
+            except ConfigError as error:
+                raise ModelRefused(f"{files.folder / directory.CONFIG}: {error}") from None
+            config = replace(config, labels=files.labels)
+            for engine in engines:
+                await _warm_up(engine, config, files)
+            opened.pop_all()
         metrics = self._metrics.of_model(name, version)
         batcher = Batcher(
-            engine,
+            engines[0],
             batches=config.batches,
             max_batch=config.max_batch_size,
-            max_queue_rows=self._limits.max_queue_rows,
+            max_queue_rows=self.limits.max_queue_rows,
             observer=metrics,
         )
         task = asyncio.create_task(batcher.serve(), name=f"batcher-{name}")
-        return ServedModel(name, version, sha256, engine, config, metrics.statistics, batcher, task)
-
-    def _describe(
-        self, name: str, file: Path, wanted: Wanted, engine: Engine
-    ) -> tuple[str, ModelConfig]:
-        """Return the digest of a loaded file and how it is served."""
-        folder = file.parent.parent
-        try:
-            config = wanted.completed(name, engine.inputs, engine.outputs, self._limits.max_batch)
-        except ConfigError as error:
-            raise ModelRefused(f"{folder / 'config.pbtxt'}: {error}") from None
-        labels = {
-            output: _labels(folder, label_file) for output, label_file in wanted.label_files.items()
-        }
-        return documents.sha256_of_file(file), replace(config, labels=labels)
-
-    def _replace(self, name: str, versions: tuple[ServedModel, ...]) -> None:
-        for old in self._models.get(name, ()):
-            task = asyncio.create_task(old.retire(), name=f"retire-{name}")
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-        self._models[name] = versions
-        self._refused.pop(name, None)
-
-
-def _model_folders(root: Path) -> list[Path]:
-    return sorted(e for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
-
-
-def _read(folder: Path) -> tuple[Wanted, list[tuple[str, Path]]]:
-    """Return what a model's folder says: its configuration and the files of its versions."""
-    wanted = Wanted()
-    if (folder / "config.pbtxt").exists():
-        try:
-            wanted = model_config.parse_pbtxt(_text(folder, "config.pbtxt"))
-        except ConfigError as error:
-            raise ModelRefused(f"{folder}: {error}") from None
-    there = [
-        int(entry.name)
-        for entry in folder.iterdir()
-        if entry.name.isdecimal() and str(int(entry.name)) == entry.name
-    ]
-    if not there:
-        raise ModelRefused(
-            f"{folder} has no version folder: expected e.g. {folder.name}/1/model.onnx"
+        return ServedModel(
+            name, version, sha256, engines, config, metrics.statistics, batcher, task
         )
-    versions = wanted.versions.choose(there)
-    if not versions:
-        raise ModelRefused(
-            f"{folder}: the version policy asks for {list(wanted.versions.specific)}, there are "
-            f"{sorted(there)}"
-        )
-    files = [(str(version), folder / str(version) / "model.onnx") for version in versions]
-    for _, file in files:
-        if not file.is_file():
-            raise ModelRefused(f"{file} is missing")
-        _held_inside(folder, file)
-    return wanted, files
+
+    async def _retire_all(self, models: Sequence[ServedModel]) -> None:
+        await asyncio.gather(*(model.retire() for model in models))
 
 
-def _labels(folder: Path, name: str) -> Sequence[str]:
-    return _text(folder, name).splitlines()
-
-
-def _text(folder: Path, name: str) -> str:
-    file = folder / name
-    _held_inside(folder, file)
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(MAX_CONFIG_BYTES + 1)
-        if len(data) > MAX_CONFIG_BYTES:
-            raise ModelRefused(f"{file} is larger than {MAX_CONFIG_BYTES} bytes")
-        return data.decode()
-    except OSError as error:
-        raise ModelRefused(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ModelRefused(f"{file} is not UTF-8 text: {error}") from None
-
-
-def _held_inside(folder: Path, file: Path) -> None:
-    root = folder.parent
-    if not file.resolve().is_relative_to(root.resolve()):
-        raise ModelRefused(f"{file} is a link that leaves {root}")
+async def _warm_up(engine: Engine, config: ModelConfig, files: ModelFiles) -> None:
+    for name, inputs in warmup.requests(files.wanted.warm_ups, config, files.warm_up_data):
+        try:
+            await engine.run(inputs)
+        except Exception as error:  # every runtime has errors of its own
+            raise ModelRefused(f"warm-up {name!r} fails: {error}") from None

@@ -51,6 +51,25 @@ class VersionPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmUpTensor:
+    """One input of a warm-up request."""
+
+    datatype: str
+    dims: tuple[int, ...]  # without the batch dimension
+    data: str  # "zero", "random", or the name of a file with the raw tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """A request that a model answers before it may serve."""
+
+    name: str
+    batch_size: int
+    count: int  # how often; 0 stands for once
+    inputs: Mapping[str, WarmUpTensor]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a server does with a model. Shapes are whole: they start with the batch dimension."""
 
@@ -86,6 +105,7 @@ class Wanted:
     max_queue_delay_us: int = 0
     instances: int = 1
     label_files: Mapping[str, str] = field(default_factory=dict)
+    warm_ups: tuple[WarmUp, ...] = ()
 
     def completed(
         self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], limit: int
@@ -167,6 +187,7 @@ def parse_pbtxt(text: str) -> Wanted:
         max_queue_delay_us=message.dynamic_batching.max_queue_delay_microseconds,
         instances=max(1, sum(max(1, group.count) for group in groups)),
         label_files={t.name: t.label_filename for t in message.output if t.label_filename},
+        warm_ups=tuple(_warm_up(warm_up) for warm_up in message.model_warmup),
     )
 
 
@@ -231,6 +252,20 @@ def _type_number(datatype: str) -> Any:  # the stubs call one enum by two types
 def _datatype(number: mc.DataType) -> str:
     name = mc.DataType.Name(number).removeprefix("TYPE_")
     return "BYTES" if name == "STRING" else name
+
+
+def _warm_up(message: mc.ModelWarmup) -> WarmUp:
+    inputs = {}
+    for name, tensor in message.inputs.items():
+        kind = tensor.WhichOneof("input_data_type")
+        if kind is None:
+            raise ConfigError(
+                f"warm-up {message.name!r}, input {name!r}: say zero_data: true, random_data: true "
+                "or input_data_file"
+            )
+        data = {"zero_data": "zero", "random_data": "random"}.get(kind, tensor.input_data_file)
+        inputs[name] = WarmUpTensor(_datatype(tensor.data_type), tuple(tensor.dims), data)
+    return WarmUp(message.name, message.batch_size, message.count, inputs)
 
 
 def _policy(message: mc.ModelVersionPolicy) -> VersionPolicy:

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -313,3 +315,151 @@ async def test_no_request_fails_while_a_new_version_takes_over(explicit, triton_
     await loading
     assert seen == sorted(seen)
     assert seen[0] == "3"
+
+
+@pytest.fixture
+async def polled(triton_directory):
+    repository = Repository(Metrics(), Launcher(threads=1), Limits(max_batch=16), "poll")
+    await repository.load_directory(triton_directory)
+    yield repository
+    await repository.close()
+
+
+async def looks(repository, times=2):
+    """Look at the directory so often; the first look alone changes nothing."""
+    seen = {}
+    for _ in range(times):
+        seen = await repository.poll(seen)
+    return seen
+
+
+async def test_a_polled_directory_is_followed(polled, triton_directory):
+    first = polled.find("digits-hub")
+    await looks(polled)
+    assert polled.find("digits-hub") is first  # nothing changed
+    add_version(triton_directory, "digits-hub/4")
+    add_version(triton_directory, "another/1")
+    await looks(polled)
+    assert polled.find("digits-hub").version == "4"
+    assert polled.find("another").version == "1"
+    shutil.rmtree(triton_directory / "another")
+    await looks(polled)
+    with pytest.raises(NotFound, match="unknown model 'another'"):
+        polled.find("another")
+    assert polled.ready
+
+
+async def test_a_file_that_is_still_being_copied_is_not_taken_for_a_model(polled, triton_directory):
+    seen = await looks(polled)
+    folder = triton_directory / "digits-hub" / "4"
+    folder.mkdir()
+    whole = (triton_directory / "digits-hub" / "3" / "model.onnx").read_bytes()
+    for part in (whole[:100], whole[:1000], whole):
+        (folder / "model.onnx").write_bytes(part)
+        seen = await polled.poll(seen)
+        assert polled.find("digits-hub").version == "3"
+    assert polled.status()[0].reason == ""
+    await polled.poll(seen)
+    assert polled.find("digits-hub").version == "4"
+
+
+async def test_newer_files_that_cannot_be_served_say_why_beside_the_model(polled, triton_directory):
+    config = triton_directory / "digits-hub" / "config.pbtxt"
+    config.write_text("max_batch_size:")
+    await looks(polled)
+    (status,) = polled.status()
+    assert (status.version, status.state) == ("3", "READY")
+    assert "newer files of it are not served" in status.reason
+    assert "cannot be read" in status.reason
+    assert polled.ready
+    config.write_text("max_batch_size: 2")
+    await looks(polled)
+    assert polled.status()[0].reason == ""
+    assert polled.find("digits-hub").config.max_batch_size == 2
+
+
+async def test_a_model_that_was_refused_is_served_once_its_files_are_in_order(
+    polled, triton_directory
+):
+    (triton_directory / "late" / "1").mkdir(parents=True)
+    await looks(polled)
+    with pytest.raises(Unavailable, match="is missing"):
+        polled.find("late")
+    assert not polled.ready
+    add_version(triton_directory, "late/2")
+    await looks(polled)
+    assert polled.find("late").version == "2"
+    assert polled.ready
+
+
+WARM_UP = """
+model_warmup {{
+  name: "first" batch_size: {rows} count: 2
+  inputs {{ key: "image" value {{ data_type: TYPE_FP32 dims: [1, 8, 8] {data} }} }}
+}}
+"""
+
+
+@pytest.mark.parametrize("data", ["zero_data: true", "random_data: true", 'input_data_file: "x"'])
+async def test_a_model_answers_its_warm_up_requests_before_it_serves(
+    repository, triton_directory, data
+):
+    folder = triton_directory / "digits-hub"
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "x").write_bytes(np.ones((4, 1, 8, 8), np.float32).tobytes())
+    (folder / "config.pbtxt").write_text(WARM_UP.format(rows=4, data=data))
+    await repository.load_directory(triton_directory)
+    (found,) = repository.find_all("digits-hub", "")
+    assert found.statistics.inference_count == 0  # nobody asked
+    assert repository.ready
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "reason"),
+    [
+        (17, "zero_data: true", "batch_size must be from 1 to max_batch_size 16, got 17"),
+        (0, "zero_data: true", "batch_size must be from 1"),
+        (4, 'input_data_file: "none"', "No such file"),
+        (4, 'input_data_file: "../../../other"', "leaves"),
+        (4, 'input_data_file: "short"', "expected 1024 bytes"),
+        (4, "", "say zero_data: true"),
+    ],
+)
+async def test_a_warm_up_that_cannot_be_run_keeps_the_model_from_serving(
+    repository, triton_directory, rows, data, reason
+):
+    folder = triton_directory / "digits-hub"
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "short").write_bytes(b"\0")
+    (folder / "config.pbtxt").write_text(WARM_UP.format(rows=rows, data=data))
+    await repository.load_directory(triton_directory)
+    with pytest.raises(Unavailable, match=reason):
+        repository.find("digits-hub")
+
+
+async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_can(
+    triton_directory, tmp_path
+):
+    class Apart(Launcher):
+        async def open(self, path, *, instances=1):
+            return await self.open_apart(path)
+
+    repository = Repository(Metrics(), Apart(threads=1), Limits(max_batch=16))
+    await repository.load_directory(triton_directory)
+    server = HubServer("hub", repository, Metrics())
+    file = triton_directory / "digits-hub" / "3" / "model.onnx"
+    file.rename(tmp_path / "away")
+    os.kill(repository.find("digits-hub").engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while server.model_ready("digits-hub", ""):
+            await asyncio.sleep(0.01)
+    assert not repository.ready
+    with pytest.raises(Unavailable, match="cannot be started again"):
+        await server.infer(InferRequest("digits-hub", images(1)), None)
+    assert len(server.model_statistics("digits-hub", "")) == 1
+    (tmp_path / "away").rename(file)
+    async with asyncio.timeout(20):
+        while not server.model_ready("digits-hub", ""):
+            await asyncio.sleep(0.01)
+    assert (await server.infer(InferRequest("digits-hub", images(1)), None)).outputs
+    await repository.close()
