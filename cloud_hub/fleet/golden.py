@@ -6,14 +6,15 @@ another instruction set: that is what the device's self-test is for.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from cloud_hub.errors import ModelRefused
+from fogline_protocol import hardware
 from fogline_protocol.golden import Deviates, GoldenVectors, VectorsUnusable, judge
-from fogline_protocol.release import BundleDirectory
+from fogline_protocol.release import Bundle, BundleDirectory
 from fogline_protocol.tensors import Array
 
 RUN_LIMIT_S = 120.0
@@ -40,6 +41,34 @@ class Finding:
 
     figures: Mapping[str, float]  # max_abs_error, agreement; empty if it never ran
     problem: str = ""
+
+
+def problems(bundle: Bundle, findings: Mapping[str, Finding], processor: str) -> Sequence[str]:
+    """Say of every variant that failed what is wrong with it, and what may mend it.
+
+    Where int8 strays and fp32 does not, the net is right and its quantization is not; on a
+    processor whose sums saturate, the likely reason is weights of all 8 bits.
+
+    Args:
+        bundle: what was tried.
+        findings: by variant.
+        processor: that tried it, as ``hardware.this_machine`` names it.
+    """
+    precisions = {variant.name: variant.precision for variant in bundle.variants}
+    fp32_passes = any(precisions[name] == "fp32" and not f.problem for name, f in findings.items())
+    said = []
+    for name, finding in findings.items():
+        if not finding.problem:
+            continue
+        strays = bool(finding.figures) and precisions[name] == "int8"
+        hint = (
+            f" (its fp32 passes, and this hub's {processor} has no VNNI: "
+            "there an int8 file may need to be quantized with reduce_range=True)"
+            if strays and fp32_passes and hardware.sums_saturate(processor)
+            else ""
+        )
+        said.append(f"variant {name}: {finding.problem}{hint}")
+    return said
 
 
 async def run(

@@ -29,7 +29,7 @@ from cloud_hub.fleet.golden import Finding, Load
 from cloud_hub.fleet.trust import CERTIFICATES, Repository
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
-from fogline_protocol import release, release_index
+from fogline_protocol import hardware, release, release_index
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import ROOT, Bundle, BundleDirectory, BundleRefused, Pairing
 from fogline_protocol.release_index import IndexedFile, ReleaseIndex
@@ -271,7 +271,7 @@ class Releases:
             findings = await golden.run(read, self._load, self._providers)
         except ModelRefused as error:
             raise ReleaseRefused("self-test/unusable", str(error)) from None
-        problems = [f"variant {name}: {f.problem}" for name, f in findings.items() if f.problem]
+        problems = golden.problems(read.bundle, findings, hardware.this_machine())
         if not findings:
             problems = [f"no variant of it runs on this hub ({', '.join(self._providers)})"]
         if problems and not force:

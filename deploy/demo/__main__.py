@@ -126,6 +126,7 @@ async def _demo(options: argparse.Namespace) -> bool:
             root.mkdir(parents=True, exist_ok=True)
         digits = _load_traffic()
         edge_bundle, certificate = await asyncio.to_thread(certified_bundle, root)
+        better_bundle, _ = await asyncio.to_thread(certified_bundle, root, BETTER_BUNDLE)
         hub_file = HUB_BUNDLE / _hub_variant(certificate)
 
         console.rule("[bold]fogline[/]: answer on the device, ask the hub when unsure")
@@ -140,8 +141,7 @@ async def _demo(options: argparse.Namespace) -> bool:
         figures = Figures(alpha=certificate.alpha)
         await _steady_traffic(fleet, apps, digits, certificate, figures)
         await _outage(fleet, apps, digits, figures)
-        better, _ = await asyncio.to_thread(certified_bundle, root, BETTER_BUNDLE)
-        await _better_release(fleet, apps, digits, better, figures)
+        await _better_release(fleet, apps, digits, better_bundle, figures)
         await _broken_release(fleet, apps, digits, figures)
         await _convergence(fleet, apps, digits, edge_bundle, figures)
         _summary(figures, time.monotonic() - started)
@@ -174,7 +174,7 @@ def certified_bundle(root: Path, source: Path = EDGE_BUNDLE) -> tuple[Path, Cert
     for found in edge.certificates:
         if found.objection(variant_sha256=digest, hardware_class=here, now=now) is None:
             return target, found
-    console.print(f"no certificate for {here} yet: measuring this machine")
+    console.print(f"{source.name} has no certificate for {here} yet: measuring this machine")
     data = certify.read_calibration(FAMILY / "calibration.npz")
     terms = certify.Terms(alpha=ALPHA)
     made = certify.certify(

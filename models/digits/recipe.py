@@ -129,7 +129,7 @@ class Built:
 
 
 def build(out: Path, say: Say) -> None:
-    """Make every file of the family below ``out``: less than a minute on one idle core."""
+    """Make every file of the family below ``out``: about a minute on one core."""
     splits = data.splits()
     say("digits: " + ", ".join(f"{name} {len(split.rows)}" for name, split in splits.items()))
     _write_data(out, splits)
@@ -398,13 +398,15 @@ def _report(
 
 
 INT8_NOTE_EDGE = """
-On a net this small int8 saves about half of the bytes and no time: on x86 with VNNI it was measured
-slower than fp32, because quantizing costs more than the multiplications it saves. It ships because
-it is the form that pays on larger nets, and so that a release takes the whole way.
+On a net this small int8 saves about half of the bytes and no time: on x86, with VNNI and without, it
+was measured slower than fp32, because quantizing costs more than the multiplications it saves. It
+ships because it is the form that pays on larger nets, and so that a release takes the whole way.
+Its weights use 7 of their 8 bits, so that the one file is right on processors without VNNI, too.
 """
 INT8_NOTE_HUB = """
-int8 pays here: about a quarter of the bytes, and faster, most of all in batches. The hub serves fp32
-all the same: a certificate compares with one file, and fp32 answers alike on every processor.
+int8 pays here: about a quarter of the bytes, and faster, most of all in batches. Its weights use 7 of
+their 8 bits, so that the one file is right on processors without VNNI, too. The hub serves fp32 all
+the same: a certificate compares with one file, and fp32 answers alike on every processor.
 """
 
 

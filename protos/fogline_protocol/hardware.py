@@ -27,6 +27,14 @@ def instruction_set(machine: str, flags: AbstractSet[str]) -> str:
     return machine
 
 
+def sums_saturate(processor: str) -> bool:
+    """Return whether uint8 times int8 overflows on an instruction set like ``x86_64+avx2``.
+
+    x86 without VNNI adds two products in 16 bits; int8 weights of 7 bits always fit.
+    """
+    return processor.partition("+")[0] == "x86_64" and "vnni" not in processor
+
+
 @functools.cache
 def this_machine() -> str:
     """Return the instruction set of the machine this runs on."""

@@ -4,9 +4,13 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from digits import data
 from fogline_models import certify, evaluate
@@ -202,6 +206,63 @@ def test_the_better_release_is_clearly_better(digits: Path, traffic: dict[str, A
         for name in EDGES
     )
     assert better > first + 0.03
+
+
+# int8 on every x86 processor
+
+# Where a file keeps its weights, and in which fields of onnx.proto: read by number, because
+# the onnx package is not part of an environment that runs these tests.
+GRAPH, INITIALIZER = 7, 5  # of ModelProto, of GraphProto
+DIMS, DATA_TYPE, NAME, RAW_DATA, INT8 = 1, 2, 8, 9, 3  # of TensorProto
+
+
+def fields(message: bytes) -> list[tuple[int, Any]]:
+    """Return the fields of a serialized message as numbers and values, in order."""
+    parsed = UnknownFieldSet(Empty.FromString(message))
+    return [(field.field_number, field.data) for field in parsed]
+
+
+def int8_weights(path: Path) -> dict[str, Array]:
+    """Return every int8 matrix and kernel of an ONNX file by name."""
+    graph = dict(fields(path.read_bytes()))[GRAPH]
+    tensors = [fields(value) for number, value in fields(graph) if number == INITIALIZER]
+    return {
+        dict(tensor)[NAME].decode(): np.frombuffer(dict(tensor)[RAW_DATA], np.int8)
+        for tensor in tensors
+        if dict(tensor)[DATA_TYPE] == INT8 and sum(number == DIMS for number, _ in tensor) > 1
+    }
+
+
+@pytest.mark.parametrize(("name", "count"), [*((n, 3) for n in (*EDGES, BROKEN)), (HUB, 6)])
+def test_int8_weights_leave_room_for_the_sums_of_processors_without_vnni(
+    digits: Path, name: str, count: int
+) -> None:
+    found = int8_weights(digits / "bundles" / name / "variants" / "int8-qdq.onnx")
+    assert len(found) == count  # every layer's
+    assert {int(np.abs(weights.astype(int)).max()) for weights in found.values()} <= {63, 64}
+
+
+@pytest.mark.parametrize("name", [*EDGES, HUB])
+def test_the_integer_kernels_of_this_machine_compute_what_exact_arithmetic_does(
+    digits: Path, traffic: dict[str, Array], name: str
+) -> None:
+    """Unoptimized, the file runs on floats between its quantize and dequantize nodes."""
+    path = str(digits / "bundles" / name / "variants" / "int8-qdq.onnx")
+    answers = []
+    for level in (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        answers.append(session.run(["logits"], {"image": traffic["main_images"]})[0])
+    exact, here = answers
+    # Two of the 255 steps between smallest and largest logit: a rounding may go the other way.
+    # Sums that were cut off strayed by ten times as much.
+    assert np.abs(exact - here).max() <= 2 / 255 * np.ptp(exact)
 
 
 # Certificates

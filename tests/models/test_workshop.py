@@ -74,6 +74,17 @@ def test_quantizing_keeps_the_answers_and_uses_integers(tmp_path: Path) -> None:
     assert np.abs(before - after).max() < 0.1 * np.abs(before).max()
 
 
+def test_quantized_weights_leave_room_for_the_sums_of_processors_without_vnni(
+    tmp_path: Path,
+) -> None:
+    quantize(export_to(tmp_path, net()), examples(100), {}, tmp_path / "int8.onnx")
+    graph = onnx.load(str(tmp_path / "int8.onnx")).graph
+    arrays = map(onnx.numpy_helper.to_array, graph.initializer)
+    weights = [array for array in arrays if array.dtype == np.int8 and array.ndim > 1]
+    assert len(weights) == 3  # two convolutions and a linear layer
+    assert {int(np.abs(array.astype(int)).max()) for array in weights} <= {63, 64}
+
+
 def test_a_net_in_train_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"train mode, call \.eval\(\)"):
         export_to(tmp_path, net().train())

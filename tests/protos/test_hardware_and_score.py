@@ -23,6 +23,22 @@ def test_the_strongest_instruction_set_names_the_class(machine, flags, name):
     assert hardware.instruction_set(machine, flags) == name
 
 
+@pytest.mark.parametrize(
+    ("processor", "saturates"),
+    [
+        ("x86_64", True),
+        ("x86_64+avx2", True),
+        ("x86_64+avx512f", True),
+        ("x86_64+avx_vnni", False),
+        ("x86_64+avx512_vnni", False),
+        ("aarch64+i8mm", False),
+        ("aarch64", False),
+    ],
+)
+def test_sums_saturate_on_x86_without_vnni_only(processor, saturates):
+    assert hardware.sums_saturate(processor) == saturates
+
+
 def test_a_patch_release_of_the_runtime_is_the_same_class():
     first = hardware.hardware_class("CPUExecutionProvider", "onnxruntime", "1.32.0")
     assert first == hardware.hardware_class("CPUExecutionProvider", "onnxruntime", "1.32.9")

@@ -21,7 +21,7 @@ from cloud_hub.fleet.releases import ReleaseRefused, Releases, pair_problem
 from cloud_hub.fleet.trust import Repository
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
-from fogline_protocol import documents, release, release_index
+from fogline_protocol import documents, hardware, release, release_index
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import (
     Bundle,
@@ -99,15 +99,17 @@ def bundle(
     providers: tuple[str, ...] = (CPU,),
     inputs: tuple[TensorSpec, ...] = (X,),
     labels: tuple[str, ...] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a bundle whose only variant is a factor and return its folder."""
+    """Write a bundle whose variants are factors, fp32 and those beside it; return its folder."""
     (folder / "variants").mkdir(parents=True)
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     vectors = io.BytesIO()
     arrays: dict[str, Any] = {"input.x": rows, "output.y": rows[:, :2]}
     np.savez(vectors, **arrays)
+    factors = {"fp32": factor, **(beside or {})}
     files = {
-        "variants/fp32.onnx": factor.encode(),
+        **{f"variants/{name}.onnx": text.encode() for name, text in factors.items()},
         "selftest.npz": vectors.getvalue(),
         "README.md": b"# card of " + model.encode(),
     }
@@ -118,8 +120,8 @@ def bundle(
         outputs=(Y,),
         max_batch=3,
         labels=labels,
-        variants=(Variant("fp32", "variants/fp32.onnx", "fp32", providers),),
-        self_test=SelfTest("selftest.npz", {"fp32": Tolerance(0.01, 0.9)}),
+        variants=tuple(Variant(name, f"variants/{name}.onnx", name, providers) for name in factors),
+        self_test=SelfTest("selftest.npz", {name: Tolerance(0.01, 0.9) for name in factors}),
         files={name: File(documents.sha256(data), len(data)) for name, data in files.items()},
         score=Score("max_softmax", "y"),
         escalates_to=escalates_to,
@@ -302,6 +304,35 @@ async def test_a_wrong_model_is_refused_with_figures_unless_forced(
     forced = await hub.releases.accept(path, force=True)
     assert forced.forced
     assert (await hub.releases.show("digits-hub", 1)).forced
+
+
+@pytest.mark.parametrize(
+    ("processor", "fp32", "beside", "hints"),
+    [
+        ("x86_64+avx2", "1", {"int8": "1.1"}, True),
+        ("x86_64+avx512_vnni", "1", {"int8": "1.1"}, False),  # nothing saturates there
+        ("x86_64+avx2", "1.1", {"int8": "1.1"}, False),  # the net is wrong, not its quantization
+        ("x86_64+avx2", "1.1", {"int8": "1"}, False),
+        ("x86_64+avx2", "1", {"int8": "garbage"}, False),  # it never ran
+        ("x86_64+avx2", "1", {"fp16": "1.1"}, False),
+    ],
+)
+async def test_int8_that_strays_where_fp32_does_not_is_refused_with_what_may_mend_it(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processor: str,
+    fp32: str,
+    beside: Mapping[str, str],
+    hints: bool,
+) -> None:
+    monkeypatch.setattr(hardware, "this_machine", lambda: processor)
+    path = bundle(tmp_path / "b", factor=fp32, beside=beside)
+    error = await refused(hub.releases.accept(path))
+    assert error.code == "self-test/failed"
+    hint = f"this hub's {processor} has no VNNI: there an int8 file may need to be quantized with"
+    assert (f"(its fp32 passes, and {hint} reduce_range=True)" in error.sentence) == hints
+    assert (await hub.releases.accept(path, force=True)).forced
 
 
 async def test_a_release_that_nothing_here_can_run_needs_force(hub: Hub, tmp_path: Path) -> None:
