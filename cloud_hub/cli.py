@@ -63,6 +63,11 @@ def main() -> None:
 )
 @click.option("--poll-s", type=float, help="Between two looks at --models, with poll [default: 5].")
 @click.option(
+    "--front-processes",
+    type=int,
+    help="Processes that speak gRPC for the hub, for small models under load; 0: none [default: 0].",
+)
+@click.option(
     "--mqtt",
     metavar="URL",
     help="Broker for device updates, mqtt://HOST:PORT [default: a Mosquitto of our own]; off: none.",

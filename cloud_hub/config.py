@@ -36,6 +36,8 @@ class HubConfig(BaseSettings):
     mqtt: str = ""  # URL of a broker; empty: one of our own; "off": no devices to update
     name: str = "fogline-hub"  # shown in the console and in server metadata
 
+    front_processes: int = Field(0, ge=0, le=64)  # that speak gRPC; 0: the hub does it itself
+
     tls_cert: Path | None = None
     tls_key: Path | None = None
 

@@ -39,6 +39,7 @@ from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import Identity
+from cloud_hub.front.fronts import Fronts
 from cloud_hub.inference import admission
 from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
@@ -46,7 +47,7 @@ from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics
 from cloud_hub.store.store import Store
-from fogline_protocol import grpc_service, rest_service
+from fogline_protocol import grpc_calls, grpc_service, rest_service
 
 DATABASE = "hub.sqlite"
 
@@ -143,20 +144,25 @@ class Hub:
     async def _open_grpc(self) -> str:
         address = self.config.grpc
         guarded = await self._is_guarded(address)
+        methods = {
+            **grpc_service.methods(self.server, self.server),
+            **grpc_service.health_methods(self.server),
+            **reports.methods(self._count, lambda: self.fleet.contact(self.url)),
+        }
+        host, _ = split_address(address)
+        if self.config.front_processes:
+            authenticate = self.identity.authenticate if guarded else None
+            self.fronts = Fronts(self.config, admission.passed_on(methods, authenticate))
+            await self.fronts.start(self.config.front_processes)
+            self._parts.push_async_callback(self.fronts.stop, self.config.drain_s)
+            return _joined(host, self.fronts.port)
         server = grpc_service.new_server(
             max_message_bytes=self.config.max_message_bytes,
             interceptors=[admission.TokenInterceptor(self.identity.authenticate)]
             if guarded
             else [],
         )
-        server.add_generic_rpc_handlers(
-            (
-                grpc_service.handler(self.server, self.server),
-                grpc_service.health_handler(self.server),
-                reports.handler(self._count, lambda: self.fleet.contact(self.url)),
-            )
-        )
-        host, _ = split_address(address)
+        server.add_generic_rpc_handlers((grpc_calls.handler(methods, {grpc_service.STREAM}),))
         try:
             if self.config.tls_cert is not None and self.config.tls_key is not None:
                 pair = (self.config.tls_key.read_bytes(), self.config.tls_cert.read_bytes())

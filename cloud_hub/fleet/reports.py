@@ -6,12 +6,11 @@ entries and histograms are held to limits, so that one device cannot fill the hu
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import grpc
 from google.protobuf.message import DecodeError
 
-from fogline_protocol import grpc_calls
+from fogline_protocol.grpc_calls import Context, Method
 from fogline_protocol.inference import BadRequest
 from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.v1.fleet_pb2 import (
@@ -37,14 +36,14 @@ Accept = Callable[[Telemetry], None]
 Contact = Callable[[], ContactResponse]
 
 
-def handler(accept: Accept, contact: Contact) -> grpc.GenericRpcHandler:
-    """Return the gRPC handler that takes reports and tells devices where the rest is."""
+def methods(accept: Accept, contact: Contact) -> Mapping[str, Method]:
+    """Return the gRPC methods that take reports and tell devices where the rest is."""
 
-    async def report(data: bytes, _context: grpc_calls.Context) -> bytes:
+    async def report(data: bytes, _context: Context) -> bytes:
         accept(parse(data))
         return TelemetryReceipt().SerializeToString()
 
-    async def tell(data: bytes, _context: grpc_calls.Context) -> bytes:
+    async def tell(data: bytes, _context: Context) -> bytes:
         try:
             request = ContactRequest.FromString(data)
         except DecodeError:
@@ -52,7 +51,7 @@ def handler(accept: Accept, contact: Contact) -> grpc.GenericRpcHandler:
         check_device(request.device)
         return contact().SerializeToString()
 
-    return grpc_calls.generic_handler(SERVICE, {"Report": report, "Contact": tell})
+    return {f"/{SERVICE}/Report": report, f"/{SERVICE}/Contact": tell}
 
 
 def checked(accept: Accept) -> Accept:

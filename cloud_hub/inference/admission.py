@@ -1,14 +1,15 @@
 """Who may call: bearer tokens at doors that other machines can reach, on gRPC and HTTP alike."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
 from aiohttp import web
 
 from cloud_hub.fleet.identity import Caller
+from cloud_hub.front.relay import Answer, Call
 from fogline_protocol import grpc_calls, grpc_service, rest_service
-from fogline_protocol.inference import Unauthenticated
+from fogline_protocol.inference import Unauthenticated, Unsupported
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Authenticate = Callable[[str], Awaitable[Caller | None]]
@@ -36,10 +37,30 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             return await continuation(details)
 
         # As a stream, so that nothing is waited for: it suits unary calls as well.
-        async def refuse(_requests: Any, context: grpc_calls.Context) -> None:
+        async def refuse(_requests: Any, context: grpc_calls.Carrier) -> None:
             await grpc_calls.abort(context, problem)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def passed_on(
+    methods: Mapping[str, grpc_calls.Method], authenticate: Authenticate | None
+) -> Answer:
+    """Return what answers the calls that fronts pass on, as the hub's own door would."""
+
+    async def answer(call: Call) -> bytes:
+        method = methods.get(call.path)
+        if method is None:
+            raise Unsupported(f"{call.path} is not offered by this server")
+        if authenticate is not None and not call.path.startswith(f"/{grpc_service.HEALTH}/"):
+            problem = await _problem(authenticate, call.metadata.get("authorization", ""))
+            if problem is not None:
+                raise problem
+        if call.path == grpc_service.STREAM and not call.request:
+            return b""  # a stream was opened: its caller may, that is all
+        return await grpc_calls.translating(call.path, method, call.request, call)
+
+    return answer
 
 
 def rest_middleware(authenticate: Authenticate) -> Any:

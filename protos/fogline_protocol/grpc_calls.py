@@ -8,35 +8,61 @@ the caller sent the metadata ``triton_grpc_error: true``, which asks for the end
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Never
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from typing import Any, Never, Protocol
 
 import grpc
 
 from fogline_protocol import inference
-from fogline_protocol.inference import InferenceError, InferResponse, ServerFault
+from fogline_protocol.inference import InferenceError, ServerFault
 
 # The text of an error travels as a header, of which clients take 8 KiB in all by default, and
 # non-ASCII bytes are three there. A text that quotes a long name would take its status along.
 MAX_ERROR_BYTES = 2048
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
+
+class Context(Protocol):
+    """What a method may ask of the call it answers, whatever carries it."""
+
+    def time_remaining(self) -> float | None:
+        """Return how long the caller still waits, in seconds; None: for ever."""
+        ...
+
+    def invocation_metadata(self) -> Any:
+        """Return pairs of a name and a text (bytes where the name ends in ``-bin``), or None."""
+        ...
+
+
 Method = Callable[[bytes, Context], Awaitable[bytes]]
-Infer = Callable[[bytes, Context], Awaitable[InferResponse]]
+Carrier = grpc.aio.ServicerContext[bytes, bytes]  # grpcio's own
 
 STREAM_IN_FLIGHT = 64  # requests of one stream; the next ones wait unread, on the caller's side
 
 log = logging.getLogger("fogline.grpc")
 
 
-def generic_handler(service: str, methods: Mapping[str, Method]) -> grpc.GenericRpcHandler:
-    """Return a handler for unary methods over bytes that translates errors at the door."""
-    return grpc.method_handlers_generic_handler(
-        service, {name: unary(f"{service}/{name}", method) for name, method in methods.items()}
+def handler(methods: Mapping[str, Method], streams: Collection[str] = ()) -> grpc.GenericRpcHandler:
+    """Return a handler for methods over bytes, by their paths; ``streams`` are streams of them.
+
+    It translates errors at the door.
+    """
+    return _Handler(
+        {
+            path: stream(path, method) if path in streams else unary(path, method)
+            for path, method in methods.items()
+        }
     )
 
 
-async def abort(context: Context, error: InferenceError) -> Never:
+class _Handler(grpc.GenericRpcHandler):
+    def __init__(self, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]") -> None:
+        self._handlers = handlers
+
+    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        return self._handlers.get(details.method)
+
+
+async def abort(context: Carrier, error: InferenceError) -> Never:
     """End a call with the status and the text of ``error``: the only place that aborts."""
     text = str(error)
     encoded = text.encode(errors="replace")
@@ -48,23 +74,46 @@ async def abort(context: Context, error: InferenceError) -> Never:
 def unary(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
     """Return the handler of one unary method."""
 
-    async def call(data: bytes, context: Context) -> bytes:
+    async def call(data: bytes, context: Carrier) -> bytes:
         try:
-            return await method(data, context)
-        except Exception as error:
-            # The last door: a fault of ours ends this call, never the process.
-            await abort(context, _translated(path, error))
+            return await translating(path, method, data, context)
+        except InferenceError as error:
+            await abort(context, error)
 
     return grpc.unary_unary_rpc_method_handler(call)
 
 
-def stream(path: str, infer: Infer) -> "grpc.RpcMethodHandler[Any, Any]":
+async def translating(path: str, method: Method, data: bytes, context: Context) -> bytes:
+    """Return the answer of ``method``.
+
+    Raises:
+        InferenceError: and nothing else: a fault of ours ends this call, never the process.
+    """
+    try:
+        return await method(data, context)
+    except InferenceError as error:
+        log.info("%s refused: %s: %s", path, error.grpc_code, error)
+        raise
+    except Exception as error:
+        log.exception("%s failed", path)
+        raise ServerFault(f"{path} failed, see the server's log") from error
+
+
+def stream(
+    path: str, method: Method, admit: Callable[[Context], Awaitable[None]] | None = None
+) -> "grpc.RpcMethodHandler[Any, Any]":
     """Return the handler of a stream of inference requests, answered in their order.
 
-    Requests of one stream run side by side, up to ``STREAM_IN_FLIGHT``.
+    ``method`` answers one of them with a ``ModelStreamInferResponse``. Requests of one stream run
+    side by side, up to ``STREAM_IN_FLIGHT``. ``admit`` may refuse a stream before it is read.
     """
 
-    async def call(requests: AsyncIterator[bytes], context: Context) -> None:
+    async def call(requests: AsyncIterator[bytes], context: Carrier) -> None:
+        if admit is not None:
+            try:
+                await admit(context)
+            except InferenceError as error:
+                await abort(context, error)
         by_status = _wants_status(context)
         # In order of arrival; None: the caller sends no more.
         answers: asyncio.Queue[asyncio.Task[bytes | InferenceError] | None]
@@ -81,7 +130,7 @@ def stream(path: str, infer: Infer) -> "grpc.RpcMethodHandler[Any, Any]":
         async def read() -> None:
             with contextlib.suppress(grpc.aio.BaseError):  # the caller broke off
                 async for data in requests:
-                    await answers.put(start(_streamed(path, infer, data, context, by_status)))
+                    await answers.put(start(_streamed(path, method, data, context, by_status)))
             await answers.put(None)
 
         start(read())
@@ -99,28 +148,19 @@ def stream(path: str, infer: Infer) -> "grpc.RpcMethodHandler[Any, Any]":
 
 
 async def _streamed(
-    path: str, infer: Infer, data: bytes, context: Context, by_status: bool
+    path: str, method: Method, data: bytes, context: Carrier, by_status: bool
 ) -> bytes | InferenceError:
     """Return the message that answers one request of a stream, or what must end the stream."""
     try:
-        return inference.encode_stream_response(await infer(data, context))
-    except Exception as error:  # as in a unary call
-        translated = _translated(path, error)
-    if by_status:
-        return translated
-    return inference.encode_stream_error(inference.request_id(data), translated)
+        return await translating(path, method, data, context)
+    except InferenceError as error:
+        if by_status:
+            return error
+        return inference.encode_stream_error(inference.request_id(data), error)
 
 
-def _wants_status(context: Context) -> bool:
+def _wants_status(context: Carrier) -> bool:
     return any(
         key == "triton_grpc_error" and value in ("true", b"true")
         for key, value in context.invocation_metadata() or ()
     )
-
-
-def _translated(path: str, error: Exception) -> InferenceError:
-    if isinstance(error, InferenceError):
-        log.info("%s refused: %s: %s", path, error.grpc_code, error)
-        return error
-    log.error("%s failed", path, exc_info=error)
-    return ServerFault(f"{path} failed, see the server's log")

@@ -7,15 +7,15 @@ costs beyond grpcio is decided in ``inference.py`` alone.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from fogline_protocol import inference, model_config, repository, statistics
+from fogline_protocol import grpc_calls, inference, model_config, repository, statistics
 from fogline_protocol.doors import answer
-from fogline_protocol.grpc_calls import Context, Method, generic_handler, stream, unary
+from fogline_protocol.grpc_calls import Context, Method
 from fogline_protocol.inference import (
     BadRequest,
     InferenceServer,
@@ -27,6 +27,7 @@ from fogline_protocol.repository import ModelControl
 from fogline_protocol.v1 import inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
+STREAM = f"/{SERVICE}/ModelStreamInfer"
 HEALTH = "grpc.health.v1.Health"
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20  # sixteen times grpcio's default, which images exceed
 SETTLE_S = 0.1  # between the decision to stop and the stop, for calls that are on their way in
@@ -38,14 +39,18 @@ def new_server(
     *,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    share_port: bool = False,
 ) -> grpc.aio.Server:
-    """Return a server that refuses to share its port and accepts messages up to the limit."""
+    """Return a server that accepts messages up to the limit.
+
+    It refuses to share its port, unless it is one of several that were started to share it.
+    """
     return grpc.aio.server(
         interceptors=list(interceptors),
         options=[
             # With the default, a second server starts silently on the same port and takes
             # some of the calls.
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(share_port)),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         ],
@@ -62,7 +67,12 @@ async def stop(server: grpc.aio.Server, grace_s: float) -> None:
 
 
 def handler(server: InferenceServer, control: ModelControl | None = None) -> grpc.GenericRpcHandler:
-    """Return the handler to add to a ``grpc.aio.Server``.
+    """Return the handler to add to a ``grpc.aio.Server``; see ``methods``."""
+    return grpc_calls.handler(methods(server, control), {STREAM})
+
+
+def methods(server: InferenceServer, control: ModelControl | None = None) -> Mapping[str, Method]:
+    """Return the methods of the protocol by their paths, whatever carries the calls.
 
     Without ``control`` the repository calls, and in any case every other method of the protocol
     that is not offered, answer UNIMPLEMENTED with a text.
@@ -105,7 +115,10 @@ def handler(server: InferenceServer, control: ModelControl | None = None) -> grp
     async def model_infer(data: bytes, context: Context) -> bytes:
         return inference.encode_response(await infer(data, context))
 
-    methods: dict[str, Method] = {
+    async def stream_infer(data: bytes, context: Context) -> bytes:
+        return inference.encode_stream_response(await infer(data, context))
+
+    found: dict[str, Method] = {
         "ServerLive": server_live,
         "ServerReady": server_ready,
         "ServerMetadata": server_metadata,
@@ -114,17 +127,13 @@ def handler(server: InferenceServer, control: ModelControl | None = None) -> grp
         "ModelConfig": config,
         "ModelStatistics": model_statistics,
         "ModelInfer": model_infer,
+        "ModelStreamInfer": stream_infer,
     }
     if control is not None:
-        methods |= _repository_methods(control)
+        found |= _repository_methods(control)
     for name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
-        methods.setdefault(name, _not_offered(name))
-    methods.pop("ModelStreamInfer")
-    return grpc.method_handlers_generic_handler(
-        SERVICE,
-        {name: unary(f"{SERVICE}/{name}", method) for name, method in methods.items()}
-        | {"ModelStreamInfer": stream(f"{SERVICE}/ModelStreamInfer", infer)},
-    )
+        found.setdefault(name, _not_offered(name))
+    return {f"/{SERVICE}/{name}": method for name, method in found.items()}
 
 
 def _repository_methods(control: ModelControl) -> dict[str, Method]:
@@ -156,8 +165,8 @@ def _not_offered(name: str) -> Method:
     return refuse
 
 
-def health_handler(server: InferenceServer) -> grpc.GenericRpcHandler:
-    """Return the handler of ``grpc.health.v1.Health``, which load balancers and probes ask.
+def health_methods(server: InferenceServer) -> Mapping[str, Method]:
+    """Return the methods of ``grpc.health.v1.Health``, which load balancers and probes ask.
 
     Only ``Check`` is offered: a client that would rather watch falls back when it is told so.
     """
@@ -170,7 +179,12 @@ def health_handler(server: InferenceServer) -> grpc.GenericRpcHandler:
         ready = status.SERVING if server.server_ready() else status.NOT_SERVING
         return pb.HealthCheckResponse(status=ready).SerializeToString()
 
-    return generic_handler(HEALTH, {"Check": check, "Watch": _not_offered("Watch")})
+    return {f"/{HEALTH}/Check": check, f"/{HEALTH}/Watch": _not_offered("Watch")}
+
+
+def health_handler(server: InferenceServer) -> grpc.GenericRpcHandler:
+    """Return the handler to add to a ``grpc.aio.Server``; see ``health_methods``."""
+    return grpc_calls.handler(health_methods(server))
 
 
 def _parse(message: M, data: bytes) -> M:

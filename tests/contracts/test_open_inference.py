@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from cloud_hub.config import HubConfig
+from cloud_hub.hub import Hub
 from edge_agent import Agent, AgentConfig
 from tests.contracts.open_inference import OpenInferenceContract, Target
 from tests.edge_agent import bundles
@@ -14,6 +16,22 @@ class TestTheFakeHub(OpenInferenceContract):
     async def target(self) -> AsyncIterator[Target]:
         async with Serving(FakeHub()) as door:
             yield Target(door.address, HUB_MODEL)
+
+
+@pytest.mark.parametrize("front_processes", [0, 1])
+class TestTheHub(OpenInferenceContract):
+    @pytest.fixture
+    async def target(self, tmp_path: Path, front_processes: int) -> AsyncIterator[Target]:
+        version = tmp_path / "models" / "double" / "1"
+        version.mkdir(parents=True)
+        (version / "model.onnx").write_bytes((bundles.DATA / "double.onnx").read_bytes())
+        config = HubConfig(
+            data=tmp_path / "hub", models=tmp_path / "models", grpc="127.0.0.1:0",
+            http="127.0.0.1:0", mqtt="off", front_processes=front_processes,
+        )  # fmt: skip
+        async with Hub(config) as hub:
+            output = hub.repository.find("double").engine.outputs[0].name
+            yield Target(hub.grpc_address, "double", output=output)
 
 
 class TestTheAgent(OpenInferenceContract):

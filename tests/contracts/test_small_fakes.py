@@ -10,7 +10,7 @@ from cloud_hub.engines.launch import Launcher
 from cloud_hub.fleet import reports
 from edge_agent.fleet.telemetry import REPORT
 from edge_agent.inference.uplink import Uplink
-from fogline_protocol import grpc_service
+from fogline_protocol import grpc_calls, grpc_service
 from fogline_protocol.client import Client
 from fogline_protocol.inference import InferenceError
 from fogline_protocol.v1 import fleet_pb2 as pb
@@ -58,7 +58,7 @@ async def fleet_door(request):
         handler, arrived = door.handler, door.reports
     else:
         arrived = []
-        handler = reports.handler(arrived.append, pb.ContactResponse)
+        handler = grpc_calls.handler(reports.methods(arrived.append, pb.ContactResponse))
     server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -335,7 +335,7 @@ class FleetDoor:
 
     def __init__(self) -> None:
         self.reports: list[fleet_pb2.Telemetry] = []
-        self.handler = grpc_calls.generic_handler("fogline.v1.Fleet", {"Report": self._report})
+        self.handler = grpc_calls.handler({"/fogline.v1.Fleet/Report": self._report})
 
     async def _report(self, data: bytes, _context: Any) -> bytes:
         self.reports.append(fleet_pb2.Telemetry.FromString(data))

@@ -26,7 +26,7 @@ from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed, Pauses
 from edge_agent.update.disk import LocalDisk
 from edge_agent.update.slots import Pointer, Slots, Target
-from fogline_protocol import documents
+from fogline_protocol import documents, grpc_calls
 from fogline_protocol.inference import InferRequest
 from fogline_protocol.mqtt import BrokerAddress, MqttClient, Outgoing
 from fogline_protocol.v1 import fleet_pb2 as pb
@@ -48,7 +48,9 @@ class Contacts:
         self.mqtt = str(mqtt)
         self.http = http
         self.asked = 0
-        self.door = Serving(FakeHub(), [reports.handler(lambda _: None, self._tell)])
+        self.door = Serving(
+            FakeHub(), [grpc_calls.handler(reports.methods(lambda _: None, self._tell))]
+        )
 
     def _tell(self) -> pb.ContactResponse:
         self.asked += 1

@@ -139,8 +139,9 @@ async def test_files_that_are_no_tls_pair_are_named_and_not_the_port(tls, tmp_pa
     assert f"{cert} and {key} are no TLS pair" in err
 
 
+@pytest.mark.parametrize("fronts", [0, 1])
 async def test_doors_that_others_can_reach_let_only_known_callers_in(
-    make_hub, tls, tmp_path, processes
+    make_hub, tls, tmp_path, processes, fronts
 ):
     cert, key, pem = tls
     options = ("--tls-cert", str(cert), "--tls-key", str(key))
@@ -152,6 +153,7 @@ async def test_doors_that_others_can_reach_let_only_known_callers_in(
 
     code, token, _ = await fogline("token", "create", "--data", tmp_path / "hub", "--label", "x")
     assert code == 0
+    options += ("--front-processes", str(fronts))
     hub = await make_hub(*options, grpc="0.0.0.0:0", http="0.0.0.0:0")
     target = hub.endpoints["grpc"].replace("0.0.0.0", "127.0.0.1")
     base = "https://" + hub.endpoints["http"].replace("0.0.0.0", "127.0.0.1")

@@ -1,7 +1,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -393,17 +392,13 @@ async def test_more_than_fits_into_one_document_is_refused_when_it_is_wanted(hub
 # What goes out
 
 
-async def test_a_thousand_devices_are_published_in_batches_within_seconds(
-    hub: Hub, store: Store
-) -> None:
+async def test_a_thousand_devices_are_published_in_batches(hub: Hub, store: Store) -> None:
     names = [f"d{n:04}" for n in range(1000)]
     await hub.tell(*map(birth, names))
     broker = Broker()
-    began = time.monotonic()
     await hub.controller.want(None, "digits", 1)
     async with publishing(hub, broker) as task:
         await until(store, [], task)
-    assert time.monotonic() - began < 5.0
     assert sorted(broker.retained) == names
     assert all(generations == [1] for generations in broker.given.values())
     assert broker.most_at_once <= BATCH

@@ -1,0 +1,276 @@
+"""What a front and the hub say to each other: frames on a stream socket.
+
+    front ─ CALL, CANCEL ─► hub        hub ─ SETUP, ANSWER, FAILURE, STOP ─► front
+    front ─ READY, REFUSED ─► hub
+
+Every frame is ``length, kind, call id`` and a body. A call's request lies in the body, or, if it
+is large, in memory that both map; it stays there until the call has its answer. Frames of one turn of the event loop leave together: under load, a system call
+is shared by many calls.
+"""
+
+import asyncio
+import enum
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from cloud_hub.front.arena import Arena
+from fogline_protocol import inference
+from fogline_protocol.inference import InferenceError, Overloaded, ServerFault, Unavailable
+
+INLINE_BELOW = 1 << 15  # bytes of a request; below it copying is cheaper than placing
+MAX_CALLS = 4096  # of one front at a time
+
+_HEAD = struct.Struct("<IBQ")  # length of the body, kind, call id
+_CALL = struct.Struct("<dqIHH")  # seconds left, offset or -1, lengths of request, path, metadata
+
+log = structlog.get_logger(__name__)
+
+
+class Kind(enum.IntEnum):
+    """What a frame says."""
+
+    SETUP = 1  # JSON: what the front is to do
+    READY = 2  # it listens
+    REFUSED = 3  # JSON: why it cannot listen
+    CALL = 4
+    CANCEL = 5  # its caller has left
+    ANSWER = 6
+    FAILURE = 7  # JSON: status, text, when to come back
+    STOP = 8  # JSON: how long calls in flight have
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as the hub gets it."""
+
+    path: str  # of the gRPC method, e.g. "/inference.GRPCInferenceService/ModelInfer"
+    request: bytes
+    seconds_left: float | None
+    metadata: Mapping[str, str]
+
+    def time_remaining(self) -> float | None:
+        """Return how long its caller still waits, in seconds."""
+        return self.seconds_left
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what its caller sent along."""
+        return tuple(self.metadata.items())
+
+
+Answer = Callable[[Call], Coroutine[Any, Any, bytes]]  # raises InferenceError, nothing else
+
+
+class _End(asyncio.Protocol):
+    """One end of the socket: cuts frames out of what arrives, sends those of a turn together."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._leaving: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        at, end = 0, len(self._received)
+        with memoryview(self._received) as view:
+            while end - at >= _HEAD.size:
+                length, kind, call_id = _HEAD.unpack_from(view, at)
+                if end - at - _HEAD.size < length:
+                    break
+                at += _HEAD.size
+                self._frame(Kind(kind), call_id, bytes(view[at : at + length]))
+                at += length
+        del self._received[:at]
+
+    def send(self, kind: Kind, call_id: int = 0, *parts: bytes) -> None:
+        """Send a frame at the end of this turn of the loop."""
+        if not self._leaving:
+            self._loop.call_soon(self._flush)
+        self._leaving.append(_HEAD.pack(sum(map(len, parts)), kind, call_id))
+        self._leaving.extend(parts)
+
+    def send_document(self, kind: Kind, document: Any, call_id: int = 0) -> None:
+        """Send a frame with a JSON body."""
+        self.send(kind, call_id, json.dumps(document).encode())
+
+    def close(self) -> None:
+        """Close the socket after what is on its way."""
+        if self._transport is not None:
+            self._flush()
+            self._transport.close()
+
+    def _flush(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        if leaving and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(leaving))
+
+    def _frame(self, kind: Kind, call_id: int, body: bytes) -> None:
+        raise NotImplementedError
+
+
+class FrontEnd(_End):
+    """The front's end: asks."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        super().__init__()
+        self._memory = memory
+        self._arena = Arena(len(memory))
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._placed: dict[int, tuple[int, int]] = {}  # by call: where its request lies
+        self._last_id = 0
+        self.setup: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self.stop: asyncio.Future[float] = self._loop.create_future()  # seconds of grace
+
+    async def ask(
+        self, path: str, request: bytes, seconds_left: float | None, metadata: Mapping[str, str]
+    ) -> bytes:
+        """Return the hub's answer to a call.
+
+        Raises:
+            InferenceError: the hub's refusal; Overloaded and Unavailable are this end's too.
+        """
+        if self._transport is None or self._transport.is_closing():
+            raise Unavailable("the hub is gone")
+        if len(self._waiting) >= MAX_CALLS:
+            raise Overloaded(f"{MAX_CALLS} calls are waiting at this front: come back later")
+        self._last_id += 1
+        call_id = self._last_id
+        offset = -1
+        if len(request) >= INLINE_BELOW and (place := self._arena.take(len(request))) is not None:
+            offset = place
+            self._memory[offset : offset + len(request)] = request
+            self._placed[call_id] = offset, len(request)
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+        self._waiting[call_id] = answer
+        name, extra = path.encode(), json.dumps(metadata).encode() if metadata else b""
+        head = _CALL.pack(
+            math.nan if seconds_left is None else seconds_left,
+            offset, len(request), len(name), len(extra),
+        )  # fmt: skip
+        self.send(Kind.CALL, call_id, head, name, extra, b"" if offset >= 0 else request)
+        try:
+            return await answer
+        finally:
+            if not answer.done() or answer.cancelled():
+                # Its memory is free when the hub has let go of it, and says so with a failure.
+                self.send(Kind.CANCEL, call_id)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Tell whoever waits that there is nobody to answer."""
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(Unavailable("the hub is gone"))
+        self._waiting.clear()
+        for told in (self.setup, self.stop):
+            if not told.done():
+                told.cancel()
+
+    def _frame(self, kind: Kind, call_id: int, body: bytes) -> None:
+        match kind:
+            case Kind.ANSWER:
+                self._settle(call_id, body, None)
+            case Kind.FAILURE:
+                self._settle(call_id, b"", _error(json.loads(body)))
+            case Kind.SETUP:
+                self.setup.set_result(json.loads(body))
+            case Kind.STOP if not self.stop.done():
+                self.stop.set_result(json.loads(body))
+            case _:
+                raise ValueError(f"the hub never says {kind.name}")
+
+    def _settle(self, call_id: int, body: bytes, error: InferenceError | None) -> None:
+        if (place := self._placed.pop(call_id, None)) is not None:
+            self._arena.give_back(*place)
+        answer = self._waiting.pop(call_id)
+        if answer.done():  # its caller has left
+            return
+        if error is None:
+            answer.set_result(body)
+        else:
+            answer.set_exception(error)
+
+
+class HubEnd(_End):
+    """The hub's end: answers. Owner of one task per call."""
+
+    def __init__(self, memory: mmap.mmap, answer: Answer) -> None:
+        super().__init__()
+        self._memory = memory
+        self._answer = answer
+        self._calls: dict[int, asyncio.Task[bytes]] = {}
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        self.lost = asyncio.Event()
+
+    @property
+    def calls(self) -> int:
+        """How many calls are being answered."""
+        return len(self._calls)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Stop answering: the callers are gone with their front."""
+        for task in self._calls.values():
+            task.cancel()
+        if not self.ready.done():
+            self.ready.set_exception(Unavailable("it ended before it listened"))
+            self.ready.exception()  # who did not wait for it need not hear of it
+        self.lost.set()
+
+    def _frame(self, kind: Kind, call_id: int, body: bytes) -> None:
+        match kind:
+            case Kind.CALL:
+                task = self._loop.create_task(self._answer(self._read(body)))
+                self._calls[call_id] = task
+                task.add_done_callback(lambda done: self._done(call_id, done))
+            case Kind.CANCEL:
+                if (running := self._calls.get(call_id)) is not None:
+                    running.cancel()
+            case Kind.READY:
+                self.ready.set_result(None)
+            case Kind.REFUSED:
+                self.ready.set_exception(Unavailable(json.loads(body)))
+            case _:
+                raise ValueError(f"a front never says {kind.name}")
+
+    def _read(self, body: bytes) -> Call:
+        left, offset, size, path_size, metadata_size = _CALL.unpack_from(body)
+        at = _CALL.size
+        path = body[at : at + path_size].decode()
+        at += path_size
+        metadata = json.loads(body[at : at + metadata_size]) if metadata_size else {}
+        at += metadata_size
+        request = body[at:] if offset < 0 else self._memory[offset : offset + size]
+        return Call(path, request, None if math.isnan(left) else left, metadata)
+
+    def _done(self, call_id: int, task: asyncio.Task[bytes]) -> None:
+        # Not in the task: one that is cancelled before its first step runs none of its lines.
+        del self._calls[call_id]
+        if task.cancelled():
+            error: BaseException | None = Unavailable("the caller has left")
+        else:
+            error = task.exception()
+        if error is None:
+            self.send(Kind.ANSWER, call_id, task.result())
+            return
+        if not isinstance(error, InferenceError):  # a fault of ours ends this call only
+            log.error("a passed-on call failed", exc_info=error)
+            error = ServerFault("the call failed, see the hub's log")
+        self.send_document(Kind.FAILURE, _document(error), call_id)
+
+
+def _document(error: InferenceError) -> Mapping[str, Any]:
+    return {"code": error.grpc_code, "text": str(error)}
+
+
+def _error(document: Mapping[str, Any]) -> InferenceError:
+    return inference.ERRORS.get(document["code"], ServerFault)(document["text"])
