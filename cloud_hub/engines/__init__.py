@@ -11,4 +11,5 @@ tensorrt_api.py   the members of TensorRT and CUDA that are called, typed by han
 tensorrt_cuda.py  devices, streams and buffers
 tensorrt_log.py   why TensorRT refused
 gpu_errors.py     what may go wrong with a GPU
+probe.py          what this machine can really run
 """
