@@ -132,7 +132,7 @@ def _cuda_findings(missing: Level) -> Iterator[Finding]:
     try:
         devices = Cuda(tensorrt_api.cuda_runtime()).devices()
     except GpuUnavailable as error:
-        yield Finding(missing, "GPU", f"no GPU: {error}")
+        yield Finding(missing, "GPU", f"no GPU can be used: {error}")
         return
     except EngineLost as error:
         yield Finding(Level.WRONG, "GPU", str(error))

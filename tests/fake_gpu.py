@@ -85,6 +85,15 @@ class Gpu:
             )
         return packages
 
+    @staticmethod
+    def hide(packages: Path) -> Path:
+        """Write packages that make the real ones look as if they were not installed."""
+        packages.mkdir(parents=True, exist_ok=True)
+        for name in ("tensorrt", "cuda"):
+            missing = f"No module named {name!r}"
+            (packages / f"{name}.py").write_text(f"raise ModuleNotFoundError({missing!r})\n")
+        return packages
+
     def refuse(self, call: str, reason: str = "the fake refuses") -> None:
         self._refused[call] = reason
 

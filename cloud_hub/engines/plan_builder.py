@@ -1,8 +1,8 @@
-"""Builds one TensorRT plan: the child process of ``plans.PlanBuilder``.
+"""Builds one TensorRT plan: the child process of ``plans``.
 
     python -m cloud_hub.engines.plan_builder
 
-One task comes as a line of JSON on stdin; progress goes as lines of JSON to stdout, and the
+One task comes as a line of JSON on stdin (``{"platform": DEVICE}`` asks what machine this is); progress goes as lines of JSON to stdout, and the
 last line is the outcome: ``{"built": BYTES}`` or ``{"refused": SENTENCE, "lasting": BOOL}``.
 When stdin ends the process ends, in the middle of a build too: that is how it is cancelled, and
 how it follows a parent that was killed.
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from cloud_hub.engines import tensorrt_api as api
 from cloud_hub.engines.gpu_errors import EngineLost, GpuUnavailable, OutOfDeviceMemory, PlanRefused
-from cloud_hub.engines.plan_key import BuildOptions, Profile
+from cloud_hub.engines.plan_key import BuildOptions, Platform, Profile
 from cloud_hub.engines.tensorrt_cuda import Cuda
 from cloud_hub.engines.tensorrt_log import Reasons, is_out_of_memory
 
@@ -102,6 +102,22 @@ def build(task: Task, trt: api.Module, cuda: api.CudaRuntime, tell: Tell) -> int
         file.write(plan)
     _keep_timings(task, config)
     return plan.nbytes
+
+
+def platform(device: int, trt: api.Module, cuda: api.CudaRuntime) -> Platform:
+    """Return the kind of machine this is.
+
+    Raises:
+        GpuUnavailable: no driver or no such GPU.
+    """
+    found = Cuda(cuda).device(device)
+    return Platform(
+        gpu=found.name,
+        compute_capability=found.compute_capability,
+        multiprocessors=found.multiprocessors,
+        driver=found.driver,
+        tensorrt=trt.__version__,
+    )
 
 
 def _check_model(task: Task) -> None:
@@ -226,12 +242,23 @@ def main() -> None:
     # TensorRT and its plugins may print: what they say must not look like an outcome.
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    task = Task.from_json(json.loads(sys.stdin.buffer.readline()))
+    request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _say(out, _outcome(task, out))
+    if "platform" in request:
+        _say(out, _describe(request["platform"]))
+    else:
+        _say(out, _do(Task.from_json(request), out))
 
 
-def _outcome(task: Task, out: IO[bytes]) -> dict[str, Any]:
+def _describe(device: int) -> dict[str, Any]:
+    try:
+        found = platform(device, api.tensorrt(), api.cuda_runtime())
+    except (GpuUnavailable, OutOfDeviceMemory, EngineLost) as error:
+        return {"refused": str(error)}
+    return {"platform": dataclasses.asdict(found)}
+
+
+def _do(task: Task, out: IO[bytes]) -> dict[str, Any]:
     def tell(phase: str, step: int, steps: int) -> None:
         _say(out, {"phase": phase, "step": step, "steps": steps})
 

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cloud_hub.engines import plan_builder
-from cloud_hub.engines import tensorrt_api as api
-from cloud_hub.engines.gpu_errors import PlanRefused
+from cloud_hub.engines.gpu_errors import GpuUnavailable, PlanRefused
 from cloud_hub.engines.plan_key import DEFAULT_OPTIONS, BuildOptions, PlanKey, Platform, Profile
-from cloud_hub.engines.tensorrt_cuda import Cuda
 
 KEEP_BYTES = 16 << 30  # of all plans together
 LIMIT_S = 3600.0  # large transformers take tens of minutes on optimization level 5
+_PLATFORM_LIMIT_S = 120.0  # a GPU that sleeps takes seconds to wake, an import from a cold disk too
 _GRACE_S = 5.0  # for a child to end by itself before it is killed
 _LAST_WORDS = 2000  # bytes of a child that died
 _LINE_BYTES = 1 << 20  # longest line a child may write
@@ -206,74 +205,109 @@ class PlanBuilder:
             raise PlanRefused(f"the plan cannot be kept: {error}", lasting=False) from None
 
     async def _build(self, task: plan_builder.Task) -> None:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            plan_builder.__name__,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_LINE_BYTES,
-            env=self._environment,
-        )
-        words = bytearray()
-        listening = asyncio.create_task(_listen(process, words))
+        def hear(said: Mapping[str, Any]) -> None:
+            self.building = Progress(task.model, said["phase"], said["step"], said["steps"])
+            self._on_progress(self.building)
+
         try:
-            async with asyncio.timeout(self._limit_s):
-                outcome = await self._follow(process, task)
-                await process.wait()
-                await listening
+            outcome = await _ask_child(task.to_json(), self._limit_s, self._environment, hear)
         except TimeoutError:
             raise PlanRefused(
                 f"the plan of {task.model} was not ready after {self._limit_s:.0f} s: allow more "
                 "time, or lower optimization_level",
                 lasting=False,
             ) from None
+        except _ChildDied as death:
+            raise PlanRefused(f"the builder of {task.model} {death}", lasting=False) from None
         finally:
             self.building = None
-            await _end(process)
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
-        if outcome is None:
-            raise PlanRefused(
-                _obituary(task.model, process.returncode or 0, words.decode(errors="replace")),
-                lasting=False,
-            )
         if "refused" in outcome:
             raise PlanRefused(str(outcome["refused"]), lasting=bool(outcome["lasting"]))
 
-    async def _follow(
-        self, process: asyncio.subprocess.Process, task: plan_builder.Task
-    ) -> dict[str, Any] | None:
-        """Give the child its task and read what it says until it has said the outcome."""
-        assert process.stdin is not None  # both were asked for
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its words tell why
-            process.stdin.write(json.dumps(task.to_json()).encode() + b"\n")
-            await process.stdin.drain()
-        async for line in process.stdout:
-            said = json.loads(line)
-            if "phase" not in said:
-                return dict(said)
-            self.building = Progress(task.model, said["phase"], said["step"], said["steps"])
-            self._on_progress(self.building)
-        return None
 
+async def find_platform(
+    device: int = 0, *, environment: Mapping[str, str] | None = None
+) -> Platform:
+    """Return the kind of machine this is, or say why it can have no plans.
 
-def this_platform(device: int = 0) -> Platform:
-    """Return the kind of machine this is. Imports TensorRT.
+    A child process looks: what TensorRT and CUDA take from a process that loads them, hundreds
+    of megabytes, the hub does not need.
 
     Raises:
         GpuUnavailable: no TensorRT, driver or GPU; the text says which.
     """
-    found = Cuda(api.cuda_runtime()).device(device)
-    return Platform(
-        gpu=found.name,
-        compute_capability=found.compute_capability,
-        multiprocessors=found.multiprocessors,
-        driver=found.driver,
-        tensorrt=api.tensorrt().__version__,
+    try:
+        outcome = await _ask_child({"platform": device}, _PLATFORM_LIMIT_S, environment)
+    except TimeoutError:
+        raise GpuUnavailable(
+            f"the GPU said nothing for {_PLATFORM_LIMIT_S:.0f} s: see whether nvidia-smi answers"
+        ) from None
+    except _ChildDied as death:
+        raise GpuUnavailable(f"the process that looked for a GPU {death}") from None
+    if "refused" in outcome:
+        raise GpuUnavailable(str(outcome["refused"]))
+    return Platform(**outcome["platform"])
+
+
+class _ChildDied(Exception):
+    """A child ended without an outcome; the text says how, without a subject."""
+
+
+async def _ask_child(
+    request: Mapping[str, Any],
+    limit_s: float,
+    environment: Mapping[str, str] | None,
+    hear: Callable[[Mapping[str, Any]], None] = lambda said: None,
+) -> Mapping[str, Any]:
+    """Let a child do one thing and return its outcome; it has ended then, however this ends.
+
+    Raises:
+        TimeoutError: it took longer than the limit.
+        _ChildDied: it ended without an outcome.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        plan_builder.__name__,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=_LINE_BYTES,
+        env=environment,
     )
+    words = bytearray()
+    listening = asyncio.create_task(_listen(process, words))
+    try:
+        async with asyncio.timeout(limit_s):
+            outcome = await _follow(process, request, hear)
+            await process.wait()
+            await listening
+    finally:
+        await _end(process)
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+    if outcome is None:
+        raise _ChildDied(_obituary(process.returncode or 0, words.decode(errors="replace")))
+    return outcome
+
+
+async def _follow(
+    process: asyncio.subprocess.Process,
+    request: Mapping[str, Any],
+    hear: Callable[[Mapping[str, Any]], None],
+) -> Mapping[str, Any] | None:
+    """Give the child its request and read what it says until it has said the outcome."""
+    assert process.stdin is not None  # both were asked for
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its last words tell why
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        await process.stdin.drain()
+    async for line in process.stdout:
+        said: Mapping[str, Any] = json.loads(line)
+        if "phase" not in said:
+            return said
+        hear(said)
+    return None
 
 
 async def _listen(process: asyncio.subprocess.Process, words: bytearray) -> None:
@@ -298,14 +332,14 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _obituary(model: Path, returncode: int, words: str) -> str:
+def _obituary(returncode: int, words: str) -> str:
     how = (
         f"was ended by {signal.Signals(-returncode).name}"
         if returncode < 0
         else f"ended with exit code {returncode}"
     )
     last = "; ".join(line.strip() for line in words.splitlines() if line.strip())
-    return f"the builder of {model} {how}{': ' + last if last else ''}"
+    return f"{how}{': ' + last if last else ''}"
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ import onnxruntime
 
 from cloud_hub.engines.gpu_errors import PlanRefused
 from cloud_hub.engines.plan_key import profile_for
-from cloud_hub.engines.plans import PlanBuilder, this_platform
+from cloud_hub.engines.plans import PlanBuilder, find_platform
 from cloud_hub.engines.tensorrt import TensorRtSession
 from cloud_hub.errors import ModelRefused
 from fogline_protocol.inference import InferenceError
@@ -87,7 +87,7 @@ async def tensorrt_objection() -> str | None:
         model.write_bytes(_PROBE)
         profile = profile_for([TensorSpec("x", "FP32", (-1, 4))], max_batch=8)
         try:
-            builder = PlanBuilder(folder, this_platform(), limit_s=_BUILD_LIMIT_S)
+            builder = PlanBuilder(folder, await find_platform(), limit_s=_BUILD_LIMIT_S)
             plan = await builder.plan(model, hashlib.sha256(_PROBE).hexdigest(), profile)
         except PlanRefused as error:
             return f"no plan could be built: {error}"

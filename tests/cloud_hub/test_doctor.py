@@ -79,16 +79,16 @@ def _doctor(tmp_path, *options, packages=None):
 
 
 def test_without_a_gpu_the_hub_is_fine_and_is_told_so(tmp_path):
-    run, found = _doctor(tmp_path)
+    run, found = _doctor(tmp_path, packages=Gpu.hide(tmp_path / "packages"))
     assert run.returncode == 0, run.stderr
     assert found["GPU"]["level"] == "note"
-    assert found["GPU"]["text"].startswith("no GPU: ")
+    assert found["GPU"]["text"].startswith("no GPU can be used: ")
     assert found["CPUExecutionProvider"]["level"] == "ok"
     assert found["data"]["level"] == "ok"
 
 
 def test_a_gpu_that_is_required_and_not_there_is_wrong(tmp_path):
-    run, found = _doctor(tmp_path, "--gpu")
+    run, found = _doctor(tmp_path, "--gpu", packages=Gpu.hide(tmp_path / "packages"))
     assert run.returncode == 1
     assert run.stderr == ""
     assert {found[what]["level"] for what in ("GPU", "TensorRT", "TensorRT plan")} == {"wrong"}
@@ -96,15 +96,16 @@ def test_a_gpu_that_is_required_and_not_there_is_wrong(tmp_path):
 
 def test_with_a_gpu_a_small_plan_is_built_run_and_compared(tmp_path, fake_packages):
     run, found = _doctor(tmp_path, "--gpu", packages=fake_packages)
-    assert found["GPU"]["text"] == "0: Fake GPU, compute capability 9.0, 80 GiB, driver CUDA 13.1"
+    assert found["GPU"]["text"].startswith("0: Fake GPU, compute capability 9.0, 80 GiB, driver ")
     assert found["TensorRT"]["text"] == "11.4.0.26"
     assert found["TensorRT plan"] == {
         "level": "ok",
         "what": "TensorRT plan",
         "text": "a small plan was built, and its answer is right",
     }
-    assert run.returncode == 1  # the fake machine's ONNX Runtime is for the CPU only
-    assert found[BIG]["level"] == "wrong"
+    if BIG not in probe.providers():  # an ONNX Runtime for the CPU only
+        assert run.returncode == 1
+        assert found[BIG]["level"] == "wrong"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cloud_hub.engines import probe
-from cloud_hub.engines.plans import PlanBuilder, this_platform
+from cloud_hub.engines.plans import PlanBuilder, find_platform
 from cloud_hub.engines.tensorrt import TensorRtSession
 from cloud_hub.engines.tensorrt_cuda import Buffer, Cuda
 from tests import onnx_bytes
@@ -78,7 +78,7 @@ async def test_a_plan_is_built_in_a_child_and_found_again(tmp_path, trt, cuda):
     model.write_bytes(DOUBLE)
     digest = hashlib.sha256(DOUBLE).hexdigest()
     steps = []
-    builder = PlanBuilder(tmp_path / "plans", this_platform(), on_progress=steps.append)
+    builder = PlanBuilder(tmp_path / "plans", await find_platform(), on_progress=steps.append)
     profile = DOUBLES
     plan = await builder.plan(model, digest, profile)
     assert steps
@@ -93,7 +93,7 @@ async def test_a_build_that_is_left_gives_the_gpu_back(tmp_path, digits, trt, cu
     profile = batches((image.name, "FP32", (-1, *image.shape[1:])), most=32)
     begun = asyncio.Event()
     builder = PlanBuilder(
-        tmp_path / "plans", this_platform(), on_progress=lambda progress: begun.set()
+        tmp_path / "plans", await find_platform(), on_progress=lambda progress: begun.set()
     )
     waiting = asyncio.create_task(builder.plan(file, digest, profile))
     await begun.wait()

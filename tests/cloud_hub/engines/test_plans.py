@@ -5,6 +5,7 @@ looks for installed packages.
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,15 +20,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_hub.engines.gpu_errors import PlanRefused
+from cloud_hub.engines.gpu_errors import GpuUnavailable, PlanRefused
 from cloud_hub.engines.plan_key import PlanKey, Platform, Profile
-from cloud_hub.engines.plans import PlanBuilder, Plans, to_remove
+from cloud_hub.engines.plans import PlanBuilder, Plans, find_platform, to_remove
 from cloud_hub.engines.tensorrt import TensorRtSession
 from tests import fake_gpu
 from tests.contracts.tensorrt import DOUBLE, DOUBLES, batches
 
 ROOT = Path(__file__).parents[3]
-PLATFORM = Platform("Fake GPU", "9.0", 132, "CUDA 13.1", "11.4.0.26")
+PLATFORM = Platform("Fake GPU", "9.0", 132, "CUDA 13.1", "11.4.0.26")  # of the fakes
 DIGEST = hashlib.sha256(DOUBLE).hexdigest()
 
 
@@ -217,9 +218,42 @@ async def test_a_build_that_fails_gives_one_reason(
     assert not list((tmp_path / "plans").glob("*.partial"))
 
 
+async def test_the_machine_is_described_by_a_child(environment):
+    before = set(sys.modules)
+    found = await find_platform(environment=environment())
+    assert found.driver.endswith(
+        "CUDA 13.1"
+    )  # behind the release of a real driver, if there is one
+    assert dataclasses.replace(found, driver=PLATFORM.driver) == PLATFORM
+    assert not {"tensorrt", "cuda"} & (set(sys.modules) - before)
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        ({"driver": 0}, "there is no NVIDIA driver"),
+        ({"devices": 0}, "no such GPU"),
+        ({"version": "9.1.0.4"}, "is not supported"),
+    ],
+)
+async def test_a_machine_that_can_have_no_plans_says_why(environment, machine, words):
+    with pytest.raises(GpuUnavailable, match=words):
+        await find_platform(environment=environment(**machine))
+
+
+async def test_a_driver_that_takes_the_process_with_it_is_a_reason(environment, tmp_path):
+    there = environment()
+    (tmp_path / "packages" / "tensorrt.py").write_text("import os\nos.abort()\n")
+    with pytest.raises(GpuUnavailable, match="looked for a GPU was ended by SIGABRT"):
+        await find_platform(environment=there)
+
+
 async def test_without_tensorrt_the_reason_is_that(tmp_path, model):
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    made = builder(tmp_path, {**os.environ, "PYTHONPATH": path})
+    path = os.pathsep.join([str(fake_gpu.Gpu.hide(tmp_path / "bare")), str(ROOT), *sys.path])
+    bare = {**os.environ, "PYTHONPATH": path}
+    with pytest.raises(GpuUnavailable, match="TensorRT is not installed"):
+        await find_platform(environment=bare)
+    made = builder(tmp_path, bare)
     with pytest.raises(PlanRefused, match="TensorRT is not installed"):
         await made.plan(model, DIGEST, DOUBLES)
 
