@@ -79,6 +79,7 @@ class TensorRtSession:
         self._device = device
         self._reasons = Reasons(self._trt)
         self._lost = ""  # why no run is possible any more
+        # Never in a local variable: the traceback of an error would keep them beyond ``close``.
         self._runtime: api.Runtime | None = None
         self._engine: api.CudaEngine | None = None
         self._context: api.ExecutionContext | None = None
@@ -127,25 +128,26 @@ class TensorRtSession:
         self._stream = self._cuda.stream()
         held.callback(self._cuda.destroy, self._stream)
         held.callback(self._drop_tensorrt)
-        runtime = self._runtime = self._trt.Runtime(self._reasons.logger)
-        engine = self._engine = self._deserialize(plan, runtime)
-        self._read_tensors(plan, engine)
-        context = self._context = engine.create_execution_context()
-        if context is None:
+        self._runtime = self._trt.Runtime(self._reasons.logger)
+        self._deserialize(plan)
+        self._read_tensors(plan)
+        self._context = self._loaded().create_execution_context()
+        if self._context is None:
             raise OutOfDeviceMemory(
-                f"{plan}: no execution context: it needs {engine.device_memory_size_v2} "
+                f"{plan}: no execution context: it needs {self._loaded().device_memory_size_v2} "
                 f"bytes, {self._cuda.free_bytes()} are free: {self._reasons.take()}"
             )
         held.callback(self._settle)
-        self._prepare(plan, context)
+        self._prepare(plan)
 
-    def _deserialize(self, plan: Path, runtime: api.Runtime) -> api.CudaEngine:
+    def _deserialize(self, plan: Path) -> None:
         try:
             serialized = plan.read_bytes()
         except OSError as error:
             raise PlanUnusable(f"{plan}: the plan cannot be read: {error.strerror}") from None
-        engine = runtime.deserialize_cuda_engine(serialized)
-        if engine is None:
+        assert self._runtime is not None  # made just before
+        self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        if self._engine is None:
             reason = self._reasons.take()
             if is_out_of_memory(reason):
                 raise OutOfDeviceMemory(f"{plan}: no memory to load the plan: {reason}")
@@ -153,44 +155,43 @@ class TensorRtSession:
                 f"{plan}: TensorRT {self._trt.__version__} does not take the plan, which is "
                 f"damaged or from another version or GPU: {reason}"
             )
-        return engine
 
-    def _read_tensors(self, plan: Path, engine: api.CudaEngine) -> None:
+    def _read_tensors(self, plan: Path) -> None:
         """Learn names, datatypes and ranges, and refuse what cannot be served."""
         inputs: list[TensorSpec] = []
         outputs: list[TensorSpec] = []
         self._ranges: dict[str, _Range] = {}
         datatypes = _datatypes(self._trt)
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            kind = engine.get_tensor_dtype(name)
+        for index in range(self._loaded().num_io_tensors):
+            name = self._loaded().get_tensor_name(index)
+            kind = self._loaded().get_tensor_dtype(name)
             datatype = datatypes.get(kind)
             if datatype is None:
                 raise ModelRefused(
                     f"{plan}: tensor {name!r} is {kind}, which cannot be served: cast it in the "
                     f"ONNX file to one of {', '.join(sorted(datatypes.values()))}"
                 )
-            is_input = engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
-            if (is_input and engine.is_shape_inference_io(name)) or engine.get_tensor_location(
-                name
-            ) != self._trt.TensorLocation.DEVICE:
+            is_input = self._loaded().get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            if (
+                is_input and self._loaded().is_shape_inference_io(name)
+            ) or self._loaded().get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
                 raise ModelRefused(
                     f"{plan}: the values of tensor {name!r} decide shapes, so it lives in host "
                     "memory, which cannot be served by TensorRT here: ONNX Runtime can"
                 )
-            spec = TensorSpec(name, datatype, _shape(engine.get_tensor_shape(name)))
+            spec = TensorSpec(name, datatype, _shape(self._loaded().get_tensor_shape(name)))
             (inputs if is_input else outputs).append(spec)
             if not is_input:
                 continue
             if -1 in spec.shape:
-                least, _, most = engine.get_tensor_profile_shape(name, _PROFILE)
+                least, _, most = self._loaded().get_tensor_profile_shape(name, _PROFILE)
                 self._ranges[name] = _Range(_shape(least), _shape(most))
             else:
                 self._ranges[name] = _Range(spec.shape, spec.shape)
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
 
-    def _prepare(self, plan: Path, context: api.ExecutionContext) -> None:
+    def _prepare(self, plan: Path) -> None:
         """Allocate for the largest shapes, and tell the context where everything is."""
         largest = {name: limits.largest for name, limits in self._ranges.items()}
         try:
@@ -229,15 +230,14 @@ class TensorRtSession:
         """Make the context know these input shapes, and learn those of the outputs."""
         if shapes == self._shapes:
             return
-        context = self._ready()
         self._shapes = None  # half told, until all of it is
         for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
+            if not self._ready().set_input_shape(name, shape):
                 raise BadRequest(
                     f"input {name!r}: TensorRT refuses shape {list(shape)}: {self._reasons.take()}"
                 )
         try:
-            missing = context.infer_shapes()
+            missing = self._ready().infer_shapes()
         except RuntimeError as error:
             told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise BadRequest(
@@ -246,7 +246,9 @@ class TensorRtSession:
             ) from None
         if missing:
             raise EngineLost(f"TensorRT wants more of {', '.join(missing)} than their shapes")
-        found = {spec.name: _shape(context.get_tensor_shape(spec.name)) for spec in self.outputs}
+        found = {
+            spec.name: _shape(self._ready().get_tensor_shape(spec.name)) for spec in self.outputs
+        }
         for name, shape in found.items():
             if any(dim < 0 for dim in shape):
                 raise EngineLost(
@@ -260,13 +262,12 @@ class TensorRtSession:
         self._shapes = dict(shapes)
 
     def _execute(self, inputs: Arrays) -> Arrays:
-        context = self._ready()
         for spec in self.inputs:
             array = inputs[spec.name]
             buffer = self._buffers[spec.name]
             _fill(buffer.view(array.dtype, array.shape), array)
             self._cuda.copy_in(buffer.device, buffer.host, array.nbytes, self._stream)
-        if not context.execute_async_v3(int(self._stream)):
+        if not self._ready().execute_async_v3(int(self._stream)):
             raise EngineLost(f"execution was refused: {self._reasons.take()}")
         views: dict[str, Array] = {}
         for spec in self.outputs:
@@ -294,6 +295,10 @@ class TensorRtSession:
             raise EngineLost(
                 f"TensorRT refuses the memory of tensor {spec.name!r}: {self._reasons.take()}"
             )
+
+    def _loaded(self) -> api.CudaEngine:
+        assert self._engine is not None  # or loading has failed
+        return self._engine
 
     def _ready(self) -> api.ExecutionContext:
         if self._context is None:

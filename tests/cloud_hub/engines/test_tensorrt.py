@@ -135,6 +135,10 @@ def test_a_load_that_tensorrt_refuses_raises_and_holds_nothing(gpu, plan, call):
     with pytest.raises((ModelRefused, EngineLost)) as refused:
         load(gpu, plan)
     assert call == "get_tensor_shape" or "because it may" in str(refused.value)
+    if call != "infer_shapes":  # that error's traceback holds a frame of the fake
+        # From the inside out, though the error and its traceback are still at hand.
+        released = [made for made in gpu.calls if made[0] == "~" or made == "cudaStreamDestroy"]
+        assert released[-2:] == ["~Runtime", "cudaStreamDestroy"]
     assert gpu.held == 0
     gpu.relent()
     load(gpu, plan).close()
@@ -169,13 +173,18 @@ def test_a_failure_while_running_loses_the_engine_for_good(gpu, plan, call):
         gpu.fail(call, ILLEGAL_ADDRESS)
     else:
         gpu.refuse(call)
-    with pytest.raises(EngineLost, match="must be replaced"):
+    with pytest.raises(EngineLost, match="must be replaced") as lost:
         session.run({"x": X})
+    assert lost.tb is not None  # and holds nothing of TensorRT
     gpu.relent()
     # Copies of the failed run may still be under way in these buffers.
     with pytest.raises(EngineLost, match="must be replaced"):
         session.run({"x": X})
+    gpu.calls.clear()
     session.close()
+    assert [made for made in gpu.calls if made[0] == "~" or made == "cudaStreamDestroy"] == [
+        "~ExecutionContext", "~CudaEngine", "~Runtime", "cudaStreamDestroy",
+    ]  # fmt: skip
 
 
 def test_the_second_copy_in_a_run_failing_leaves_nothing_under_the_gpus_hands(gpu, plan):
