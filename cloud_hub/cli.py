@@ -127,6 +127,35 @@ def _screen(hub: Any) -> str:
     return "\n".join(lines)
 
 
+@main.command()
+@_CONFIG
+@_DATA
+@click.option(
+    "--gpu", is_flag=True, help="A GPU is required: build a small TensorRT plan and run it."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document per finding.")
+def doctor(config_file: Path | None, data: Path | None, gpu: bool, as_json: bool) -> None:
+    """Say what this machine has for a hub; exit with 1 when something is wrong.
+
+    Checks ONNX Runtime and its providers by running something on them, the GPU and its driver,
+    TensorRT, the data directory and the broker. Starts no door.
+    """
+
+    async def work() -> bool:
+        from cloud_hub import doctor as examination
+
+        given = {} if data is None else {"data": data}
+        wrong = False
+        async for finding in examination.examine(config_module.load(given, config_file), gpu=gpu):
+            wrong = wrong or finding.level is examination.Level.WRONG
+            document = {"level": finding.level, "what": finding.what, "text": finding.text}
+            click.echo(json.dumps(document) if as_json else str(finding))
+        return wrong
+
+    if _run(work):
+        raise SystemExit(1)
+
+
 @main.group()
 def token() -> None:
     """Bearer tokens for callers from other machines."""

@@ -20,7 +20,7 @@ Arrays = Mapping[str, Array]
 
 
 class EngineLost(Unavailable):
-    """The engine died or hung while it ran a batch. It is being replaced."""
+    """The engine died, hung or cannot be trusted any more. It is being replaced."""
 
 
 class Contract(Protocol):
@@ -51,6 +51,7 @@ class Session(Contract, Protocol):
 
         Raises:
             BadRequest: the values do not suit the model.
+            EngineLost: every later run would fail too.
         """
         ...
 

@@ -115,6 +115,9 @@ class ProcessEngine:
             # It may answer late, which nobody must take for the answer to something else.
             self._replace("was left in the middle of a run")
             raise
+        if answer.get("blame") == "lost":
+            self._replace(f"gave up: {answer['error']}")
+            raise EngineLost(answer["error"])
         if "error" in answer:
             kind = BadRequest if answer["blame"] == "caller" else ServerFault
             raise kind(answer["error"])

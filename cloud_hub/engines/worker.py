@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud_hub.engines.channel import Channel, Gone
-from cloud_hub.engines.engine import Session, seconds_per_row
+from cloud_hub.engines.engine import EngineLost, Session, seconds_per_row
 from cloud_hub.errors import ModelRefused
 from fogline_protocol.inference import BadRequest
 
@@ -59,6 +59,9 @@ def _serve(channel: Channel) -> None:
             channel.send({}, session.run(inputs))
         except Gone:
             raise
+        except EngineLost as error:  # a new process may fare better
+            channel.send({"error": str(error)[:MAX_TEXT], "blame": "lost"})
+            return
         except Exception as error:  # every runtime has errors of its own
             blame = "caller" if isinstance(error, BadRequest) else "engine"
             text = str(error) or type(error).__name__
