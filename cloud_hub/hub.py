@@ -41,7 +41,7 @@ from cloud_hub.inference import admission
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
-from cloud_hub.metrics import Metrics
+from cloud_hub.metrics import Metrics, Served
 from cloud_hub.store.store import Store
 from fogline_protocol import grpc_service, rest_service
 
@@ -62,6 +62,12 @@ class Hub:
             config.model_control,
         )
         self.server = HubServer(config.name, self.repository, self.metrics)
+        self.metrics.watch(
+            lambda: [
+                Served(model.statistics, model.batcher.engines, *model.batcher.depth)
+                for model in self.repository.find_all("", "")
+            ]
+        )
         self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -249,19 +249,14 @@ class Repository:
     async def _open_model(self, name: str, version: str, file: Path, wanted: Wanted) -> ServedModel:
         """Load one version and start its batcher."""
         engine, sha256, config = await asyncio.to_thread(self._open, name, file, wanted)
-        if wanted.instances > 1 or wanted.max_queue_delay_us or wanted.preferred_batch_sizes:
-            log.info(
-                "model %s: instance counts, queue delays and preferred sizes are not obeyed; one "
-                "engine takes what is queued whenever it is free",
-                name,
-            )
         metrics = self._metrics.of_model(name, version)
         batcher = Batcher(
-            engine,
+            [engine],
             batches=config.batches,
             max_batch=config.max_batch_size,
             max_queue_rows=self._limits.max_queue_rows,
             observer=metrics,
+            scheduling=config.batching,
         )
         task = asyncio.create_task(batcher.serve(), name=f"batcher-{name}")
         return ServedModel(name, version, sha256, engine, config, metrics.statistics, batcher, task)

@@ -6,7 +6,7 @@ against its certificate, because another hub model voids a disagreement certific
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 
 from cloud_hub.inference.repository import Repository, ServedModel
@@ -18,6 +18,7 @@ from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
     ModelMetadata,
+    Parameter,
     ServerMetadata,
     Unavailable,
     Unsupported,
@@ -32,8 +33,14 @@ EXTENSIONS = (
     "model_configuration",
     "binary_tensor_data",
     "parameters",
+    "schedule_policy",
     "statistics",
 )
+
+
+# Request parameters that reach the engine: requests that differ in one never share a batch. An
+# engine takes arrays and nothing else today, so there is none.
+ENGINE_PARAMETERS: frozenset[str] = frozenset()
 
 
 class HubServer:
@@ -154,7 +161,12 @@ class HubServer:
             raise inference.BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:
             raise inference.BadRequest("the inputs have no rows")
-        outputs = await model.batcher.infer(request.inputs, deadline)
+        outputs = await model.batcher.infer(
+            request.inputs,
+            deadline,
+            priority=inference.priority(request.parameters),
+            kind=_kind(request.parameters),
+        )
         return InferResponse(
             model=model.name,
             version=model.version,
@@ -168,3 +180,14 @@ class HubServer:
                 "fogline.digest": model.sha256,
             },
         )
+
+
+def _kind(parameters: Mapping[str, Parameter]) -> Hashable:
+    if not ENGINE_PARAMETERS:
+        return ()
+    # True == 1 == 1.0 in Python, not for an engine.
+    return tuple(
+        (key, type(value), value)
+        for key, value in sorted(parameters.items())
+        if key in ENGINE_PARAMETERS
+    )
