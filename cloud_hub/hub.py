@@ -36,7 +36,7 @@ from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
-from cloud_hub.fleet.identity import Identity
+from cloud_hub.fleet.identity import CallerLimits, Identity
 from cloud_hub.inference import admission
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
@@ -61,7 +61,13 @@ class Hub:
             Limits(config.max_batch, config.max_queue_rows, config.threads),
             config.model_control,
         )
-        self.server = HubServer(config.name, self.repository, self.metrics)
+        defaults = CallerLimits(config.caller_rate, 0, config.caller_concurrency)
+        self.server = HubServer(
+            config.name,
+            self.repository,
+            self.metrics,
+            admission.Admission(defaults, self.metrics),
+        )
         self.metrics.watch(
             lambda: [
                 Served(model.statistics, model.batcher.engines, *model.batcher.depth)
@@ -131,9 +137,7 @@ class Hub:
         guarded = await self._is_guarded(address)
         server = grpc_service.new_server(
             max_message_bytes=self.config.max_message_bytes,
-            interceptors=[admission.TokenInterceptor(self.identity.authenticate)]
-            if guarded
-            else [],
+            interceptors=[admission.CallerInterceptor(self._callers(guarded))],
         )
         server.add_generic_rpc_handlers(
             (
@@ -164,9 +168,8 @@ class Hub:
         app = web.Application(
             client_max_size=self.config.max_message_bytes,
             middlewares=[
-                admission.rest_middleware(self.identity.authenticate)
-                if guarded
-                else rest_service.local_only
+                *([] if guarded else [rest_service.local_only]),
+                admission.rest_middleware(self._callers(guarded)),
             ],
         )
         rest_service.add_routes(app, self.server, self.server)
@@ -203,6 +206,9 @@ class Hub:
     def url(self) -> str:
         """The hub's own HTTP address as a URL."""
         return f"{'https' if self.config.tls_cert else 'http'}://{self.http_address}"
+
+    def _callers(self, guarded: bool) -> admission.Callers:
+        return admission.Callers(self.identity.authenticate, required=guarded, metrics=self.metrics)
 
     async def _is_guarded(self, address: str) -> bool:
         """Return whether callers of this door must show a token; refuse if nobody could."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 
+from cloud_hub.fleet.identity import NO_LIMITS, Caller
+from cloud_hub.inference.admission import CALLER, Admission
 from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.metrics import Metrics
 from fogline_protocol import inference
@@ -46,10 +48,18 @@ ENGINE_PARAMETERS: frozenset[str] = frozenset()
 class HubServer:
     """The hub as an Open Inference server."""
 
-    def __init__(self, name: str, repository: Repository, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        repository: Repository,
+        metrics: Metrics,
+        admission: Admission | None = None,
+    ) -> None:
+        """Answer with the models of ``repository``; without ``admission`` nobody has limits."""
         self._name = name
         self._repository = repository
         self._metrics = metrics
+        self._admission = admission or Admission(NO_LIMITS, metrics)
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
 
     def server_metadata(self) -> ServerMetadata:
@@ -116,17 +126,25 @@ class HubServer:
         await self._repository.unload(name)
 
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
-        """Answer one request.
+        """Answer one request of the caller whom the door has noted.
 
         Raises:
+            Overloaded: the caller asks too often or too much at once, or the queue is full.
             Forbidden: it is marked private, so it must never have left its device.
             InferenceError: see the batcher and the checks of the protocol.
         """
+        caller = CALLER.get()
+        with self._admission.admitted(caller):
+            return await self._counted(caller, request, deadline)
+
+    async def _counted(
+        self, caller: Caller, request: InferRequest, deadline: float | None
+    ) -> InferResponse:
         model = self._repository.find(request.model, request.version)
         started = time.monotonic()
         outcome = "internal"
         try:
-            response = await self._answer(model, request, deadline)
+            response = await self._answer(model, caller, request, deadline)
         except BaseException as error:
             # Every request has one outcome, that of a caller who left and of our own fault too.
             if isinstance(error, InferenceError):
@@ -145,7 +163,7 @@ class HubServer:
             )
 
     async def _answer(
-        self, model: ServedModel, request: InferRequest, deadline: float | None
+        self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None
     ) -> InferResponse:
         private = request.parameters.get("fogline.private", False)
         if not isinstance(private, bool):  # "true" would be a promise broken in silence
@@ -164,6 +182,7 @@ class HubServer:
         outputs = await model.batcher.infer(
             request.inputs,
             deadline,
+            caller=caller.token_id,
             priority=inference.priority(request.parameters),
             kind=_kind(request.parameters),
         )
