@@ -72,7 +72,10 @@ def main() -> None:
 @click.option("--max-queue-rows", type=int, help="Rows waiting per model [default: 1024].")
 @click.option("--threads", type=int, help="Threads of one engine, 0: all cores [default: 0].")
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
-@click.option("--drain-s", type=float, help="Time for requests in flight at the end [default: 10].")
+@click.option(
+    "--drain-notice-s", type=float, help="At the end, not ready but serving [default: 0.2]."
+)
+@click.option("--drain-s", type=float, help="Then time for requests in flight [default: 10].")
 @click.option("--caller-rate", type=float, help="Requests/s of a caller, 0: no limit [default: 0].")
 @click.option("--caller-concurrency", type=int, help="The same at once, 0: no limit [default: 0].")
 @click.option("--offline-after-s", type=float, help="Silence of an offline device [default: 30].")
@@ -81,6 +84,10 @@ def serve(config_file: Path | None, **flags: Any) -> None:
 
     The addresses in use are written to DATA/endpoints.json once both doors are open. Doors
     that other machines can reach need TLS files and a token for every caller.
+
+    Told to stop, it says at once that it is not ready and serves on for --drain-notice-s, so that
+    load balancers turn elsewhere. Then it refuses what is new with a hint when to come back, and
+    finishes what is in flight within --drain-s.
     """
     given = {key: value for key, value in flags.items() if value is not None}
     _run(lambda: _serve(config_module.load(given, config_file)))

@@ -43,7 +43,8 @@ class HubConfig(BaseSettings):
     max_queue_rows: int = Field(1024, ge=1)  # waiting per model; beyond it callers are refused
     threads: int = Field(0, ge=0, le=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30)
-    drain_s: float = Field(10.0, ge=0)  # for requests in flight when the hub is told to stop
+    drain_notice_s: float = Field(0.2, ge=0)  # not ready, still serving: load balancers notice
+    drain_s: float = Field(10.0, ge=0)  # then, for requests in flight while new ones are refused
     caller_rate: float = Field(
         0.0, ge=0, allow_inf_nan=False
     )  # requests a second of one caller, unless its token says

@@ -3,19 +3,23 @@
 The only file that knows all sides. ``fogline serve`` and the system tests both use ``Hub``.
 
 Start                                           Stop
-  1 TLS files; lock the data directory            readiness turns false; endpoints.json goes
-  2 database: open, migrate                       HTTP: no new calls, those in flight finish
-  3 models: load, warm                            gRPC: the same
-  4 fleet: sign what is due, start the broker     broker, links
-  5 gRPC door                                     engines
-  6 HTTP door: REST, console, files, metrics      history is written, database closes
-  7 endpoints.json names them all                 the lock goes with the process
+  1 TLS files; lock the data directory            not ready, endpoints.json goes; serving on for
+  2 database: open, migrate                         drain_notice_s: load balancers turn elsewhere
+  3 models: load, warm                            new inference is refused with a hint, at open
+  4 fleet: sign what is due, start the broker       doors; what is in flight has drain_s
+  5 gRPC door                                     HTTP door: the console's and devices' calls finish
+  6 HTTP door: REST, console, files, metrics      gRPC door: streams that lie idle are ended
+  7 endpoints.json names them all                 broker, links; then engines, which nobody uses
+                                                  history is written, database closes
+                                                  the lock goes with the process
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import ssl
 import tempfile
@@ -46,6 +50,9 @@ from cloud_hub.store.store import Store
 from fogline_protocol import grpc_service, rest_service
 
 DATABASE = "hub.sqlite"
+CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
+
+log = logging.getLogger("fogline.hub")
 
 
 class Hub:
@@ -96,8 +103,15 @@ class Hub:
         trace: TracebackType | None,
     ) -> None:
         """Drain and stop."""
-        self.server.draining = True
-        await self._parts.aclose()
+        try:
+            self.server.draining = True
+            (self.config.data / ENDPOINTS).unlink(missing_ok=True)
+            await asyncio.sleep(self.config.drain_notice_s)
+            left = await self.server.drain(self.config.drain_s)
+            if left:
+                log.warning("%d requests are broken off: drain_s is over", left)
+        finally:
+            await self._parts.aclose()
 
     async def _start(self) -> None:
         data = self.config.data
@@ -159,7 +173,9 @@ class Hub:
                 "this machine's; choose another with --grpc HOST:PORT"
             ) from None
         await server.start()
-        self._parts.push_async_callback(grpc_service.stop, server, self.config.drain_s)
+        # Inference has been drained by then.
+        grace_s = min(CLOSE_S, self.config.drain_s)
+        self._parts.push_async_callback(grpc_service.stop, server, grace_s)
         return _joined(host, port)
 
     async def _open_http(self, tls: ssl.SSLContext | None) -> str:

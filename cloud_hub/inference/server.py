@@ -5,6 +5,7 @@ against its certificate, because another hub model voids a disagreement certific
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
@@ -45,6 +46,9 @@ EXTENSIONS = (
 ENGINE_PARAMETERS: frozenset[str] = frozenset()
 
 
+RESTART_S = 1.0  # hint of a hub that stops: about what one takes to be there again
+
+
 class HubServer:
     """The hub as an Open Inference server."""
 
@@ -61,6 +65,10 @@ class HubServer:
         self._metrics = metrics
         self._admission = admission or Admission(NO_LIMITS, metrics)
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
+        self.refusing = False  # what is in flight is finished, nothing new is taken
+        self._in_flight = 0
+        self._quiet = asyncio.Event()  # no request is in flight
+        self._quiet.set()
 
     def server_metadata(self) -> ServerMetadata:
         """Return who this is."""
@@ -129,13 +137,39 @@ class HubServer:
         """Answer one request of the caller whom the door has noted.
 
         Raises:
+            Unavailable: the hub is about to stop.
             Overloaded: the caller asks too often or too much at once, or the queue is full.
             Forbidden: it is marked private, so it must never have left its device.
             InferenceError: see the batcher and the checks of the protocol.
         """
+        if self.refusing:
+            self._metrics.rejected("draining")
+            raise Unavailable(
+                "the hub is shutting down: ask another one, or this one again later",
+                retry_after_s=RESTART_S,
+            )
         caller = CALLER.get()
-        with self._admission.admitted(caller):
-            return await self._counted(caller, request, deadline)
+        self._in_flight += 1
+        self._quiet.clear()
+        try:
+            with self._admission.admitted(caller):
+                return await self._counted(caller, request, deadline)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._quiet.set()
+
+    async def drain(self, within_s: float) -> int:
+        """Refuse new requests, wait for those in flight, and return how many are left after all.
+
+        The doors stay open meanwhile, so that a refusal has a text and a hint, on open streams
+        too. Set ``draining`` before, by the time that load balancers need to notice.
+        """
+        self.draining = self.refusing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._quiet.wait()
+        return self._in_flight
 
     async def _counted(
         self, caller: Caller, request: InferRequest, deadline: float | None
