@@ -302,6 +302,10 @@ class Batcher:
 
     async def _serve(self, engine: Engine) -> None:
         while True:
+            if not len(self._queue):
+                self._settle()
+                await self._something(None)
+                continue
             now = time.monotonic()
             taken = self._queue.take(now)
             if taken.expired or taken.overdue:

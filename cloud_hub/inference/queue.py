@@ -22,7 +22,7 @@ that reach the engine. The leader decides the key, and of its kind nobody overta
 that did not fit, so no kind and no size can starve another. Spare room goes to lower levels.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
@@ -113,6 +113,7 @@ class Ticket(Generic[T]):
 
 _Heap = list[tuple[float, int, Ticket[T]]]
 _Lane = dict[Hashable, _Heap[T]]  # by key, smallest tag first
+_Lanes = Sequence[tuple[_Lane[T], bool]]  # each with whether it is that of the delayed
 
 SLACK = 64  # places whose requests have left, beyond which they are swept
 
@@ -215,18 +216,22 @@ class Queue(Generic[T]):
         Requests whose caller has gone are dropped, so no engine time is spent on them.
         """
         expired, overdue = self._late(now)
+        lanes = self._lanes()
         look_again: float | None = None
-        for key in self._keys_in_turn():
-            found, full = self._pick(key)
-            count, due = self._leaving([item for _, item in found], full, now)
-            for ticket, item in found[count:]:
+        for key in self._keys_in_turn(lanes):
+            tickets, items, full = self._pick(lanes, key)
+            count, due = self._leaving(items, full, now)
+            for ticket, item in zip(tickets[count:], items[count:], strict=True):
                 self._line_up(ticket, item)
             if count:
-                for ticket, item in found[:count]:
-                    ticket.level.clock = max(ticket.level.clock, ticket.tag)
+                del tickets[count:], items[count:]
+                for ticket, item in zip(tickets, items, strict=True):
+                    level = ticket.level
+                    if ticket.tag > level.clock:
+                        level.clock = ticket.tag
                     self._leave(ticket, item)
-                return Taken([item for _, item in found[:count]], expired, overdue, None)
-            if found:
+                return Taken(items, expired, overdue, None)
+            if items:
                 look_again = due if look_again is None else min(look_again, due)
         if look_again is not None and self._timeouts:
             look_again = min(look_again, self._timeouts[0][0])
@@ -256,10 +261,16 @@ class Queue(Generic[T]):
             return len(items), now
         return 0, due
 
-    def _keys_in_turn(self) -> Iterator[Hashable]:
+    def _keys_in_turn(self, lanes: _Lanes[T]) -> Iterable[Hashable]:
         """Return the keys that wait, each once, that of the first request first."""
+        if len(lanes) == 1 and len(lanes[0][0]) == 1:  # as almost always
+            return tuple(lanes[0][0])
+        return self._sorted_keys(lanes)
+
+    def _sorted_keys(self, lanes: _Lanes[T]) -> Iterator[Hashable]:
+        # Lazily: a batch of the first key that leaves empties lanes, and is mostly the last.
         seen: set[Hashable] = set()
-        for lane, delayed in self._lanes():
+        for lane, delayed in lanes:
             keys = list(lane)
             if len(keys) > 1:
                 for key in keys:
@@ -271,26 +282,33 @@ class Queue(Generic[T]):
                     seen.add(key)
                     yield key
 
-    def _pick(self, key: Hashable) -> tuple[list[tuple[Ticket[T], T]], bool]:
+    def _pick(self, lanes: _Lanes[T], key: Hashable) -> tuple[list[Ticket[T]], list[T], bool]:
         """Take from the lanes what could share a batch, and return whether nothing more can."""
-        found: list[tuple[Ticket[T], T]] = []
+        tickets: list[Ticket[T]] = []
+        items: list[T] = []
         room = self.rules.max_batch
-        for lane, delayed in self._lanes():
+        for lane, delayed in lanes:
             while (head := self._head(lane, key, delayed)) is not None:
-                _, item = head
-                if item.rows > room or (found and item.key != found[0][1].key):
-                    return found, True
+                ticket, item = head
+                if item.rows > room or (items and item.key != items[0].key):
+                    return tickets, items, True
                 heappop(lane[key])
                 self._places -= 1
                 room -= item.rows
-                found.append(head)
+                tickets.append(ticket)
+                items.append(item)
             lane.pop(key, None)
             if room == 0:
-                return found, True
-        return found, False
+                return tickets, items, True
+        return tickets, items, False
 
-    def _lanes(self) -> Sequence[tuple[_Lane[T], bool]]:
+    def _lanes(self) -> _Lanes[T]:
         """Return the lanes that somebody may stand in, in the order in which they are served."""
+        if len(self._levels) == 1:
+            (level,) = self._levels.values()
+            first, second = level.lanes
+            if not second:
+                return ((first, False),) if first else ()
         return [
             (lane, delayed)
             for _, level in sorted(self._levels.items())
