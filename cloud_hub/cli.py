@@ -80,13 +80,22 @@ def main() -> None:
 @click.option("--threads", type=int, help="Threads of one engine, 0: all cores [default: 0].")
 @click.option("--run-limit-s", type=float, help="Time for one batch in an engine [default: 30].")
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
-@click.option("--drain-s", type=float, help="Time for requests in flight at the end [default: 10].")
+@click.option(
+    "--drain-notice-s", type=float, help="At the end, not ready but serving [default: 0.2]."
+)
+@click.option("--drain-s", type=float, help="Then time for requests in flight [default: 10].")
+@click.option("--caller-rate", type=float, help="Requests/s of a caller, 0: no limit [default: 0].")
+@click.option("--caller-concurrency", type=int, help="The same at once, 0: no limit [default: 0].")
 @click.option("--offline-after-s", type=float, help="Silence of an offline device [default: 30].")
 def serve(config_file: Path | None, **flags: Any) -> None:
     """Run the hub until it is told to stop (Ctrl-C, SIGTERM).
 
     The addresses in use are written to DATA/endpoints.json once both doors are open. Doors
     that other machines can reach need TLS files and a token for every caller.
+
+    Told to stop, it says at once that it is not ready and serves on for --drain-notice-s, so that
+    load balancers turn elsewhere. Then it refuses what is new with a hint when to come back, and
+    finishes what is in flight within --drain-s.
     """
     given = {key: value for key, value in flags.items() if value is not None}
     _run(lambda: _serve(config_module.load(given, config_file)))
@@ -167,13 +176,30 @@ def token() -> None:
 @click.option("--tenant", default="default", show_default=True, help="Who pays and may see.")
 @click.option("--label", default="", help="What the token is for; shown in lists.")
 @click.option("--days", type=click.IntRange(1, 3650), default=90, show_default=True)
+@click.option("--rate", type=click.FloatRange(0), default=0.0, help="Requests a second.")
+@click.option("--burst", type=click.IntRange(0), default=0, help="At once above it [default: 1 s].")
+@click.option("--concurrency", type=click.IntRange(0), default=0, help="Requests in flight.")
 def token_create(
-    config_file: Path | None, data: Path | None, tenant: str, label: str, days: int
+    config_file: Path | None,
+    data: Path | None,
+    tenant: str,
+    label: str,
+    days: int,
+    rate: float,
+    burst: int,
+    concurrency: int,
 ) -> None:
-    """Make a token and print it: the only time it can be seen."""
+    """Make a token and print it: the only time it can be seen.
+
+    Its bearer may ask without limit, unless --rate, --burst and --concurrency say otherwise or
+    the hub has limits for all callers (`fogline serve --caller-rate --caller-concurrency`).
+    """
+    from cloud_hub.fleet.identity import CallerLimits
+
+    limits = CallerLimits(rate, burst, concurrency)
 
     async def create(identity: Any) -> str:
-        made: str = await identity.create(tenant, label, days * 86400.0, time.time())
+        made: str = await identity.create(tenant, label, days * 86400.0, time.time(), limits)
         return made
 
     click.echo(_with_identity(config_file, data, create))
@@ -194,6 +220,9 @@ def token_list(config_file: Path | None, data: Path | None, as_json: bool) -> No
                 "label": t.label,
                 "expires_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(t.expires_at)),
                 "revoked": t.revoked,
+                "rate": t.limits.rate,
+                "burst": t.limits.burst,
+                "concurrency": t.limits.concurrency,
             }
             for t in await identity.tokens()
         ]
@@ -204,9 +233,18 @@ def token_list(config_file: Path | None, data: Path | None, as_json: bool) -> No
         return
     for t in found:
         state = "revoked" if t["revoked"] else f"until {t['expires_at']}"
-        click.echo(f"{t['id']}  {t['tenant']:<16} {state:<28} {t['label']}")
+        click.echo(f"{t['id']}  {t['tenant']:<16} {state:<28} {_limits_line(t):<24} {t['label']}")
     if not found:
         click.echo("no token: make one with `fogline token create`")
+
+
+def _limits_line(token: dict[str, Any]) -> str:
+    burst = f" (burst {token['burst']})" if token["burst"] else ""
+    parts = (
+        f"{token['rate']:g}/s{burst}" if token["rate"] else "",
+        f"{token['concurrency']} at once" if token["concurrency"] else "",
+    )
+    return ", ".join(part for part in parts if part) or "no limits"
 
 
 @token.command("revoke")

@@ -19,6 +19,7 @@ from cloud_hub.errors import ConfigRefused
 from fogline_protocol.mqtt import BrokerAddress
 
 ENV_PREFIX = "FOGLINE_HUB_"
+MIN_RATE = 0.001  # requests a second of one caller: what is rarer is no rate
 ENDPOINTS = "endpoints.json"  # in the data directory: where a running hub can be found
 
 
@@ -46,7 +47,11 @@ class HubConfig(BaseSettings):
     threads: int = Field(0, ge=0, le=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30)
     run_limit_s: float = Field(30.0, gt=0)  # of one batch; then its engine is replaced
-    drain_s: float = Field(10.0, ge=0)  # for requests in flight when the hub is told to stop
+    drain_notice_s: float = Field(0.2, ge=0)  # not ready, still serving: load balancers notice
+    drain_s: float = Field(10.0, ge=0)  # then, for requests in flight while new ones are refused
+    # Of one caller, unless its token says otherwise: requests a second, and at once; 0: no limit.
+    caller_rate: float = Field(0.0, ge=0, allow_inf_nan=False)
+    caller_concurrency: int = Field(0, ge=0)
     offline_after_s: float = Field(30.0, gt=0)  # silence after which a device counts as offline
 
     @field_validator("grpc", "http")
@@ -69,6 +74,8 @@ class HubConfig(BaseSettings):
         for path in (self.tls_cert, self.tls_key):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} is not a file")
+        if 0 < self.caller_rate < MIN_RATE:
+            raise ValueError(f"caller_rate: 0 is no limit, otherwise it is at least {MIN_RATE}")
         if self.models is not None and not self.models.is_dir():
             raise ValueError(f"models: {self.models} is not a directory")
         for door in ("grpc", "http"):

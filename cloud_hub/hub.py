@@ -3,14 +3,15 @@
 The only file that knows all sides. ``fogline serve`` and the system tests both use ``Hub``.
 
 Start                                           Stop
-  1 TLS files; lock the data directory            readiness turns false; endpoints.json goes
-  2 database: open, migrate                       HTTP: no new calls, those in flight finish
-  3 models of the directory: load, warm           gRPC: the same
-  4 fleet: sign what is due, start the broker;    broker, links
-    models of the registry: load, warm
-  5 gRPC door                                     engines
-  6 HTTP door: REST, console, files, metrics      history is written, database closes
-  7 endpoints.json names them all                 the lock goes with the process
+  1 TLS files; lock the data directory            not ready, endpoints.json goes; serving on for
+  2 database: open, migrate                         drain_notice_s: load balancers turn elsewhere
+  3 models of the directory: load, warm           new inference is refused with a hint, at open
+  4 fleet: sign what is due, start the broker;      doors; what is in flight has drain_s
+    models of the registry: load, warm            HTTP door: the console's and devices' calls finish
+  5 gRPC door, or front processes                 gRPC door: streams that lie idle are ended
+  6 HTTP door: REST, console, files, metrics      broker, links; then engines, which nobody uses
+  7 endpoints.json names them all                 history is written, database closes
+                                                  the lock goes with the process
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import ssl
 import tempfile
@@ -38,18 +40,21 @@ from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
-from cloud_hub.fleet.identity import Identity
+from cloud_hub.fleet.identity import CallerLimits, Identity
 from cloud_hub.front.fronts import Fronts
 from cloud_hub.inference import admission
 from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
-from cloud_hub.metrics import Metrics
+from cloud_hub.metrics import Metrics, Served
 from cloud_hub.store.store import Store
 from fogline_protocol import grpc_calls, grpc_service, rest_service
 
 DATABASE = "hub.sqlite"
+CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
+
+log = logging.getLogger("fogline.hub")
 
 
 class Hub:
@@ -67,7 +72,19 @@ class Hub:
             Limits(config.max_batch, config.max_queue_rows),
             config.model_control,
         )
-        self.server = HubServer(config.name, self.repository, self.metrics)
+        defaults = CallerLimits(config.caller_rate, 0, config.caller_concurrency)
+        self.server = HubServer(
+            config.name,
+            self.repository,
+            self.metrics,
+            admission.Admission(defaults, self.metrics),
+        )
+        self.metrics.watch(
+            lambda: [
+                Served(model.statistics, model.batcher.engines, *model.batcher.depth)
+                for model in self.repository.find_all("", "")
+            ]
+        )
         self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -90,8 +107,15 @@ class Hub:
         trace: TracebackType | None,
     ) -> None:
         """Drain and stop."""
-        self.server.draining = True
-        await self._parts.aclose()
+        try:
+            self.server.draining = True
+            (self.config.data / ENDPOINTS).unlink(missing_ok=True)
+            await asyncio.sleep(self.config.drain_notice_s)
+            left = await self.server.drain(self.config.drain_s)
+            if left:
+                log.warning("%d requests are broken off: drain_s is over", left)
+        finally:
+            await self._parts.aclose()
 
     async def _start(self) -> None:
         data = self.config.data
@@ -151,16 +175,14 @@ class Hub:
         }
         host, _ = split_address(address)
         if self.config.front_processes:
-            authenticate = self.identity.authenticate if guarded else None
-            self.fronts = Fronts(self.config, admission.passed_on(methods, authenticate))
+            answer = admission.passed_on(methods, self._callers(guarded))
+            self.fronts = Fronts(self.config, answer)
             await self.fronts.start(self.config.front_processes)
-            self._parts.push_async_callback(self.fronts.stop, self.config.drain_s)
+            self._parts.push_async_callback(self.fronts.stop, min(CLOSE_S, self.config.drain_s))
             return _joined(host, self.fronts.port)
         server = grpc_service.new_server(
             max_message_bytes=self.config.max_message_bytes,
-            interceptors=[admission.TokenInterceptor(self.identity.authenticate)]
-            if guarded
-            else [],
+            interceptors=[admission.CallerInterceptor(self._callers(guarded))],
         )
         server.add_generic_rpc_handlers((grpc_calls.handler(methods, {grpc_service.STREAM}),))
         try:
@@ -175,7 +197,9 @@ class Hub:
                 "this machine's; choose another with --grpc HOST:PORT"
             ) from None
         await server.start()
-        self._parts.push_async_callback(grpc_service.stop, server, self.config.drain_s)
+        # Inference has been drained by then.
+        grace_s = min(CLOSE_S, self.config.drain_s)
+        self._parts.push_async_callback(grpc_service.stop, server, grace_s)
         return _joined(host, port)
 
     async def _open_http(self, tls: ssl.SSLContext | None) -> str:
@@ -184,9 +208,8 @@ class Hub:
         app = web.Application(
             client_max_size=self.config.max_message_bytes,
             middlewares=[
-                admission.rest_middleware(self.identity.authenticate)
-                if guarded
-                else rest_service.local_only
+                *([] if guarded else [rest_service.local_only]),
+                admission.rest_middleware(self._callers(guarded)),
             ],
         )
         rest_service.add_routes(app, self.server, self.server)
@@ -223,6 +246,9 @@ class Hub:
     def url(self) -> str:
         """The hub's own HTTP address as a URL."""
         return f"{'https' if self.config.tls_cert else 'http'}://{self.http_address}"
+
+    def _callers(self, guarded: bool) -> admission.Callers:
+        return admission.Callers(self.identity.authenticate, required=guarded, metrics=self.metrics)
 
     async def _is_guarded(self, address: str) -> bool:
         """Return whether callers of this door must show a token; refuse if nobody could."""

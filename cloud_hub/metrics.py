@@ -1,20 +1,44 @@
 """What Prometheus reads at /metrics. Names: fogline_hub_<what>_<unit>, seconds and bytes.
 
-One registry per hub, so that several hubs can live in one process, as in the tests.
+Beside them stand the names that Triton's users already chart (``nv_inference_*``, ``nv_cache_*``).
+They are read from the statistics of the protocol when somebody asks, so they cannot differ from
+what ModelStatistics answers. There is no ``nv_gpu_*``: the engines of this process use no GPU.
+
+One registry per hub, so that several hubs can live in one process, as in the tests. Tiny models
+make the CPU per request the limit of a hub, so whatever is counted per request is bound once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    UnknownMetricFamily,
+)
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
-from fogline_protocol.statistics import ModelStatistics
+from fogline_protocol.statistics import Duration, ModelStatistics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LABELS = ("model", "version")
+
+
+class Served(NamedTuple):
+    """What a scrape reads of one version of a model."""
+
+    statistics: ModelStatistics
+    engines: int
+    waiting_requests: int
+    waiting_rows: int
 
 
 class Metrics:
@@ -22,40 +46,65 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+        ProcessCollector(registry=self.registry)  # memory, CPU, open files
         PlatformCollector(registry=self.registry)
-        labels = ("model", "version")
         self._requests = Counter(
             "fogline_hub_requests",
             "Requests by outcome: ok, cancelled by the caller, or the status of the error",
-            (*labels, "outcome"),
+            (*_LABELS, "outcome"),
             registry=self.registry,
         )
         self._request_seconds = Histogram(
-            "fogline_hub_request_seconds", "From door to answer", labels,
+            "fogline_hub_request_seconds", "From door to answer", _LABELS,
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._queue_seconds = Histogram(
-            "fogline_hub_queue_seconds", "Waiting for an engine", labels,
+            "fogline_hub_queue_seconds", "Waiting for an engine", _LABELS,
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._compute_seconds = Histogram(
-            "fogline_hub_compute_seconds", "One run of an engine", labels,
+            "fogline_hub_compute_seconds", "One run of an engine", _LABELS,
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._batch_rows = Histogram(
-            "fogline_hub_batch_rows", "Rows in one run", labels,
+            "fogline_hub_batch_rows", "Rows in one run", _LABELS,
             buckets=_ROWS, registry=self.registry,
         )  # fmt: skip
         self._expired = Counter(
-            "fogline_hub_expired", "Requests whose deadline passed in the queue", labels,
+            "fogline_hub_expired", "Requests whose time was up in the queue", _LABELS,
             registry=self.registry,
         )  # fmt: skip
+        self._rejections = Counter(
+            "fogline_hub_rejections",
+            "Requests that were not let in or lost their place: rate or concurrency of the caller, "
+            "queue_full, expired, overdue, draining, unauthenticated",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._done: dict[tuple[str, str], _Requests] = {}
+        self._rejected: dict[str, Counter] = {}
+        self._busy: dict[tuple[str, str], _Busy] = {}
+        self.registry.register(_BusyAtScrape(self._busy))
+
+    def watch(self, models: Callable[[], Iterable[Served]]) -> None:
+        """Read what ``models`` returns at every scrape."""
+        self.registry.register(_AtScrape(models))
 
     def request_done(self, model: str, version: str, outcome: str, seconds: float) -> None:
         """Count one request that found its model."""
-        self._requests.labels(model, version, outcome).inc()
-        self._request_seconds.labels(model, version).observe(seconds)
+        done = self._done.get((model, version))
+        if done is None:
+            done = self._done[model, version] = _Requests(
+                self._requests, self._request_seconds.labels(model, version), (model, version)
+            )
+        done.count(outcome, seconds)
+
+    def rejected(self, reason: str, count: int = 1) -> None:
+        """Count requests that were not let in, or lost their place in a queue."""
+        child = self._rejected.get(reason)
+        if child is None:
+            child = self._rejected[reason] = self._rejections.labels(reason)
+        child.inc(count)
 
     def of_model(self, model: str, version: str) -> "ModelMetrics":
         """Return what the batcher of one model reports to."""
@@ -65,11 +114,30 @@ class Metrics:
             self._compute_seconds.labels(model, version),
             self._batch_rows.labels(model, version),
             self._expired.labels(model, version),
+            self._busy.setdefault((model, version), _Busy()),
+            self.rejected,
         )
 
     def render(self) -> bytes:
         """Return the exposition text."""
         return generate_latest(self.registry)
+
+
+class _Requests:
+    """The requests of one version of one model by outcome."""
+
+    def __init__(self, requests: Counter, seconds: Histogram, labels: tuple[str, str]) -> None:
+        self._requests = requests
+        self._seconds = seconds
+        self._labels = labels
+        self._outcomes: dict[str, Counter] = {}
+
+    def count(self, outcome: str, seconds: float) -> None:
+        child = self._outcomes.get(outcome)
+        if child is None:
+            child = self._outcomes[outcome] = self._requests.labels(*self._labels, outcome)
+        child.inc()
+        self._seconds.observe(seconds)
 
 
 class ModelMetrics:
@@ -82,28 +150,36 @@ class ModelMetrics:
         compute: Histogram,
         rows: Histogram,
         expired: Counter,
+        busy: "_Busy",
+        rejected: Callable[[str, int], None],
     ) -> None:
         self.statistics = statistics
         self._queue = queue
         self._compute = compute
         self._rows = rows
         self._expired = expired
+        self._busy = busy
+        self._rejected = rejected
 
     def batch_ran(
         self, rows: int, queued_s: Sequence[float], compute: tuple[float, float, float]
     ) -> None:
         """A batch ran; the seconds of ``compute`` went into joining, running and parting it."""
+        seconds = sum(compute)
         self._rows.observe(rows)
-        self._compute.observe(sum(compute))
-        for seconds in queued_s:
-            self._queue.observe(seconds)
-        join_ns, run_ns, part_ns = (round(seconds * 1e9) for seconds in compute)
+        self._compute.observe(seconds)
+        self._busy.seconds += seconds
+        observe = self._queue.observe
+        for queued in queued_s:
+            observe(queued)
+        join_ns, run_ns, part_ns = (round(part * 1e9) for part in compute)
         self.statistics.executed(
-            rows, [round(seconds * 1e9) for seconds in queued_s], join_ns, run_ns, part_ns
+            rows, [round(queued * 1e9) for queued in queued_s], join_ns, run_ns, part_ns
         )
 
-    def batch_failed(self, queued_s: Sequence[float]) -> None:
-        """A batch failed in the engine."""
+    def batch_failed(self, queued_s: Sequence[float], busy_s: float) -> None:
+        """A batch failed in the engine after ``busy_s``."""
+        self._busy.seconds += busy_s
         self._waited(queued_s)
 
     def requests_expired(self, queued_s: Sequence[float]) -> None:
@@ -111,7 +187,111 @@ class ModelMetrics:
         self._expired.inc(len(queued_s))
         self._waited(queued_s)
 
+    def request_rejected(self, reason: str) -> None:
+        """A request was refused a place in the queue, or lost it."""
+        self._rejected(reason, 1)
+
     def _waited(self, queued_s: Sequence[float]) -> None:
         for seconds in queued_s:
             self._queue.observe(seconds)
         self.statistics.queue.add(round(sum(queued_s) * 1e9), len(queued_s))
+
+
+@dataclass(slots=True)
+class _Busy:
+    """How long the engines of one version of a model have worked, over all its loads."""
+
+    seconds: float = 0.0
+
+
+class _BusyAtScrape(Collector):
+    def __init__(self, busy: Mapping[tuple[str, str], _Busy]) -> None:
+        self._busy = busy
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "fogline_hub_engine_busy_seconds",
+            "Engines at work; its rate over fogline_hub_engines is their busy share",
+            labels=_LABELS,
+        )
+        for labels, busy in self._busy.items():
+            family.add_metric(labels, busy.seconds)
+        yield family
+
+
+class _AtScrape(Collector):
+    """What is read when somebody asks: the queues, and Triton's names."""
+
+    def __init__(self, models: Callable[[], Iterable[Served]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        models = list(self._models())
+        for name, text, of in _GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
+            for model in models:
+                gauge.add_metric(_labels(model), of(model))
+            yield gauge
+        for name, text, count in _TRITON:
+            # Not a counter: prometheus_client would call it ..._total, which nobody charts.
+            family = UnknownMetricFamily(name, text, labels=_LABELS)
+            for model in models:
+                family.add_metric(_labels(model), count(model.statistics))
+            yield family
+
+
+def _labels(model: Served) -> tuple[str, str]:
+    return model.statistics.name, model.statistics.version
+
+
+def _us(duration: Duration) -> int:
+    return duration.ns // 1000
+
+
+_GAUGES: Sequence[tuple[str, str, Callable[[Served], int]]] = (
+    ("fogline_hub_queue_requests", "Requests waiting for an engine", lambda m: m.waiting_requests),
+    ("fogline_hub_queue_rows", "Rows waiting for an engine", lambda m: m.waiting_rows),
+    ("fogline_hub_engines", "Engines that serve the model", lambda m: m.engines),
+    (
+        "nv_inference_pending_request_count",
+        "Requests waiting for an engine",
+        lambda m: m.waiting_requests,
+    ),
+)
+
+# Source: triton-inference-server/server docs/user_guide/metrics.md.
+_TRITON: Sequence[tuple[str, str, Callable[[ModelStatistics], int]]] = (
+    ("nv_inference_request_success", "Requests answered", lambda s: s.success.count),
+    ("nv_inference_request_failure", "Requests not answered", lambda s: s.fail.count),
+    ("nv_inference_count", "Rows inferred, without cached ones", lambda s: s.inference_count),
+    ("nv_inference_exec_count", "Runs of an engine", lambda s: s.execution_count),
+    (
+        "nv_inference_request_duration_us",
+        "From door to answer, in sum",
+        lambda s: _us(s.success),
+    ),
+    ("nv_inference_queue_duration_us", "Waiting for an engine, in sum", lambda s: _us(s.queue)),
+    (
+        "nv_inference_compute_input_duration_us",
+        "Joining the inputs of requests, in sum",
+        lambda s: _us(s.compute_input),
+    ),
+    (
+        "nv_inference_compute_infer_duration_us",
+        "Runs of an engine, in sum over requests",
+        lambda s: _us(s.compute_infer),
+    ),
+    (
+        "nv_inference_compute_output_duration_us",
+        "Handing out the outputs, in sum",
+        lambda s: _us(s.compute_output),
+    ),
+    ("nv_cache_num_hits_per_model", "Answers from the cache", lambda s: s.cache_hit.count),
+    ("nv_cache_num_misses_per_model", "Answers not in the cache", lambda s: s.cache_miss.count),
+    ("nv_cache_hit_duration_per_model", "Look-ups that hit, in us", lambda s: _us(s.cache_hit)),
+    (
+        "nv_cache_miss_duration_per_model",
+        "Look-ups that missed, in us",
+        lambda s: _us(s.cache_miss),
+    ),
+)

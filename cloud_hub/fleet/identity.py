@@ -6,13 +6,16 @@ the look-up takes tells nothing about the secret.
 """
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
+from cloud_hub.config import MIN_RATE
 from cloud_hub.errors import ConfigRefused
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
@@ -20,6 +23,19 @@ from cloud_hub.store.store import Store
 PREFIX = "fgl_"
 REMEMBERED_S = 5.0  # so that a revoked token ends within seconds, without a query per request
 MOST_REMEMBERED = 10_000  # strangers' guesses must not fill the memory
+MOST_AT_ONCE = 1_000_000  # a larger limit is none
+
+
+@dataclass(frozen=True, slots=True)
+class CallerLimits:
+    """How often, and how much at once, a caller may ask; 0: no limit of its own."""
+
+    rate: float = 0.0  # requests a second
+    burst: int = 0  # requests at once above the rate; 0: as many as in a second
+    concurrency: int = 0  # requests in flight
+
+
+NO_LIMITS = CallerLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +45,7 @@ class Caller:
     tenant: str
     label: str
     token_id: str
+    limits: CallerLimits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +58,7 @@ class Token:
     created_at: float
     expires_at: float
     revoked: bool
+    limits: CallerLimits = NO_LIMITS
 
 
 class Identity:
@@ -50,14 +68,30 @@ class Identity:
         self._store = store
         self._remembered: dict[str, tuple[float, Caller | None]] = {}
 
-    async def create(self, tenant: str, label: str, lifetime_s: float, now: float) -> str:
+    async def create(
+        self,
+        tenant: str,
+        label: str,
+        lifetime_s: float,
+        now: float,
+        limits: CallerLimits = NO_LIMITS,
+    ) -> str:
         """Make a token and return it: the only time it can be seen.
 
         Raises:
-            ConfigRefused: tenant or label is too long, or the tenant is empty.
+            ConfigRefused: tenant or label is too long, the tenant is empty, or the limits make
+                no sense.
         """
         if not 1 <= len(tenant) <= 63 or len(label) > 200:
             raise ConfigRefused("a tenant has 1 to 63 characters, a label at most 200")
+        if not math.isfinite(limits.rate) or min(limits.rate, limits.burst, limits.concurrency) < 0:
+            raise ConfigRefused("rate, burst and concurrency are numbers from 0 on; 0: no limit")
+        if 0 < limits.rate < MIN_RATE:
+            raise ConfigRefused(f"a rate is 0 (no limit) or at least {MIN_RATE} a second")
+        if max(limits.burst, limits.concurrency) > MOST_AT_ONCE:
+            raise ConfigRefused(f"burst and concurrency are at most {MOST_AT_ONCE}; 0: no limit")
+        if limits.burst and not limits.rate:
+            raise ConfigRefused("a burst means nothing without a rate: give both")
         secret = PREFIX + secrets.token_urlsafe(32)
         row = {
             "id": secrets.token_hex(4),
@@ -67,6 +101,9 @@ class Identity:
             "created_at": now,
             "expires_at": now + lifetime_s,
             "revoked": False,
+            "rate": limits.rate,
+            "burst": limits.burst,
+            "concurrency": limits.concurrency,
         }
 
         def write(connection: Connection) -> None:
@@ -87,7 +124,7 @@ class Identity:
         def read(connection: Connection) -> Caller | None:
             query = select(t).where(t.c.sha256 == digest, t.c.expires_at > now, ~t.c.revoked)
             row = connection.execute(query).one_or_none()
-            return None if row is None else Caller(row.tenant, row.label, row.id)
+            return None if row is None else Caller(row.tenant, row.label, row.id, _limits(row))
 
         caller = await self._store.read(read)
         if len(self._remembered) >= MOST_REMEMBERED:
@@ -106,7 +143,7 @@ class Identity:
 
         def read(connection: Connection) -> list[Token]:
             return [
-                Token(r.id, r.tenant, r.label, r.created_at, r.expires_at, r.revoked)
+                Token(r.id, r.tenant, r.label, r.created_at, r.expires_at, r.revoked, _limits(r))
                 for r in connection.execute(select(t).order_by(t.c.created_at))
             ]
 
@@ -120,6 +157,10 @@ class Identity:
             return connection.execute(change.values(revoked=True)).rowcount
 
         return await self._store.write(write) > 0
+
+
+def _limits(row: Any) -> CallerLimits:
+    return CallerLimits(row.rate, row.burst, row.concurrency)
 
 
 def _digest(secret: str) -> str:

@@ -269,8 +269,10 @@ class HubEnd(_End):
 
 
 def _document(error: InferenceError) -> Mapping[str, Any]:
-    return {"code": error.grpc_code, "text": str(error)}
+    # JSON of this library, at both ends, knows infinity.
+    return {"code": error.grpc_code, "text": str(error), "retry_after_s": error.retry_after_s}
 
 
 def _error(document: Mapping[str, Any]) -> InferenceError:
-    return inference.ERRORS.get(document["code"], ServerFault)(document["text"])
+    kind = inference.ERRORS.get(document["code"], ServerFault)
+    return kind(document["text"], retry_after_s=document["retry_after_s"])

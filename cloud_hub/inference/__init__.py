@@ -2,7 +2,8 @@
 
 server.py       stands behind the doors: finds the model, checks the request, answers
 repository.py   which models are served, and from which files
-batcher.py      gathers requests into batches for one engine
-queue.py        the pure rule for which requests leave together, and when
-admission.py    who may call
+batcher.py      gathers requests into batches for the engines of one model
+queue.py        the pure rule for which requests leave together, when, and in whose turn
+admission.py    who calls, and how much of it is let in
+limits.py       the pure rule for how often, and how much at once, one caller may ask
 """

@@ -1,27 +1,119 @@
-"""Who may call: bearer tokens at doors that other machines can reach, on gRPC and HTTP alike."""
+"""Who calls, and how much of it is let in: on gRPC, its streams and HTTP alike.
 
-from collections.abc import Awaitable, Callable, Mapping
+The doors ask who calls (``CallerInterceptor``, ``passed_on``, ``rest_middleware``) and note it in
+``CALLER``, which every task that serves the call inherits: that of a unary call, one per request
+of a stream or passed on by a front, and aiohttp's. ``HubServer.infer`` reads it, and ``Admission``
+applies the limits there, once for every request, whatever door it came by.
+
+A bearer token names its caller at every door. At doors that only this machine can reach it may
+be left out; then the caller is ``LOCAL``.
+"""
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
 from aiohttp import web
 
-from cloud_hub.fleet.identity import Caller
+from cloud_hub.fleet.identity import NO_LIMITS, Caller, CallerLimits
 from cloud_hub.front.relay import Answer, Call
+from cloud_hub.inference.limits import Account
+from cloud_hub.metrics import Metrics
 from fogline_protocol import grpc_calls, grpc_service, rest_service
-from fogline_protocol.inference import Unauthenticated, Unsupported
+from fogline_protocol.inference import Overloaded, Unauthenticated, Unsupported
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Authenticate = Callable[[str], Awaitable[Caller | None]]
 
+LOCAL = Caller(tenant="default", label="local", token_id="local")
+CALLER: ContextVar[Caller] = ContextVar("CALLER", default=LOCAL)
+
 _HINT = "send 'authorization: Bearer TOKEN'; `fogline token create` makes one"
+_WHAT = {"rate": "{0.rate:g} requests a second", "concurrency": "{0.concurrency} requests at once"}
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Lets only callers with a valid token through to any method."""
+class Admission:
+    """Holds every caller to its limits. Used on one event loop."""
 
-    def __init__(self, authenticate: Authenticate) -> None:
+    def __init__(self, default: CallerLimits, metrics: Metrics) -> None:
+        """Hold callers whose token says nothing to ``default``."""
+        self._default = default
+        self._metrics = metrics
+        # By token: strangers are not let in, so they cannot fill it.
+        self._accounts: dict[str, tuple[CallerLimits, Account]] = {}
+
+    @contextlib.contextmanager
+    def admitted(self, caller: Caller) -> Iterator[None]:
+        """Let one request of ``caller`` in for as long as the context lasts.
+
+        Raises:
+            Overloaded: it asks too often, or too much at once; with the time to come back.
+        """
+        limits = CallerLimits(
+            caller.limits.rate or self._default.rate,
+            caller.limits.burst if caller.limits.rate else self._default.burst,
+            caller.limits.concurrency or self._default.concurrency,
+        )
+        if limits == NO_LIMITS:
+            yield
+            return
+        known = self._accounts.get(caller.token_id)
+        if known is None or known[0] != limits:
+            account = Account(limits.rate, limits.burst, limits.concurrency)
+            known = self._accounts[caller.token_id] = (limits, account)
+        account = known[1]
+        started = time.monotonic()
+        refusal = account.enter(started)
+        if refusal is not None:
+            self._metrics.rejected(refusal.reason)
+            raise Overloaded(
+                f"caller {caller.label or caller.token_id!r} of tenant {caller.tenant!r} may make "
+                f"{_WHAT[refusal.reason].format(limits)}: come back in "
+                f"{refusal.retry_after_s:.3f} s",
+                retry_after_s=refusal.retry_after_s,
+            )
+        try:
+            yield
+        finally:
+            account.leave(time.monotonic() - started)
+
+
+class Callers:
+    """Tells who calls by the ``authorization`` header, for both doors."""
+
+    def __init__(self, authenticate: Authenticate, *, required: bool, metrics: Metrics) -> None:
+        """Let callers without a token in as ``LOCAL`` unless one is ``required``."""
         self._authenticate = authenticate
+        self._required = required
+        self._metrics = metrics
+
+    async def who(self, header: str) -> Caller:
+        """Return the caller.
+
+        Raises:
+            Unauthenticated: nobody known, or a token is missing where one is required.
+        """
+        if not header and not self._required:
+            return LOCAL
+        scheme, _, token = header.partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            self._metrics.rejected("unauthenticated")
+            raise Unauthenticated(f"this hub wants to know its callers: {_HINT}")
+        caller = await self._authenticate(token.strip())
+        if caller is None:
+            self._metrics.rejected("unauthenticated")
+            raise Unauthenticated(f"the token is unknown, revoked or expired: {_HINT}")
+        return caller
+
+
+class CallerInterceptor(grpc.aio.ServerInterceptor):
+    """Notes who makes a call, and lets nobody else through to any method."""
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
 
     async def intercept_service(
         self,
@@ -31,31 +123,34 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         """Refuse before a byte of the request is parsed."""
         if details.method.startswith(f"/{grpc_service.HEALTH}/"):  # probes have no tokens
             return await continuation(details)
-        header = dict(details.invocation_metadata or ()).get("authorization", "")
-        problem = await _problem(self._authenticate, str(header))
-        if problem is None:
-            return await continuation(details)
+        header = next(
+            (value for key, value in details.invocation_metadata or () if key == "authorization"),
+            "",
+        )
+        try:
+            # The handler runs in this very task (test_admission.py holds grpcio to that).
+            CALLER.set(await self._callers.who(str(header)))
+        except Unauthenticated as error:
+            problem = error  # the name of an except clause ends with it
 
-        # As a stream, so that nothing is waited for: it suits unary calls as well.
-        async def refuse(_requests: Any, context: grpc_calls.Carrier) -> None:
-            await grpc_calls.abort(context, problem)
+            # As a stream, so that nothing is waited for: it suits unary calls as well.
+            async def refuse(_requests: Any, context: grpc_calls.Carrier) -> None:
+                await grpc_calls.abort(context, problem)
 
-        return grpc.stream_stream_rpc_method_handler(refuse)
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return await continuation(details)
 
 
-def passed_on(
-    methods: Mapping[str, grpc_calls.Method], authenticate: Authenticate | None
-) -> Answer:
+def passed_on(methods: Mapping[str, grpc_calls.Method], callers: Callers) -> Answer:
     """Return what answers the calls that fronts pass on, as the hub's own door would."""
 
     async def answer(call: Call) -> bytes:
         method = methods.get(call.path)
         if method is None:
             raise Unsupported(f"{call.path} is not offered by this server")
-        if authenticate is not None and not call.path.startswith(f"/{grpc_service.HEALTH}/"):
-            problem = await _problem(authenticate, call.metadata.get("authorization", ""))
-            if problem is not None:
-                raise problem
+        if not call.path.startswith(f"/{grpc_service.HEALTH}/"):
+            # In the task of this call alone.
+            CALLER.set(await callers.who(call.metadata.get("authorization", "")))
         if call.path == grpc_service.STREAM and not call.request:
             return b""  # a stream was opened: its caller may, that is all
         return await grpc_calls.translating(call.path, method, call.request, call)
@@ -63,25 +158,23 @@ def passed_on(
     return answer
 
 
-def rest_middleware(authenticate: Authenticate) -> Any:
-    """Return aiohttp middleware that asks for a token on the inference routes and for metrics."""
+def rest_middleware(callers: Callers) -> Any:
+    """Return aiohttp middleware that notes who calls the inference routes or reads the metrics."""
 
     @web.middleware
     async def check(request: web.Request, handler: rest_service.Handler) -> web.StreamResponse:
         inference = request.path.startswith("/v2") and not request.path.startswith("/v2/health")
-        if inference or request.path == "/metrics":
-            problem = await _problem(authenticate, request.headers.get("Authorization", ""))
-            if problem is not None:
-                return rest_service.error_response(problem)
-        return await handler(request)
+        if not inference and request.path != "/metrics":
+            return await handler(request)
+        try:
+            caller = await callers.who(request.headers.get("Authorization", ""))
+        except Unauthenticated as error:
+            return rest_service.error_response(error)
+        # One task serves all requests of a connection, so what is noted must end with this one.
+        noted = CALLER.set(caller)
+        try:
+            return await handler(request)
+        finally:
+            CALLER.reset(noted)
 
     return check
-
-
-async def _problem(authenticate: Authenticate, header: str) -> Unauthenticated | None:
-    scheme, _, token = header.partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        return Unauthenticated(f"this hub wants to know its callers: {_HINT}")
-    if await authenticate(token.strip()) is None:
-        return Unauthenticated(f"the token is unknown, revoked or expired: {_HINT}")
-    return None

@@ -371,11 +371,12 @@ class Repository:
             opened.pop_all()
         metrics = self._metrics.of_model(name, version)
         batcher = Batcher(
-            engines[0],
+            engines,
             batches=config.batches,
             max_batch=config.max_batch_size,
             max_queue_rows=self.limits.max_queue_rows,
             observer=metrics,
+            scheduling=config.batching,
         )
         task = asyncio.create_task(batcher.serve(), name=f"batcher-{name}")
         return ServedModel(

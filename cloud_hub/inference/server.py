@@ -5,10 +5,13 @@ against its certificate, because another hub model voids a disagreement certific
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 
+from cloud_hub.fleet.identity import NO_LIMITS, Caller
+from cloud_hub.inference.admission import CALLER, Admission
 from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.metrics import Metrics
 from fogline_protocol import inference
@@ -18,6 +21,7 @@ from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
     ModelMetadata,
+    Parameter,
     ServerMetadata,
     Unavailable,
     Unsupported,
@@ -32,18 +36,39 @@ EXTENSIONS = (
     "model_configuration",
     "binary_tensor_data",
     "parameters",
+    "schedule_policy",
     "statistics",
 )
+
+
+# Request parameters that reach the engine: requests that differ in one never share a batch. An
+# engine takes arrays and nothing else today, so there is none.
+ENGINE_PARAMETERS: frozenset[str] = frozenset()
+
+
+RESTART_S = 1.0  # hint of a hub that stops: about what one takes to be there again
 
 
 class HubServer:
     """The hub as an Open Inference server."""
 
-    def __init__(self, name: str, repository: Repository, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        repository: Repository,
+        metrics: Metrics,
+        admission: Admission | None = None,
+    ) -> None:
+        """Answer with the models of ``repository``; without ``admission`` nobody has limits."""
         self._name = name
         self._repository = repository
         self._metrics = metrics
+        self._admission = admission or Admission(NO_LIMITS, metrics)
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
+        self.refusing = False  # what is in flight is finished, nothing new is taken
+        self._in_flight = 0
+        self._quiet = asyncio.Event()  # no request is in flight
+        self._quiet.set()
 
     def server_metadata(self) -> ServerMetadata:
         """Return who this is."""
@@ -109,17 +134,51 @@ class HubServer:
         await self._repository.unload(name)
 
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
-        """Answer one request.
+        """Answer one request of the caller whom the door has noted.
 
         Raises:
+            Unavailable: the hub is about to stop.
+            Overloaded: the caller asks too often or too much at once, or the queue is full.
             Forbidden: it is marked private, so it must never have left its device.
             InferenceError: see the batcher and the checks of the protocol.
         """
+        if self.refusing:
+            self._metrics.rejected("draining")
+            raise Unavailable(
+                "the hub is shutting down: ask another one, or this one again later",
+                retry_after_s=RESTART_S,
+            )
+        caller = CALLER.get()
+        self._in_flight += 1
+        self._quiet.clear()
+        try:
+            with self._admission.admitted(caller):
+                return await self._counted(caller, request, deadline)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._quiet.set()
+
+    async def drain(self, within_s: float) -> int:
+        """Refuse new requests, wait for those in flight, and return how many are left after all.
+
+        The doors stay open meanwhile, so that a refusal has a text and a hint, on open streams
+        too. Set ``draining`` before, by the time that load balancers need to notice.
+        """
+        self.draining = self.refusing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._quiet.wait()
+        return self._in_flight
+
+    async def _counted(
+        self, caller: Caller, request: InferRequest, deadline: float | None
+    ) -> InferResponse:
         model = self._repository.find(request.model, request.version)
         started = time.monotonic()
         outcome = "internal"
         try:
-            response = await self._answer(model, request, deadline)
+            response = await self._answer(model, caller, request, deadline)
         except BaseException as error:
             # Every request has one outcome, that of a caller who left and of our own fault too.
             if isinstance(error, InferenceError):
@@ -138,7 +197,7 @@ class HubServer:
             )
 
     async def _answer(
-        self, model: ServedModel, request: InferRequest, deadline: float | None
+        self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None
     ) -> InferResponse:
         private = request.parameters.get("fogline.private", False)
         if not isinstance(private, bool):  # "true" would be a promise broken in silence
@@ -154,7 +213,13 @@ class HubServer:
             raise inference.BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:
             raise inference.BadRequest("the inputs have no rows")
-        outputs = await model.batcher.infer(request.inputs, deadline)
+        outputs = await model.batcher.infer(
+            request.inputs,
+            deadline,
+            caller=caller.token_id,
+            priority=inference.priority(request.parameters),
+            kind=_kind(request.parameters),
+        )
         return InferResponse(
             model=model.name,
             version=model.version,
@@ -168,3 +233,14 @@ class HubServer:
                 "fogline.digest": model.sha256,
             },
         )
+
+
+def _kind(parameters: Mapping[str, Parameter]) -> Hashable:
+    if not ENGINE_PARAMETERS:
+        return ()
+    # True == 1 == 1.0 in Python, not for an engine.
+    return tuple(
+        (key, type(value), value)
+        for key, value in sorted(parameters.items())
+        if key in ENGINE_PARAMETERS
+    )

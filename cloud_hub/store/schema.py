@@ -40,6 +40,10 @@ token = Table(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
     Column("revoked", Boolean, nullable=False),
+    # What its bearer may do (migration 0004); 0: no limit.
+    Column("rate", Float, nullable=False, server_default="0"),  # requests a second
+    Column("burst", Integer, nullable=False, server_default="0"),
+    Column("concurrency", Integer, nullable=False, server_default="0"),
 )
 
 # Devices that have reported, as they last described themselves.

@@ -15,6 +15,11 @@ opened, and says nothing new. Entering ``open`` from ``closed`` sets the first w
 probe doubles it up to a limit, times a draw from 0.5 to 1 so that a fleet does not knock in
 step; the good probes of a run are a fixed gap apart. Closing resets everything.
 
+``PUSHED_BACK`` is a failure at which the hub said when to come back. Until then nothing leaves,
+though the breaker stays closed: the hub is there. Refusals of what left before count as one,
+however many there are. If the first request after the pause is pushed back too, that is the
+second failure in a row.
+
 A new breaker is closed with one failure counted: nothing is known of the hub yet, so one
 more is enough.
 """
@@ -36,6 +41,7 @@ class Event(enum.StrEnum):
 
     SUCCEEDED = "succeeded"  # an escalation was answered
     FAILED = "failed"  # an escalation was not
+    PUSHED_BACK = "pushed-back"  # it was shed, and the hub said when to come back
     PROBE_GOOD = "probe-good"
     PROBE_BAD = "probe-bad"
 
@@ -57,6 +63,7 @@ class Tuning:
     gap_s: float = 0.1  # between good probes
     first_wait_s: float = 0.25  # from opening to the first probe
     max_wait_s: float = 4.0  # between bad probes
+    max_pause_s: float = 60.0  # whatever a hub says: a wrong hint must not end escalation for good
 
 
 DEFAULT = Tuning()
@@ -71,17 +78,43 @@ class Breaker:
     good: int = 0  # good probes in a row, while not closed
     wait_s: float = 0.0
     probe_at: float | None = None  # when the next probe is due; None: none is needed
+    quiet_until: float = 0.0  # until when the hub asked not to be asked
 
     @property
     def closed(self) -> bool:
-        """Whether escalations leave."""
+        """Whether the hub is there."""
         return self.state is State.CLOSED
+
+    def lets_through(self, now: float) -> bool:
+        """Return whether escalations leave."""
+        return self.closed and now >= self.quiet_until
 
 
 def step(
-    breaker: Breaker, event: Event, now: float, *, draw: float, tuning: Tuning = DEFAULT
+    breaker: Breaker,
+    event: Event,
+    now: float,
+    *,
+    draw: float,
+    pause_s: float = 0.0,
+    tuning: Tuning = DEFAULT,
 ) -> Breaker:
-    """Return the state that follows ``event``; ``draw`` is uniform between 0.5 and 1."""
+    """Return the state that follows ``event``; ``draw`` is uniform between 0.5 and 1.
+
+    ``pause_s`` is what the hub asked for when it pushed back.
+    """
+    if event is Event.PUSHED_BACK:
+        until = max(breaker.quiet_until, now + min(pause_s, tuning.max_pause_s))
+        if now >= breaker.quiet_until:
+            breaker = step(breaker, Event.FAILED, now, draw=draw, tuning=tuning)
+        return replace(breaker, quiet_until=until)
+    followed = _step(breaker, event, now, draw, tuning)
+    if followed.quiet_until == breaker.quiet_until:
+        return followed
+    return replace(followed, quiet_until=breaker.quiet_until)
+
+
+def _step(breaker: Breaker, event: Event, now: float, draw: float, tuning: Tuning) -> Breaker:
     good = event in (Event.SUCCEEDED, Event.PROBE_GOOD)
     if breaker.closed:
         if good:

@@ -464,6 +464,10 @@ class Router:
             rows = _rows(request.inputs) if bundle.max_batch else 0
             if bundle.escalates_to is not None:
                 model, version = bundle.escalates_to.model, ""
+        if pause_s := uplink.pause_s:
+            raise Unavailable(
+                f"the hub asked not to be asked for {pause_s:.3f} s", retry_after_s=pause_s
+            )
         if not uplink.link_up:
             raise Unavailable("the hub cannot be reached at the moment")
         finish = deadline if deadline is not None else started + self._deadline_s
@@ -475,7 +479,9 @@ class Router:
         except HubLate as error:
             raise DeadlineExceeded(str(error)) from None
         except HubUnavailable as error:
-            raise Unavailable(f"the hub cannot be reached: {error}") from None
+            raise Unavailable(
+                f"the hub cannot be reached: {error}", retry_after_s=uplink.pause_s or None
+            ) from None
         except HubRefused as error:
             raise error.refusal from None
         decisions = [_HUB_ONLY] * (rows or 1)

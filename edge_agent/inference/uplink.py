@@ -6,7 +6,8 @@ same kind, leave as one request: a request of 32 rows costs the hub about as muc
 one row (performance.md). Each caller owns its future and may leave at any moment.
 
     ask ─► waiting, by kind ─► request in flight (a few at once) ─► answers, row by row
-                                  └─ UNAVAILABLE and time left: once more
+                                  └─ UNAVAILABLE and time left: once more, unless the hub
+                                     said when to come back: until then nothing leaves
 
 The round trip is estimated from answered escalations, and from probes where there are none:
 a probe runs at the start, while the breaker is not closed, and when a request found the
@@ -15,6 +16,7 @@ estimate too long for its deadline, so that one slow answer does not shut the hu
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -182,8 +184,13 @@ class Uplink:
 
     @property
     def link_up(self) -> bool:
-        """Whether escalations may leave."""
-        return self._breaker.closed
+        """Whether escalations may leave: the hub is there, and has not asked for a pause."""
+        return self._breaker.lets_through(time.monotonic())
+
+    @property
+    def pause_s(self) -> float:
+        """For how long the hub still asked not to be asked."""
+        return max(0.0, self._breaker.quiet_until - time.monotonic())
 
     def refresh(self) -> None:
         """Have the round trip measured again soon: a request found it too long."""
@@ -194,7 +201,8 @@ class Uplink:
         """Return the hub's answer, one row per row of the question.
 
         Raises:
-            HubUnavailable: not reached, no room, or (``HubLate``) not within ``timeout_s``.
+            HubUnavailable: not reached, no room, a pause that the hub asked for, or (``HubLate``)
+                no answer within ``timeout_s``.
             HubRefused: the hub answered with a refusal, or with something else than asked for.
         """
         if self._closed:
@@ -228,8 +236,14 @@ class Uplink:
 
     def _dispatch(self) -> None:
         self._dispatch_due = False
+        now = time.monotonic()
+        if pause_s := self.pause_s:
+            # Who waits would only learn the same later: the answer from here is in their hands.
+            waiting = [one for queue in self._waiting.values() for one in queue]
+            self._waiting.clear()
+            _fail(waiting, HubUnavailable(f"the hub wants no questions for {pause_s:.3f} s"))
         while self._waiting and len(self._in_flight) < self._max_requests and not self._closed:
-            batch = self._take(time.monotonic())
+            batch = self._take(now)
             if batch:
                 task = asyncio.create_task(self._send(batch), name="uplink-request")
                 self._in_flight.add(task)
@@ -303,7 +317,9 @@ class Uplink:
         timeout_s = deadline - started
         try:
             received = await self._attempt(data, timeout_s)
-        except Unavailable:
+        except Unavailable as error:
+            if error.retry_after_s is not None:  # not before then, and nobody here waits for it
+                raise self._failure(error, timeout_s) from None
             started = time.monotonic()
             timeout_s = deadline - started
             if timeout_s <= RETRY_ROUND_TRIPS * self.round_trip_s:
@@ -335,7 +351,11 @@ class Uplink:
         """Tell the breaker of a failed attempt and return what the callers are told."""
         match error:
             case Unavailable() | Overloaded():
-                self._report(Event.FAILED)
+                # "Do not ask again" is about this request, and says nothing of the next one.
+                if error.retry_after_s is None or math.isinf(error.retry_after_s):
+                    self._report(Event.FAILED)
+                else:
+                    self._report(Event.PUSHED_BACK, error.retry_after_s)
                 return HubUnavailable(str(error))
             case DeadlineExceeded():
                 # An attempt with less than a round trip's time says nothing about the link.
@@ -353,13 +373,14 @@ class Uplink:
         else:
             self.round_trip_s += SMOOTHING * (seconds - self.round_trip_s)
 
-    def _report(self, event: Event) -> None:
+    def _report(self, event: Event, pause_s: float = 0.0) -> None:
         before = self._breaker
         self._breaker = breaker_module.step(
             before,
             event,
             time.monotonic(),
             draw=random.uniform(0.5, 1.0),
+            pause_s=pause_s,
             tuning=self._tuning,
         )
         if before.state != self._breaker.state:

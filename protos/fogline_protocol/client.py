@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from fogline_protocol import inference
+from fogline_protocol import grpc_calls, inference
 from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
 from fogline_protocol.inference import (
     InferRequest,
@@ -96,7 +96,7 @@ class Client:
         """Make one unary call over bytes.
 
         Raises:
-            InferenceError: any status but OK, translated.
+            InferenceError: any status but OK, translated; ``retry_after_s`` if the server said so.
         """
         if timeout_s is not None:
             timeout_s = min(timeout_s, MAX_TIMEOUT_S)
@@ -111,7 +111,10 @@ class Client:
             kind = (
                 Unavailable if cancelled else inference.ERRORS.get(error.code().name, ServerFault)
             )
-            raise kind(error.details() or error.code().name) from None
+            raise kind(
+                error.details() or error.code().name,
+                retry_after_s=grpc_calls.retry_after_s(error.trailing_metadata()),
+            ) from None
         except grpc.aio.UsageError:
             raise Unavailable("the connection was closed") from None
         self.bytes_received += len(answer)

@@ -8,7 +8,8 @@ the caller sent the metadata ``triton_grpc_error: true``, which asks for the end
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, Never, Protocol
 
 import grpc
@@ -19,6 +20,9 @@ from fogline_protocol.inference import InferenceError, ServerFault
 # The text of an error travels as a header, of which clients take 8 KiB in all by default, and
 # non-ASCII bytes are three there. A text that quotes a long name would take its status along.
 MAX_ERROR_BYTES = 2048
+
+
+PUSHBACK = "grpc-retry-pushback-ms"  # clients with a retry policy obey it by themselves
 
 
 class Context(Protocol):
@@ -62,13 +66,35 @@ class _Handler(grpc.GenericRpcHandler):
         return self._handlers.get(details.method)
 
 
+def pushback(error: InferenceError) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata that say when to ask again (gRPC proposal A6)."""
+    if error.retry_after_s is None:
+        return ()
+    if math.isinf(error.retry_after_s):
+        return ((PUSHBACK, "-1"),)
+    return ((PUSHBACK, str(math.ceil(error.retry_after_s * 1000))),)
+
+
+def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None) -> float | None:
+    """Return what ``pushback`` says; ``math.inf``: do not ask again, as anything unreadable does.
+
+    Source: gRPC proposal A6: "if the value is negative or unparseable, no retry is made".
+    """
+    for key, value in metadata or ():
+        if key == PUSHBACK:
+            text = value.decode(errors="replace") if isinstance(value, bytes) else value
+            readable = text.isascii() and text.isdecimal() and len(text) <= 12
+            return int(text) / 1000 if readable else math.inf
+    return None
+
+
 async def abort(context: Carrier, error: InferenceError) -> Never:
     """End a call with the status and the text of ``error``: the only place that aborts."""
     text = str(error)
     encoded = text.encode(errors="replace")
     if len(encoded) > MAX_ERROR_BYTES:
         text = encoded[:MAX_ERROR_BYTES].decode(errors="ignore") + "..."
-    await context.abort(getattr(grpc.StatusCode, error.grpc_code), text)
+    await context.abort(getattr(grpc.StatusCode, error.grpc_code), text, pushback(error))
 
 
 def unary(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":

@@ -33,8 +33,14 @@ class InferenceError(Exception):
     grpc_code = "INTERNAL"
     http_status = 500
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, retry_after_s: float | None = None) -> None:
+        """Make an error that tells the caller ``text`` and, where that is known, when to return.
+
+        ``retry_after_s`` travels as ``grpc-retry-pushback-ms`` and ``Retry-After``: before it the
+        same request will meet the same end. ``math.inf``: it should not be made again.
+        """
         super().__init__(text or f"{type(self).__name__}: no further information")
+        self.retry_after_s = retry_after_s
 
 
 class BadRequest(InferenceError):
@@ -195,6 +201,21 @@ def timeout_s(parameters: Mapping[str, Parameter]) -> float | None:
     return value / 1e6 or None
 
 
+def priority(parameters: Mapping[str, Parameter]) -> int:
+    """Return the request parameter ``priority``: 1 is the highest, 0 the default.
+
+    Raises:
+        BadRequest: it is not a whole number of at least 0.
+    """
+    value = parameters.get("priority", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise BadRequest(
+            f"parameter 'priority' must be a whole number from 0 (the default) on, 1 being the "
+            f"highest, got {value!r}"
+        )
+    return value
+
+
 def check_parameters(parameters: Mapping[str, Parameter]) -> None:
     """Refuse request parameters that the protocol reserves or that it gives another type.
 
@@ -205,12 +226,7 @@ def check_parameters(parameters: Mapping[str, Parameter]) -> None:
         # The C++ client sends the exception with every request (perf_analyzer 2.50).
         if key.startswith("triton_") and key != "triton_enable_empty_final_response":
             raise BadRequest(f"parameter {key!r} is reserved")
-    priority = parameters.get("priority", 0)
-    if isinstance(priority, bool) or not isinstance(priority, int) or priority < 0:
-        raise BadRequest(
-            f"parameter 'priority' must be a whole number from 0 (the default) on, 1 being the "
-            f"highest, got {priority!r}"
-        )
+    priority(parameters)
 
 
 def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> None:
@@ -341,9 +357,15 @@ def encode_stream_response(response: InferResponse) -> bytes:
 
 
 def encode_stream_error(id: str, error: InferenceError) -> bytes:
-    """Return a ``ModelStreamInferResponse`` that refuses the request ``id``."""
+    """Return a ``ModelStreamInferResponse`` that refuses the request ``id``.
+
+    When to return is a parameter here: the trailing metadata are those of the whole stream.
+    """
+    response = pb.ModelInferResponse(id=id)
+    if error.retry_after_s is not None:
+        response.parameters["fogline.retry_after_s"].double_param = error.retry_after_s
     return pb.ModelStreamInferResponse(
-        error_message=str(error), infer_response=pb.ModelInferResponse(id=id)
+        error_message=str(error), infer_response=response
     ).SerializeToString()
 
 

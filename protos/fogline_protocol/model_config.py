@@ -70,6 +70,64 @@ class WarmUp:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """How requests of one priority level may wait for an engine.
+
+    ``allow_timeout_override`` is reported and changes nothing: a request's own ``timeout`` is
+    always its deadline, and may so shorten its wait, never lengthen it.
+    """
+
+    timeout_us: int = 0  # 0: as long as their callers do
+    delays: bool = False  # past it they come last in their level; otherwise they are refused
+    allow_timeout_override: bool = False
+    max_requests: int = 0  # 0: no limit
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicBatching:
+    """Which requests leave together, and in whose turn. The defaults: whatever waits, at once."""
+
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_us: int = 0
+    preserve_ordering: bool = False
+    priority_levels: int = 0  # 0: all requests have one, whatever they ask for
+    default_priority_level: int = 0
+    default_policy: QueuePolicy = QueuePolicy()
+    policies: Mapping[int, QueuePolicy] = field(default_factory=dict)  # by level
+
+    def check(self, max_batch_size: int, instances: int) -> None:
+        """Refuse what contradicts itself or cannot be kept.
+
+        Raises:
+            ConfigError: the text says what to change.
+        """
+        wrong = [size for size in self.preferred_batch_sizes if not 1 <= size <= max_batch_size]
+        if wrong:
+            raise ConfigError(
+                f"preferred_batch_size {wrong} is not between 1 and max_batch_size, {max_batch_size}"
+            )
+        levels = self.priority_levels
+        if levels and not 1 <= self.default_priority_level <= levels:
+            raise ConfigError(
+                f"default_priority_level must be between 1 and priority_levels, {levels}, got "
+                f"{self.default_priority_level}"
+            )
+        strange = sorted(level for level in self.policies if not 1 <= level <= levels)
+        if strange:
+            raise ConfigError(
+                f"priority_queue_policy names the levels {strange}, priority_levels is {levels}"
+            )
+        if not self.preserve_ordering:
+            return
+        policies = (self.default_policy, *self.policies.values())
+        if instances > 1 or levels > 1 or any(policy.delays for policy in policies):
+            raise ConfigError(
+                "preserve_ordering cannot be kept with several instances, several priority_levels or "
+                "timeout_action DELAY: leave out one or the other"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What a server does with a model. Shapes are whole: they start with the batch dimension."""
 
@@ -80,8 +138,7 @@ class ModelConfig:
     platform: str = PLATFORM
     backend: str = BACKEND
     versions: VersionPolicy = VersionPolicy()
-    preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_delay_us: int = 0
+    batching: DynamicBatching = DynamicBatching()
     instances: int = 1
     label_files: Mapping[str, str] = field(default_factory=dict)  # by output
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by output, read from them
@@ -101,8 +158,7 @@ class Wanted:
     inputs: Sequence[tuple[str, str, tuple[int, ...]]] = ()  # name, datatype, dims without batch
     outputs: Sequence[tuple[str, str, tuple[int, ...]]] = ()
     versions: VersionPolicy = VersionPolicy()
-    preferred_batch_sizes: tuple[int, ...] = ()
-    max_queue_delay_us: int = 0
+    batching: DynamicBatching = DynamicBatching()
     instances: int = 1
     label_files: Mapping[str, str] = field(default_factory=dict)
     warm_ups: tuple[WarmUp, ...] = ()
@@ -131,6 +187,7 @@ class Wanted:
                 f"max_batch_size is {size}, but not every tensor of the graph starts with a "
                 "dimension that may vary: export it so, or say max_batch_size: 0"
             )
+        self.batching.check(size, self.instances)
         _agree("input", self.inputs, inputs, size)
         _agree("output", self.outputs, outputs, size)
         return ModelConfig(
@@ -139,8 +196,7 @@ class Wanted:
             inputs=inputs,
             outputs=outputs,
             versions=self.versions,
-            preferred_batch_sizes=self.preferred_batch_sizes,
-            max_queue_delay_us=self.max_queue_delay_us,
+            batching=self.batching,
             instances=self.instances,
             label_files=self.label_files,
         )
@@ -183,8 +239,7 @@ def parse_pbtxt(text: str) -> Wanted:
         inputs=[(t.name, _datatype(t.data_type), tuple(t.dims)) for t in message.input],
         outputs=[(t.name, _datatype(t.data_type), tuple(t.dims)) for t in message.output],
         versions=_policy(message.version_policy),
-        preferred_batch_sizes=tuple(message.dynamic_batching.preferred_batch_size),
-        max_queue_delay_us=message.dynamic_batching.max_queue_delay_microseconds,
+        batching=_batching(message.dynamic_batching),
         instances=max(1, sum(max(1, group.count) for group in groups)),
         label_files={t.name: t.label_filename for t in message.output if t.label_filename},
         warm_ups=tuple(_warm_up(warm_up) for warm_up in message.model_warmup),
@@ -238,11 +293,56 @@ def _message(config: ModelConfig) -> mc.ModelConfig:
         default_model_filename="model.onnx",
         model_transaction_policy=mc.ModelTransactionPolicy(decoupled=False),
     )
-    if config.batches:
-        message.dynamic_batching.SetInParent()
-        message.dynamic_batching.preferred_batch_size.extend(config.preferred_batch_sizes)
-        message.dynamic_batching.max_queue_delay_microseconds = config.max_queue_delay_us
+    batching = config.batching
+    if config.batches or batching != DynamicBatching():
+        message.dynamic_batching.CopyFrom(
+            mc.ModelDynamicBatching(
+                preferred_batch_size=batching.preferred_batch_sizes,
+                max_queue_delay_microseconds=batching.max_queue_delay_us,
+                preserve_ordering=batching.preserve_ordering,
+                priority_levels=batching.priority_levels,
+                default_priority_level=batching.default_priority_level,
+            )
+        )
+        if batching.default_policy != QueuePolicy():
+            message.dynamic_batching.default_queue_policy.CopyFrom(
+                _policy_message(batching.default_policy)
+            )
+        for level, wait in batching.policies.items():
+            message.dynamic_batching.priority_queue_policy[level].CopyFrom(_policy_message(wait))
     return message
+
+
+def _policy_message(policy: QueuePolicy) -> mc.ModelQueuePolicy:
+    return mc.ModelQueuePolicy(
+        timeout_action=mc.ModelQueuePolicy.DELAY if policy.delays else mc.ModelQueuePolicy.REJECT,
+        default_timeout_microseconds=policy.timeout_us,
+        allow_timeout_override=policy.allow_timeout_override,
+        max_queue_size=policy.max_requests,
+    )
+
+
+def _batching(message: mc.ModelDynamicBatching) -> DynamicBatching:
+    return DynamicBatching(
+        preferred_batch_sizes=tuple(message.preferred_batch_size),
+        max_queue_delay_us=message.max_queue_delay_microseconds,
+        preserve_ordering=message.preserve_ordering,
+        priority_levels=message.priority_levels,
+        default_priority_level=message.default_priority_level,
+        default_policy=_queue_policy(message.default_queue_policy),
+        policies={
+            level: _queue_policy(policy) for level, policy in message.priority_queue_policy.items()
+        },
+    )
+
+
+def _queue_policy(message: mc.ModelQueuePolicy) -> QueuePolicy:
+    return QueuePolicy(
+        timeout_us=message.default_timeout_microseconds,
+        delays=message.timeout_action == mc.ModelQueuePolicy.DELAY,
+        allow_timeout_override=message.allow_timeout_override,
+        max_requests=message.max_queue_size,
+    )
 
 
 def _type_number(datatype: str) -> Any:  # the stubs call one enum by two types

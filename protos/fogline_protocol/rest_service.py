@@ -18,6 +18,7 @@ them: a browser on this machine must not open them to every web page it shows.
 
 import ipaddress
 import logging
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -216,7 +217,11 @@ def translating(handler: Handler) -> Handler:
 
 def error_response(error: InferenceError) -> web.Response:
     """Return the protocol's error body for ``error``."""
-    return _error(error.http_status, str(error))
+    response = _error(error.http_status, str(error))
+    if error.retry_after_s is not None and math.isfinite(error.retry_after_s):
+        # Whole seconds are all that the header knows (RFC 9110, 10.2.3): never too early.
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    return response
 
 
 def _error(status: int, text: str) -> web.Response:

@@ -32,6 +32,8 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path, monkeypatc
         ('grpc = "0.0.0.0:8001"', "can be reached from other machines.*fogline token create"),
         ('http = "[::]:80"', "can be reached from other machines"),
         ('tls_cert = "absent.pem"', "belong together"),
+        ("caller_rate = inf", "caller_rate: .*finite"),
+        ("caller_rate = 1e-9", "caller_rate: 0 is no limit, otherwise it is at least 0.001"),
         ('models = "absent"', "models: absent is not a directory"),
         ("max_batch = ", "hub.toml: "),
     ],

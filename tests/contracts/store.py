@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert, select, text, update
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, WantedRelease
 from cloud_hub.fleet.devices import Devices
-from cloud_hub.fleet.identity import Identity
+from cloud_hub.fleet.identity import NO_LIMITS, CallerLimits, Identity
 from cloud_hub.fleet.link import Arrival, Document
 from cloud_hub.insight.history import History
 from cloud_hub.store import schema
@@ -32,6 +32,12 @@ def add(name: str) -> Callable[[Connection], None]:
 
 def names(connection: Connection) -> set[str]:
     return set(connection.execute(select(schema.token.c.id)).scalars())
+
+
+def _back_to_0003(connection: Connection) -> None:
+    for column in ("rate", "burst", "concurrency"):
+        connection.execute(text(f"ALTER TABLE token DROP COLUMN {column}"))
+    connection.execute(text("UPDATE alembic_version SET version_num='0003'"))
 
 
 class StoreContract:
@@ -140,6 +146,26 @@ class StoreContract:
         assert (listed.tenant, token in repr(listed)) == ("acme", False)
         assert await identity.revoke(listed.token_id)
         assert not await identity.any_valid(NOW)
+
+    async def test_limits_are_kept_and_a_token_of_before_has_none(self, store: Store) -> None:
+        identity = Identity(store)
+        await store.write(add("of before"))  # it knows nothing of limits
+        limits = CallerLimits(0.5, 3, 1_000_000)
+        secret = await identity.create("acme", "x", 60.0, NOW * 2, limits)
+        assert [token.limits for token in await identity.tokens()] == [NO_LIMITS, limits]
+        caller = await identity.authenticate(secret)
+        assert caller is not None
+        assert caller.limits == limits
+
+    async def test_a_database_of_before_is_brought_up_to_date_with_its_rows(self, url: str) -> None:
+        store = await Store.open(url)
+        await store.write(add("a"))
+        await store.write(_back_to_0003)
+        await store.close()
+        store = await Store.open(url)
+        (token,) = await Identity(store).tokens()
+        assert (token.token_id, token.limits) == ("a", NO_LIMITS)
+        await store.close()
 
     async def test_counts_survive_a_restart_and_count_once(self, store: Store) -> None:
         for sequence, rows in ((1, 3), (2, 5), (2, 5), (1, 3)):

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fogline_protocol import model_config
-from fogline_protocol.model_config import ConfigError, VersionPolicy, Wanted, parse_pbtxt
+from fogline_protocol.model_config import (
+    ConfigError,
+    QueuePolicy,
+    VersionPolicy,
+    Wanted,
+    parse_pbtxt,
+)
 from fogline_protocol.tensors import DTYPES, TensorSpec
 
 X = TensorSpec("x", "FP32", (-1, 3))
@@ -36,8 +42,8 @@ def test_without_a_file_the_graph_decides():
 def test_a_file_says_what_it_wants_and_the_graph_completes_it():
     config = parse_pbtxt(FULL).completed("m", (X,), (Y,), 64)
     assert config.max_batch_size == 8
-    assert config.preferred_batch_sizes == (4, 8)
-    assert config.max_queue_delay_us == 100
+    assert config.batching.preferred_batch_sizes == (4, 8)
+    assert config.batching.max_queue_delay_us == 100
     assert config.instances == 2
     assert config.versions.specific == (2, 5)
     assert config.label_files == {"y": "labels.txt"}
@@ -46,6 +52,31 @@ def test_a_file_says_what_it_wants_and_the_graph_completes_it():
     assert document["output"][0]["data_type"] == "TYPE_STRING"
     assert document["version_policy"] == {"specific": {"versions": [2, 5]}}
     assert document["dynamic_batching"]["max_queue_delay_microseconds"] == 100
+
+
+def test_priorities_and_queue_policies_are_read_and_told():
+    text = """
+    dynamic_batching {
+      priority_levels: 3
+      default_priority_level: 2
+      default_queue_policy { default_timeout_microseconds: 500 max_queue_size: 9 }
+      priority_queue_policy {
+        key: 3 value { timeout_action: DELAY default_timeout_microseconds: 7 allow_timeout_override: true }
+      }
+    }
+    """
+    config = parse_pbtxt(text).completed("m", (X,), (Y,), 64)
+    batching = config.batching
+    assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
+    assert batching.default_policy == QueuePolicy(timeout_us=500, max_requests=9)
+    assert batching.policies == {3: QueuePolicy(7, delays=True, allow_timeout_override=True)}
+    told = model_config.document(config)["dynamic_batching"]
+    assert told["default_queue_policy"]["max_queue_size"] == 9
+    assert told["priority_queue_policy"]["3"]["timeout_action"] == "DELAY"
+    assert (
+        "default_queue_policy"
+        not in model_config.document(Wanted().completed("m", (X,), (Y,), 64))["dynamic_batching"]
+    )
 
 
 def test_a_model_without_batching_keeps_its_whole_shapes():
@@ -68,6 +99,17 @@ def test_a_model_without_batching_keeps_its_whole_shapes():
         ('input { name: "x" reshape { shape: [1] } }', "reshape"),
         ('name: "other"', "names 'other'"),
         ("max_batch_size: -1", "at least 0"),
+        ("dynamic_batching { preferred_batch_size: [ 4, 65 ] }", r"\[65\] is not between 1 and"),
+        ("dynamic_batching { priority_levels: 2 }", "default_priority_level must be between 1"),
+        (
+            "dynamic_batching { priority_levels: 2 default_priority_level: 1 "
+            "priority_queue_policy { key: 3 value {} } }",
+            r"names the levels \[3\], priority_levels is 2",
+        ),
+        (
+            "dynamic_batching { preserve_ordering: true } instance_group { count: 2 }",
+            "preserve_ordering cannot be kept",
+        ),
         ('input { name: "z" data_type: TYPE_FP32 dims: 3 }', "names the input 'z'"),
         ('input { name: "x" data_type: TYPE_FP64 dims: 3 }', "says FP64"),
         ('input { name: "x" data_type: TYPE_FP32 dims: [ -1, 3 ] }', r"says FP32 \[-1, 3\]"),

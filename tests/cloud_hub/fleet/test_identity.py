@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from cloud_hub.errors import ConfigRefused
-from cloud_hub.fleet.identity import Identity
+from cloud_hub.fleet.identity import NO_LIMITS, CallerLimits, Identity
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 
@@ -45,3 +45,30 @@ async def test_unknown_expired_and_revoked_tokens_let_nobody_in(store):
 async def test_an_impossible_tenant_is_refused(store):
     with pytest.raises(ConfigRefused):
         await Identity(store).create("", "", 60, 0.0)
+
+
+async def test_a_token_carries_the_limits_it_was_made_with(store):
+    identity = Identity(store)
+    limits = CallerLimits(rate=12.5, burst=30, concurrency=4)
+    secret = await identity.create("shop", "", 60, time.time(), limits)
+    assert (await identity.authenticate(secret)).limits == limits
+    free = await identity.create("shop", "", 60, time.time())
+    assert (await identity.authenticate(free)).limits == NO_LIMITS
+    assert [token.limits for token in await identity.tokens()] == [limits, NO_LIMITS]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (CallerLimits(rate=-1.0), "from 0 on"),
+        (CallerLimits(rate=float("nan")), "from 0 on"),
+        (CallerLimits(rate=float("inf")), "from 0 on"),
+        (CallerLimits(rate=1e-300), "at least 0.001"),
+        (CallerLimits(concurrency=-1), "from 0 on"),
+        (CallerLimits(concurrency=1 << 40), "at most 1000000"),
+        (CallerLimits(burst=5), "nothing without a rate"),
+    ],
+)
+async def test_limits_that_make_no_sense_are_refused(store, limits, words):
+    with pytest.raises(ConfigRefused, match=words):
+        await Identity(store).create("shop", "", 60, 0.0, limits)

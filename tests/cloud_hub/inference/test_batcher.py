@@ -7,7 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from cloud_hub.engines.engine import EngineLost
 from cloud_hub.inference.batcher import Batcher
+from cloud_hub.metrics import Metrics
 from fogline_protocol.inference import (
     BadRequest,
     DeadlineExceeded,
@@ -15,6 +17,7 @@ from fogline_protocol.inference import (
     ServerFault,
     Unavailable,
 )
+from fogline_protocol.model_config import DynamicBatching, QueuePolicy
 
 
 class Doubling:
@@ -27,6 +30,9 @@ class Doubling:
         self.running = asyncio.Event()
         self.fault = None
         self.rows_short = 0
+
+    async def ready(self):
+        return
 
     async def run(self, inputs):
         self.batches.append(len(inputs["x"]))
@@ -44,18 +50,22 @@ class Notes:
     def __init__(self):
         self.ran = []
         self.expired = 0
-
         self.failed = 0
+        self.rejected = []
 
     def batch_ran(self, rows, queued_s, compute):
         assert min(compute) >= 0
         self.ran.append((rows, len(queued_s)))
 
-    def batch_failed(self, queued_s):
+    def batch_failed(self, queued_s, busy_s):
+        assert busy_s >= 0
         self.failed += len(queued_s)
 
     def requests_expired(self, queued_s):
         self.expired += len(queued_s)
+
+    def request_rejected(self, reason):
+        self.rejected.append(reason)
 
 
 @pytest.fixture
@@ -68,14 +78,23 @@ def notes():
     return Notes()
 
 
+@contextlib.asynccontextmanager
+async def serving(*engines, observer, **options):
+    options = {"batches": True, "max_batch": 8, "max_queue_rows": 20, **options}
+    batcher = Batcher(engines, observer=observer, **options)
+    task = asyncio.create_task(batcher.serve())
+    try:
+        yield batcher
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 @pytest.fixture
 async def batcher(engine, notes):
-    batcher = Batcher(engine, batches=True, max_batch=8, max_queue_rows=20, observer=notes)
-    task = asyncio.create_task(batcher.serve())
-    yield batcher
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    async with serving(engine, observer=notes) as batcher:
+        yield batcher
 
 
 def rows(*values):
@@ -152,7 +171,7 @@ async def test_values_that_an_engine_cannot_take_cost_their_own_caller_the_answe
 
 
 async def test_stopping_while_a_failed_batch_runs_one_by_one_tells_everybody(engine, notes):
-    batcher = Batcher(engine, batches=True, max_batch=8, max_queue_rows=20, observer=notes)
+    batcher = Batcher([engine], batches=True, max_batch=8, max_queue_rows=20, observer=notes)
     alone = asyncio.Event()
     run = engine.run
 
@@ -234,7 +253,7 @@ async def test_requests_of_different_shapes_do_not_share_a_batch(batcher, engine
 
 
 async def test_a_model_without_a_batch_dimension_runs_one_request_at_a_time(engine, notes):
-    batcher = Batcher(engine, batches=False, max_batch=8, max_queue_rows=20, observer=notes)
+    batcher = Batcher([engine], batches=False, max_batch=8, max_queue_rows=20, observer=notes)
     task = asyncio.create_task(batcher.serve())
     whole = {"x": np.ones((3, 1), np.float32)}
     answers = await asyncio.gather(batcher.infer(whole, None), batcher.infer(whole, None))
@@ -246,7 +265,7 @@ async def test_a_model_without_a_batch_dimension_runs_one_request_at_a_time(engi
 
 
 async def test_stopping_tells_everybody_who_waits(engine, notes):
-    batcher = Batcher(engine, batches=True, max_batch=2, max_queue_rows=20, observer=notes)
+    batcher = Batcher([engine], batches=True, max_batch=2, max_queue_rows=20, observer=notes)
     task = asyncio.create_task(batcher.serve())
     first = await hold(batcher, engine)
     others = await queued(batcher, rows(1, 2), rows(3, 4), rows(5))
@@ -256,3 +275,234 @@ async def test_stopping_tells_everybody_who_waits(engine, notes):
             await waiting
     with pytest.raises(Unavailable):
         await batcher.infer(rows(1), None)
+
+
+async def test_several_engines_serve_one_queue_side_by_side(notes):
+    engines = [Doubling(), Doubling()]
+    async with serving(*engines, observer=notes) as batcher:
+        for engine in engines:
+            engine.free.clear()
+        first = asyncio.create_task(batcher.infer(rows(1), None))
+        await asyncio.wait(
+            [asyncio.create_task(engine.running.wait()) for engine in engines],
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        second = asyncio.create_task(batcher.infer(rows(2), None))
+        await asyncio.gather(*(engine.running.wait() for engine in engines))
+        (third,) = await queued(batcher, rows(3))
+        assert repr(batcher) == "<Batcher 1 requests of 1 rows waiting, 2 of 2 engines busy>"
+        busy = engines[0] if engines[0].batches else engines[1]
+        busy.free.set()  # whichever is free first takes what waits
+        assert (await third)["y"].tolist() == [[6]]
+        for engine in engines:
+            engine.free.set()
+        answers = await asyncio.gather(first, second)
+    assert [a["y"].tolist() for a in answers] == [[[2]], [[4]]]
+    assert sorted(len(engine.batches) for engine in engines) == [1, 2]
+
+
+async def test_draining_waits_for_every_engine(notes):
+    engines = [Doubling(), Doubling()]
+    async with serving(*engines, observer=notes) as batcher:
+        for engine in engines:
+            engine.free.clear()
+        tasks = []
+        for _ in engines:
+            tasks += await queued(batcher, rows(1))
+            await asyncio.sleep(0)
+        await asyncio.gather(*(engine.running.wait() for engine in engines))
+        draining = asyncio.create_task(batcher.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable):
+            await batcher.infer(rows(1), None)
+        engines[0].free.set()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.sleep(0)
+        assert not draining.done()
+        engines[1].free.set()
+        await draining
+        await asyncio.gather(*tasks)
+
+
+async def test_draining_ends_when_the_last_one_who_waits_leaves(batcher, engine):
+    first = await hold(batcher, engine)
+    (leaver,) = await queued(batcher, rows(1))
+    engine.free.set()
+    leaver.cancel()
+    await batcher.drain()
+    await first
+    assert batcher.depth == (0, 0)
+
+
+async def test_a_batch_that_an_engine_died_of_is_not_tried_again(batcher, engine, notes):
+    engine.fault = EngineLost("the engine of 'm' died (signal 11) and is being replaced")
+    tasks = await queued(batcher, rows(1), rows(2), rows(3))
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(error) for error in errors] == [EngineLost] * 3
+    assert len(set(map(id, errors))) == 3
+    assert engine.batches == [3]
+    assert notes.failed == 3
+    engine.fault = None
+    assert (await batcher.infer(rows(3), None))["y"].tolist() == [[6]]
+
+
+async def test_a_caller_with_a_full_queue_delays_another_by_its_turn_only(engine, notes):
+    async with serving(engine, observer=notes, max_queue_rows=1000) as batcher:
+        first = await hold(batcher, engine)
+        order = []
+
+        async def ask(caller):
+            await batcher.infer(rows(1), None, caller=caller)
+            order.append(caller)
+
+        crowd = [asyncio.create_task(ask("heavy")) for _ in range(500)]
+        await asyncio.sleep(0)
+        guest = asyncio.create_task(ask("light"))
+        await asyncio.sleep(0)
+        engine.free.set()
+        await asyncio.gather(first, guest, *crowd)
+    assert order.index("light") < 8
+
+
+async def test_who_leaves_gives_its_room_in_the_queue_back_at_once(batcher, engine):
+    first = await hold(batcher, engine)
+    leavers = await queued(batcher, *(rows(*range(5)) for _ in range(4)))
+    assert batcher.depth == (4, 20)
+    for leaver in leavers:
+        leaver.cancel()
+    await asyncio.wait(leavers)
+    assert batcher.depth == (0, 0)
+    (stayer,) = await queued(batcher, rows(7))
+    engine.free.set()
+    assert (await stayer)["y"].tolist() == [[14]]
+    await first
+
+
+async def test_a_caller_of_a_split_request_who_leaves_leaves_nothing_behind(batcher, engine):
+    first = await hold(batcher, engine)
+    (leaver,) = await queued(batcher, rows(*range(19)))
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    assert batcher.depth == (0, 0)
+    engine.free.set()
+    await first
+    assert engine.batches == [1]
+
+
+async def test_priorities_are_those_of_the_model(engine, notes):
+    scheduling = DynamicBatching(priority_levels=3, default_priority_level=2)
+    async with serving(engine, observer=notes, scheduling=scheduling, max_batch=1) as batcher:
+        first = await hold(batcher, engine)
+        order = []
+
+        async def ask(priority):
+            await batcher.infer(rows(1), None, priority=priority)
+            order.append(priority)
+
+        tasks = [asyncio.create_task(ask(priority)) for priority in (3, 0, 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(BadRequest, match="'priority' is 4, the model has 3 levels"):
+            await batcher.infer(rows(1), None, priority=4)
+        engine.free.set()
+        await asyncio.gather(first, *tasks)
+        assert order == [1, 0, 3]
+
+
+async def test_a_model_without_levels_takes_any_priority(batcher):
+    assert (await batcher.infer(rows(1), None, priority=7))["y"].tolist() == [[2]]
+
+
+async def test_the_queue_policy_of_a_model_bounds_requests_and_their_wait(engine, notes):
+    policy = QueuePolicy(timeout_us=50_000, max_requests=2)
+    scheduling = DynamicBatching(default_policy=policy)
+    async with serving(engine, observer=notes, scheduling=scheduling) as batcher:
+        first = await hold(batcher, engine)
+        tasks = await queued(batcher, rows(1), rows(2))
+        with pytest.raises(Overloaded, match="2 requests of priority level 1 are waiting") as found:
+            await batcher.infer(rows(3), None)
+        assert found.value.retry_after_s > 0
+        await asyncio.sleep(0.06)  # longer than the policy allows
+        engine.free.set()
+        await first
+        for task in tasks:
+            with pytest.raises(Unavailable, match=r"within 50 ms.*default_timeout") as late:
+                await task
+            assert late.value.retry_after_s is not None
+    assert notes.rejected == ["queue_full", "overdue", "overdue"]
+    assert engine.batches == [1]
+
+
+async def test_a_maximum_delay_gathers_what_comes_within_it(engine, notes):
+    scheduling = DynamicBatching(max_queue_delay_us=50_000)
+    async with serving(engine, observer=notes, scheduling=scheduling) as batcher:
+        started = time.monotonic()
+        tasks = await queued(batcher, rows(1))
+        await asyncio.sleep(0.01)  # the delay is what is tested
+        tasks += await queued(batcher, rows(2))
+        await asyncio.gather(*tasks)
+        assert time.monotonic() - started >= 0.05
+        assert engine.batches == [2]
+        await asyncio.gather(*(await queued(batcher, *[rows(i) for i in range(8)])))
+        assert engine.batches == [2, 8]
+
+
+async def test_only_requests_of_one_kind_share_a_batch(batcher, engine):
+    first = await hold(batcher, engine)
+    tasks = [
+        asyncio.create_task(batcher.infer(rows(1), None, kind=kind)) for kind in ("a", "b", "a")
+    ]
+    await asyncio.sleep(0)
+    engine.free.set()
+    await asyncio.gather(first, *tasks)
+    assert engine.batches == [1, 2, 1]
+
+
+async def test_a_full_queue_says_when_to_come_back_by_the_rate_at_which_it_drains(batcher, engine):
+    await batcher.infer(rows(*range(8)), None)
+    engine.free.clear()
+    engine.running.clear()
+    slow = asyncio.create_task(batcher.infer(rows(0), None))
+    await engine.running.wait()
+    await asyncio.sleep(0.1)  # so long that the rate is known from it
+    engine.free.set()
+    await slow
+    engine.running.clear()
+    await hold(batcher, engine)
+    await queued(batcher, rows(*range(20)))
+    with pytest.raises(Overloaded) as found:
+        await batcher.infer(rows(1), None)
+    assert 20 * 0.1 * 0.1 <= found.value.retry_after_s <= 20 * 1.0
+    engine.free.set()
+
+
+async def test_every_model_counts_the_time_that_its_own_requests_waited():
+    """However many models there are and however busy the others (server#8979)."""
+    metrics = Metrics()
+    observers = [metrics.of_model(name, "1") for name in ("busy", "free")]
+    engines = [Doubling(), Doubling()]
+    async with (
+        serving(engines[0], observer=observers[0]) as busy,
+        serving(engines[1], observer=observers[1]) as free,
+    ):
+        first = await hold(busy, engines[0])
+        (waiting,) = await queued(busy, rows(1))
+        await asyncio.sleep(0.05)  # the time that is counted
+        await free.infer(rows(1), None)
+        engines[0].free.set()
+        await asyncio.gather(first, waiting)
+    counts = [observer.statistics.queue for observer in observers]
+    assert [count.count for count in counts] == [2, 1]
+    assert counts[0].ns >= 50e6
+    assert counts[1].ns < 25e6
+    text = metrics.render().decode()
+    assert 'fogline_hub_queue_seconds_bucket{le="0.02",model="busy",version="1"} 1.0' in text
+
+
+async def test_requests_that_run_again_one_by_one_waited_once(engine):
+    metrics = Metrics()
+    observer = metrics.of_model("m", "1")
+    async with serving(engine, observer=observer) as batcher:
+        tasks = await queued(batcher, rows(1), rows(-1), rows(2))
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert observer.statistics.queue.count == 3
+    assert 'fogline_hub_queue_seconds_count{model="m",version="1"} 3.0' in metrics.render().decode()

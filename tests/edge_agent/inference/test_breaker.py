@@ -25,6 +25,7 @@ def after(*happened: Event, start: Breaker = CLOSED, tuning: Tuning = DEFAULT) -
 
 FAILED, SUCCEEDED = Event.FAILED, Event.SUCCEEDED
 GOOD, BAD = Event.PROBE_GOOD, Event.PROBE_BAD
+PUSHED_BACK = Event.PUSHED_BACK
 OPEN = after(FAILED, FAILED)
 
 
@@ -114,6 +115,43 @@ def test_results_of_escalations_change_nothing_unless_it_is_closed(
         if not breaker.closed and event in (SUCCEEDED, FAILED):
             assert following == breaker
         breaker = following
+
+
+def test_nothing_leaves_until_the_hub_wants_to_be_asked_again() -> None:
+    breaker = step(CLOSED, PUSHED_BACK, 10.0, draw=1.0, pause_s=2.0)
+    assert (breaker.closed, breaker.failures) == (True, 1)
+    assert [breaker.lets_through(at) for at in (10.0, 11.9, 12.0)] == [False, False, True]
+    # What had left before is refused too: that is no second failure, but may prolong the pause.
+    again = step(breaker, PUSHED_BACK, 10.1, draw=1.0, pause_s=3.0)
+    assert (again.closed, again.failures, again.quiet_until) == (True, 1, 13.1)
+    # An answer to what left before ends no pause.
+    assert not step(again, SUCCEEDED, 10.2, draw=1.0).lets_through(13.0)
+    assert step(again, SUCCEEDED, 10.2, draw=1.0).failures == 0
+
+
+def test_a_hub_that_pushes_back_again_after_the_pause_opens_the_breaker() -> None:
+    breaker = step(CLOSED, PUSHED_BACK, 10.0, draw=1.0, pause_s=2.0)
+    breaker = step(breaker, PUSHED_BACK, 12.5, draw=1.0, pause_s=2.0)
+    assert breaker.state is State.OPEN
+    closed = after(*[GOOD] * DEFAULT.good_probes, start=breaker)
+    assert closed.closed
+    assert [closed.lets_through(at) for at in (14.0, 14.5)] == [False, True]
+
+
+def test_no_hint_silences_a_device_for_good() -> None:
+    breaker = step(CLOSED, PUSHED_BACK, 10.0, draw=1.0, pause_s=1e12)
+    assert breaker.lets_through(10.0 + DEFAULT.max_pause_s)
+
+
+@given(st.lists(st.tuples(st.sampled_from(Event), st.floats(0, 2), st.floats(0, 5)), max_size=60))
+def test_no_event_shortens_a_pause(happened: list[tuple[Event, float, float]]) -> None:
+    breaker, now, until = Breaker(), 0.0, 0.0
+    for event, seconds, pause_s in happened:
+        now += seconds
+        breaker = step(breaker, event, now, draw=1.0, pause_s=pause_s)
+        if event is PUSHED_BACK:
+            until = max(until, now + pause_s)
+        assert not breaker.lets_through(now) or now >= until
 
 
 @dataclass(slots=True)

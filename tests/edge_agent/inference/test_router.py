@@ -313,6 +313,22 @@ async def test_hub_only_without_a_hub_says_so(
             await r.ask(SURE, mode="hub_only")
 
 
+async def test_while_the_hub_wants_a_pause_requests_are_answered_here(
+    hub: FakeHub, door: Serving, release: Release
+) -> None:
+    async with routed(door.address, release) as r:
+        hub.errors = [Overloaded("later", retry_after_s=30.0)]
+        for _ in range(3):
+            answer = await r.ask(UNSURE)
+            assert answer.parameters["fogline.tier"] == "edge"
+            assert answer.parameters["fogline.quality"] == "degraded"
+            assert answer.parameters["fogline.reason"] == "link"
+        assert len(hub.requests) == 1
+        with pytest.raises(Unavailable, match="asked not to be asked for") as refused:
+            await r.ask(SURE, mode="hub_only")
+        assert 29 < (refused.value.retry_after_s or 0) <= 30
+
+
 async def test_a_new_hub_model_voids_the_certificate_until_the_old_one_is_back(
     hub: FakeHub, door: Serving, release: Release, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator
 
@@ -186,6 +187,58 @@ async def test_a_hub_without_room_opens_the_breaker_and_probes_close_it(
         assert uplink.state == "open"
         hub.error = None
         await until(lambda: uplink.link_up)
+
+
+async def test_a_hub_is_not_asked_again_before_it_said_so(hub: FakeHub, door: Serving) -> None:
+    async with connected(door.address) as uplink:
+        hub.errors = [Overloaded("later", retry_after_s=0.3)]
+        with pytest.raises(HubUnavailable, match="later"):
+            await uplink.ask(question(1), 5.0)
+        assert not uplink.link_up
+        assert uplink.state == "closed"  # the hub is there: no probes, no back-off
+        started = time.monotonic()
+        with pytest.raises(HubUnavailable, match=r"wants no questions for 0\.[0-3]"):
+            await uplink.ask(question(1), 5.0)
+        assert time.monotonic() - started < 0.2  # who asks meanwhile does not wait for it
+        assert len(hub.requests) == 1
+        await until(lambda: uplink.link_up)
+        assert (await uplink.ask(question(1), 5.0)).outputs["logits"][0, 0] == 101
+
+
+async def test_a_hub_that_shuts_down_and_says_when_to_return_is_not_tried_once_more(
+    hub: FakeHub, door: Serving
+) -> None:
+    async with connected(door.address) as uplink:
+        hub.errors = [Unavailable("shutting down", retry_after_s=5.0)]
+        with pytest.raises(HubUnavailable, match="shutting down"):
+            await uplink.ask(question(1), 5.0)
+        assert (len(hub.requests), uplink.counts.retries) == (1, 0)
+        assert 4 < uplink.pause_s <= 5
+
+
+async def test_who_waits_behind_a_refused_request_is_told_at_once(
+    hub: FakeHub, door: Serving
+) -> None:
+    async with connected(door.address, max_requests=1) as uplink:
+        hub.gate.clear()
+        hub.errors = [Overloaded("later", retry_after_s=60.0)]
+        first = asyncio.create_task(uplink.ask(question(1), 30.0))
+        await until(lambda: len(hub.requests) == 1)
+        others = [asyncio.create_task(uplink.ask(question(i), 30.0)) for i in range(3)]
+        await asyncio.sleep(0)
+        hub.gate.set()
+        results = await asyncio.gather(first, *others, return_exceptions=True)
+    assert [type(result) for result in results] == [HubUnavailable] * 4
+    assert len(hub.requests) == 1
+
+
+async def test_do_not_ask_again_is_about_one_request(hub: FakeHub, door: Serving) -> None:
+    async with connected(door.address) as uplink:
+        hub.errors = [Unavailable("never this one", retry_after_s=math.inf)]
+        with pytest.raises(HubUnavailable, match="never this one"):
+            await uplink.ask(question(1), 5.0)
+        assert (await uplink.ask(question(1), 5.0)).outputs["logits"][0, 0] == 101
+    assert len(hub.requests) == 2
 
 
 async def test_joining_rows_costs_nobody_an_answer_when_the_hub_takes_fewer(

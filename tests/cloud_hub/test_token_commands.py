@@ -1,0 +1,36 @@
+"""``fogline token``: what is said when a token is made, and what a list shows."""
+
+import json
+
+from click.testing import CliRunner
+
+from cloud_hub.cli import main
+
+
+def fogline(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_a_token_is_made_with_limits_and_the_list_shows_them_without_its_secret(tmp_path):
+    data = ("--data", tmp_path / "hub")
+    made = fogline(
+        "token", "create", *data, "--tenant", "shop", "--rate", "2.5", "--burst", 9,
+        "--concurrency", 4, "--label", "till",
+    )  # fmt: skip
+    assert made.exit_code == 0
+    assert fogline("token", "create", *data).exit_code == 0
+    listed = fogline("token", "list", *data, "--json")
+    with_limits, without = json.loads(listed.output)
+    assert (with_limits["rate"], with_limits["burst"], with_limits["concurrency"]) == (2.5, 9, 4)
+    assert (without["rate"], without["burst"], without["concurrency"]) == (0, 0, 0)
+    assert made.output.strip() not in listed.output
+    first, second = fogline("token", "list", *data).output.splitlines()
+    assert "2.5/s (burst 9), 4 at once" in first
+    assert "no limits" in second
+
+
+def test_limits_that_make_no_sense_are_refused_in_one_sentence(tmp_path):
+    for options in (("--burst", 3), ("--rate", "nan"), ("--rate", -1)):
+        refused = fogline("token", "create", "--data", tmp_path / "hub", *options)
+        assert refused.exit_code == 2
+        assert "Traceback" not in refused.output
