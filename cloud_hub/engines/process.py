@@ -4,7 +4,9 @@
                 └─ refused: ModelRefused                 │ started again
                                running ─ died, hung ─► replaced, at once, then ever more slowly
 
-A batch that took an engine down is not tried again: it might take the next one down too.
+A batch that took an engine down is not tried again: it might take the next one down too. And
+an engine is replaced by one with the same bytes, whatever has become of their file: answers
+name the digest of what gave them.
 """
 
 import asyncio
@@ -42,15 +44,50 @@ class Job:
     load_limit_s: float = 300.0
     run_limit_s: float = 30.0
 
-    def document(self) -> Mapping[str, Any]:
-        """Return what the child is told."""
-        return {"runtime": self.runtime, "path": str(self.path), "threads": self.threads}
+    def document(self, path: str) -> Mapping[str, Any]:
+        """Return what the child is told; ``path`` is where it finds the file."""
+        return {"runtime": self.runtime, "path": path, "threads": self.threads}
+
+
+class _HeldFile:
+    """A model's file, held open so that it can be loaded again when its path leads elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ModelRefused(f"{path}: {error.strerror}") from None
+        self._path = path
+        self._first = os.fstat(self.descriptor)
+
+    def path(self) -> str:
+        """Return where a child that has the descriptor finds the bytes that were loaded first.
+
+        Raises:
+            ModelRefused: they are no more: somebody wrote over them.
+        """
+        now = os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self._first.st_size, self._first.st_mtime_ns):
+            raise ModelRefused(
+                f"{self._path} was written over after it had been loaded: load the model anew"
+            )
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.stat(), self._first):
+                return str(self._path)  # beside it may lie weights that the graph refers to
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 class ProcessEngine:
     """A session in a child process. Used on one event loop; one run at a time.
 
-    Owner of the child. ``_running`` is set while there is one that can take a run.
+    Owner of the child. ``_running`` is set while there is one that can take a run, ``_decided``
+    also while it turned out that there will be none for now.
     """
 
     def __init__(self, job: Job) -> None:
@@ -59,6 +96,8 @@ class ProcessEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._answered: asyncio.Future[Message] | None = None  # while something was asked
         self._running = asyncio.Event()
+        self._decided = asyncio.Event()
+        self._file = _HeldFile(job.path)
         self._replacing: asyncio.Task[None] | None = None
         self._closed = False
         self.trouble = ""
@@ -81,7 +120,11 @@ class ProcessEngine:
             ModelRefused: it cannot be loaded, or died or hung meanwhile.
         """
         engine = cls(job)
-        await engine._start()
+        try:
+            await engine._start()
+        except BaseException:
+            engine._file.close()
+            raise
         return engine
 
     @property
@@ -99,9 +142,11 @@ class ProcessEngine:
         Raises:
             BadRequest: the values do not suit the model.
             ServerFault: the runtime failed on them.
-            EngineLost: the child died or hung over them and is being replaced.
+            EngineLost: the child died or hung over them and is being replaced, or could not be.
         """
-        await self._running.wait()
+        await self._decided.wait()
+        if not self._running.is_set():
+            raise EngineLost(self.trouble)
         try:
             answer, outputs = await self._ask(
                 {}, inputs, self._job.run_limit_s, f"hung: no answer in {self._job.run_limit_s} s"
@@ -128,14 +173,16 @@ class ProcessEngine:
             self._replacing.cancel()
             await asyncio.gather(self._replacing, return_exceptions=True)
         await self._end()
+        self._file.close()
 
     async def _start(self) -> None:
+        path = self._file.path()
         channel, theirs = Channel.pair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "cloud_hub.engines.worker",
                 str(theirs.fileno()), str(os.getpid()),
-                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._file.descriptor), stdin=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
         self._channel = channel
         asyncio.get_running_loop().add_reader(channel.fileno(), self._heard)
@@ -143,7 +190,7 @@ class ProcessEngine:
         limit = self._job.load_limit_s
         try:
             answer, _ = await self._ask(
-                self._job.document(), {}, limit, f"hung: not loaded after {limit} s"
+                self._job.document(path), {}, limit, f"hung: not loaded after {limit} s"
             )
         except Gone as error:
             await self._end()
@@ -159,6 +206,7 @@ class ProcessEngine:
         self.row_s = answer["row_s"]
         self.trouble = ""
         self._running.set()
+        self._decided.set()
 
     async def _ask(
         self, document: Mapping[str, Any], arrays: Arrays, limit_s: float, late: str
@@ -208,6 +256,7 @@ class ProcessEngine:
         assert self._channel is not None
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         self._running.clear()
+        self._decided.clear()
         self.trouble = f"the engine {why}; it is being replaced"
         log.error("engine lost", model=str(self._job.path), why=why)
         if not self._closed:
@@ -222,6 +271,7 @@ class ProcessEngine:
                 await self._start()
             except (ModelRefused, OSError) as error:
                 self.trouble = f"the engine cannot be started again: {error}"
+                self._decided.set()  # whoever waits has waited long enough
                 log.error("engine not replaced", model=str(self._job.path), why=str(error))
             else:
                 took = round(time.monotonic() - began, 3)
