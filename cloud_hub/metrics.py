@@ -24,6 +24,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        # Counts of the protocol go on, like ours, when a version is loaded anew.
+        self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         labels = ("model", "version")
         self._requests = Counter(
             "fogline_hub_requests",
@@ -59,8 +61,9 @@ class Metrics:
 
     def of_model(self, model: str, version: str) -> "ModelMetrics":
         """Return what the batcher of one model reports to."""
+        statistics = self._statistics.setdefault((model, version), ModelStatistics(model, version))
         return ModelMetrics(
-            ModelStatistics(model, version),
+            statistics,
             self._queue_seconds.labels(model, version),
             self._compute_seconds.labels(model, version),
             self._batch_rows.labels(model, version),

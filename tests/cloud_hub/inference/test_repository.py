@@ -273,6 +273,15 @@ def states(server):
     return [(m.name, m.version, m.state, m.reason) for m in server.repository_index()]
 
 
+async def test_counts_go_on_when_a_version_is_loaded_anew(explicit):
+    for asked in range(1, 4):
+        await explicit.load_model("digits-hub", ())
+        await explicit.infer(InferRequest("digits-hub", images(1)), None)
+        (found,) = explicit.model_statistics("digits-hub", "3")
+        assert found.success.count == asked
+        await explicit.unload_model("digits-hub")
+
+
 async def test_explicit_control_loads_and_unloads_what_callers_name(explicit, triton_directory):
     assert states(explicit) == [("digits-hub", "", "UNAVAILABLE", "not loaded")]
     assert explicit.server_ready()
