@@ -176,7 +176,26 @@ class ProcessEngine:
         self._file.close()
 
     async def _start(self) -> None:
-        path = self._file.path()
+        try:
+            path = ""
+            # The child may come to the path after another file has: then what it made of that
+            # one counts for nothing.
+            while path != (path := self._file.path()):
+                await self._end()
+                try:
+                    await self._load(path)
+                except ModelRefused:
+                    if path == self._file.path():
+                        raise
+        except BaseException:
+            await self._end()
+            raise
+        self.trouble = ""
+        self._running.set()
+        self._decided.set()
+
+    async def _load(self, path: str) -> None:
+        """Start a child that loads what lies at ``path``."""
         channel, theirs = Channel.pair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
@@ -193,20 +212,12 @@ class ProcessEngine:
                 self._job.document(path), {}, limit, f"hung: not loaded after {limit} s"
             )
         except Gone as error:
-            await self._end()
             raise ModelRefused(f"{self._job.path}: the engine {error} while it loaded") from None
-        except BaseException:
-            await self._end()
-            raise
         if "refused" in answer:
-            await self._end()
             raise ModelRefused(answer["refused"])
         self.platform, self.provider = answer["platform"], answer["provider"]
         self.inputs, self.outputs = _specs(answer["inputs"]), _specs(answer["outputs"])
         self.row_s = answer["row_s"]
-        self.trouble = ""
-        self._running.set()
-        self._decided.set()
 
     async def _ask(
         self, document: Mapping[str, Any], arrays: Arrays, limit_s: float, late: str

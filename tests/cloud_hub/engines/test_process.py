@@ -125,6 +125,17 @@ async def test_it_is_replaced_by_the_same_model_when_its_path_leads_elsewhere(fr
         np.testing.assert_array_equal(doubled, 2 * X["x"])
 
 
+async def test_a_file_that_takes_its_place_while_it_loads_is_not_what_answers(from_file):
+    engine, file = from_file
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.starts == 2)
+    # The child is only just starting its interpreter.
+    file.with_name("new").write_bytes(TRIPLE)
+    file.with_name("new").rename(file)
+    (doubled,) = (await engine.run(X)).values()
+    np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
 async def test_it_is_not_replaced_by_another_model_that_was_written_over_its_file(from_file):
     engine, file = from_file
     first = file.stat()
