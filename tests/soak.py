@@ -71,6 +71,7 @@ WAYS = (
 )  # fmt: skip
 LEFT = "left"
 OK = "ok"
+OUTCOMES = ("success", "fail")  # in ModelStatistics
 
 
 @dataclass(slots=True)
@@ -458,7 +459,8 @@ class _Soak:
         """Wait until the hub has dealt with those who left: its counts stand still."""
         limit = time.monotonic() + PATIENCE_S
         before: object = None
-        while (now := await self._by_prometheus()) != before:
+        # Both counts, so that they are compared at rest.
+        while (now := (await self._by_prometheus(), await self._by_statistics())) != before:
             if time.monotonic() > limit:
                 self._problem(f"the hub still works {PATIENCE_S} s after the last request")
                 return
@@ -467,6 +469,8 @@ class _Soak:
 
     async def _close_books(self) -> None:
         report = self._report
+        if (asked := next(self._numbers) - 1) != report.requests:
+            self._problem(f"{asked} requests had {report.requests} outcomes")
         counted = report.counted = await self._by_prometheus()
         for name in self._models:
             left = report.total(model=name, outcome=LEFT)
@@ -483,25 +487,24 @@ class _Soak:
             self._within(
                 f"{name}@{version}: answers", told, counted[name, version, OK], told + left
             )
-        async with self._rest.get("/v2/models/stats") as answer:
-            found = (await answer.json())["model_stats"]
-        for one in found:
-            name, version = one["name"], one["version"]
-            of_model = {how: n for (m, v, how), n in counted.items() if (m, v) == (name, version)}
-            success = one["inference_stats"]["success"]["count"]
-            fail = one["inference_stats"]["fail"]["count"]
-            all_counted = sum(of_model.values())
-            self._within(
-                f"{name}@{version}: statistics, success",
-                *[of_model.get(OK, 0), success, of_model.get(OK, 0)],
-            )
-            self._within(
-                f"{name}@{version}: statistics, all", all_counted, success + fail, all_counted
-            )
+        for name, version, success, fail in await self._by_statistics():
+            of_version = {how: n for (m, v, how), n in counted.items() if (m, v) == (name, version)}
+            ok, every = of_version.get(OK, 0), sum(of_version.values())
+            self._within(f"{name}@{version}: statistics, success", ok, success, ok)
+            self._within(f"{name}@{version}: statistics, all", every, success + fail, every)
 
     def _within(self, what: str, least: int, found: int, most: int) -> None:
         if not least <= found <= most:
             self._problem(f"{what}: the hub counts {found}, right is {least} to {most}")
+
+    async def _by_statistics(self) -> list[tuple[str, str, int, int]]:
+        """Return model, version, successes and failures of what is served now."""
+        async with self._rest.get("/v2/models/stats") as answer:
+            document = await answer.json()
+        return [
+            (one["name"], one["version"], *(one["inference_stats"][k]["count"] for k in OUTCOMES))
+            for one in document["model_stats"]
+        ]
 
     async def _by_prometheus(self) -> Counter[tuple[str, str, str]]:
         async with self._rest.get("/metrics") as answer:
