@@ -48,6 +48,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory, CPU, open files
         PlatformCollector(registry=self.registry)
+        # Counts of the protocol go on, like ours, when a version is loaded anew.
+        self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         self._requests = Counter(
             "fogline_hub_requests",
             "Requests by outcome: ok, cancelled by the caller, or the status of the error",
@@ -108,8 +110,9 @@ class Metrics:
 
     def of_model(self, model: str, version: str) -> "ModelMetrics":
         """Return what the batcher of one model reports to."""
+        statistics = self._statistics.setdefault((model, version), ModelStatistics(model, version))
         return ModelMetrics(
-            ModelStatistics(model, version),
+            statistics,
             self._queue_seconds.labels(model, version),
             self._compute_seconds.labels(model, version),
             self._batch_rows.labels(model, version),

@@ -68,7 +68,11 @@ class Engine(Contract, Protocol):
         """Why it cannot run until further notice; empty if it runs or is only just replaced."""
 
     async def ready(self) -> None:
-        """Return when a run could start at once: not while it is being replaced."""
+        """Return when a run could start at once: not while it is being replaced.
+
+        Raises:
+            EngineLost: it could not be replaced this time. Called again, it waits for the next one.
+        """
         ...
 
     async def run(self, inputs: Arrays) -> Arrays:

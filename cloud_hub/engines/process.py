@@ -4,7 +4,9 @@
                 └─ refused: ModelRefused                 │ started again
                                running ─ died, hung ─► replaced, at once, then ever more slowly
 
-A batch that took an engine down is not tried again: it might take the next one down too.
+A batch that took an engine down is not tried again: it might take the next one down too. And
+an engine is replaced by one with the same bytes, whatever has become of their file: answers
+name the digest of what gave them.
 """
 
 import asyncio
@@ -42,9 +44,43 @@ class Job:
     load_limit_s: float = 300.0
     run_limit_s: float = 30.0
 
-    def document(self) -> Mapping[str, Any]:
-        """Return what the child is told."""
-        return {"runtime": self.runtime, "path": str(self.path), "threads": self.threads}
+    def document(self, path: str) -> Mapping[str, Any]:
+        """Return what the child is told; ``path`` is where it finds the file."""
+        return {"runtime": self.runtime, "path": path, "threads": self.threads}
+
+
+class _HeldFile:
+    """A model's file, held open so that it can be loaded again when its path leads elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ModelRefused(f"{path}: {error.strerror}") from None
+        self._path = path
+        self._first = os.fstat(self.descriptor)
+
+    def path(self) -> str:
+        """Return where a child that has the descriptor finds the bytes that were loaded first.
+
+        Raises:
+            ModelRefused: they are no more: somebody wrote over them.
+        """
+        now = os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self._first.st_size, self._first.st_mtime_ns):
+            raise ModelRefused(
+                f"{self._path} was written over after it had been loaded: load the model anew"
+            )
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.stat(), self._first):
+                return str(self._path)  # beside it may lie weights that the graph refers to
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 class ProcessEngine:
@@ -59,6 +95,9 @@ class ProcessEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._answered: asyncio.Future[Message] | None = None  # while something was asked
         self._running = asyncio.Event()
+        # Of the start that is going on: whether there is a child that runs.
+        self._outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._file = _HeldFile(job.path)
         self._replacing: asyncio.Task[None] | None = None
         self._closed = False
         self.trouble = ""  # set when it could not be started again
@@ -81,7 +120,11 @@ class ProcessEngine:
             ModelRefused: it cannot be loaded, or died or hung meanwhile.
         """
         engine = cls(job)
-        await engine._start()
+        try:
+            await engine._start()
+        except BaseException:
+            engine._file.close()
+            raise
         return engine
 
     @property
@@ -90,8 +133,13 @@ class ProcessEngine:
         return self._process.pid if self._process is not None else None
 
     async def ready(self) -> None:
-        """Return when a run could start at once."""
-        await self._running.wait()
+        """Return when a run could start at once; see ``Engine``.
+
+        Raises:
+            EngineLost: the start that was going on failed.
+        """
+        if not self._running.is_set() and not await asyncio.shield(self._outcome):
+            raise EngineLost(self.trouble)
 
     async def run(self, inputs: Arrays) -> Arrays:
         """Return every output; see ``Engine``.
@@ -99,9 +147,9 @@ class ProcessEngine:
         Raises:
             BadRequest: the values do not suit the model.
             ServerFault: the runtime failed on them.
-            EngineLost: the child died or hung over them and is being replaced.
+            EngineLost: the child died or hung over them and is being replaced, or could not be.
         """
-        await self._running.wait()
+        await self.ready()
         try:
             answer, outputs = await self._ask(
                 {}, inputs, self._job.run_limit_s, f"hung: no answer in {self._job.run_limit_s} s"
@@ -131,37 +179,51 @@ class ProcessEngine:
             self._replacing.cancel()
             await asyncio.gather(self._replacing, return_exceptions=True)
         await self._end()
+        self._file.close()
 
     async def _start(self) -> None:
+        try:
+            path = ""
+            # The child may come to the path after another file has: then what it made of that
+            # one counts for nothing.
+            while path != (path := self._file.path()):
+                await self._end()
+                try:
+                    await self._load(path)
+                except ModelRefused:
+                    if path == self._file.path():
+                        raise
+        except BaseException:
+            await self._end()
+            raise
+        self.trouble = ""
+        self._running.set()
+        self._outcome.set_result(True)
+
+    async def _load(self, path: str) -> None:
+        """Start a child that loads what lies at ``path``."""
         channel, theirs = Channel.pair()
+        self._channel = channel
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "cloud_hub.engines.worker",
                 str(theirs.fileno()), str(os.getpid()),
-                pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._file.descriptor), stdin=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
-        self._channel = channel
         asyncio.get_running_loop().add_reader(channel.fileno(), self._heard)
         self.starts += 1
         limit = self._job.load_limit_s
         try:
             answer, _ = await self._ask(
-                self._job.document(), {}, limit, f"hung: not loaded after {limit} s"
+                self._job.document(path), {}, limit, f"hung: not loaded after {limit} s"
             )
         except Gone as error:
-            await self._end()
             raise ModelRefused(f"{self._job.path}: the engine {error} while it loaded") from None
-        except BaseException:
-            await self._end()
-            raise
         if "refused" in answer:
-            await self._end()
             raise ModelRefused(answer["refused"])
         self.platform, self.provider = answer["platform"], answer["provider"]
         self.inputs, self.outputs = _specs(answer["inputs"]), _specs(answer["outputs"])
         self.row_s = answer["row_s"]
-        self.trouble = ""
-        self._running.set()
 
     async def _ask(
         self, document: Mapping[str, Any], arrays: Arrays, limit_s: float, late: str
@@ -211,6 +273,7 @@ class ProcessEngine:
         assert self._channel is not None
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         self._running.clear()
+        self._outcome = asyncio.get_running_loop().create_future()
         log.error("engine lost", model=str(self._job.path), why=why)
         if not self._closed:
             self._replacing = asyncio.create_task(self._start_again(), name="replace-engine")
@@ -224,6 +287,8 @@ class ProcessEngine:
                 await self._start()
             except (ModelRefused, OSError) as error:
                 self.trouble = f"the engine cannot be started again: {error}"
+                tried, self._outcome = self._outcome, asyncio.get_running_loop().create_future()
+                tried.set_result(False)  # whoever waits has waited long enough
                 log.error("engine not replaced", model=str(self._job.path), why=str(error))
             else:
                 took = round(time.monotonic() - began, 3)

@@ -34,8 +34,16 @@ GREEDY = DynamicBatching()
 class Engine(Protocol):
     """Runs one loaded model on a batch."""
 
+    @property
+    def trouble(self) -> str:
+        """Why it cannot run until further notice; empty if it runs or is only just replaced."""
+
     async def ready(self) -> None:
-        """Return when a run could start at once: not while it is being replaced."""
+        """Return when a run could start at once: not while it is being replaced.
+
+        Raises:
+            EngineLost: it could not be replaced this time. Called again, it waits for the next one.
+        """
         ...
 
     async def run(self, inputs: Arrays) -> Arrays:
@@ -299,8 +307,15 @@ class Batcher:
 
     async def _serve(self, engine: Engine) -> None:
         while True:
-            # What waits is another engine's meanwhile, and is not lost with this one.
-            await engine.ready()
+            try:
+                await engine.ready()
+            except EngineLost as error:
+                # What waits is another engine's, if there is one.
+                if all(other.trouble for other in self._engines):
+                    for waiting in self._queue.drain():
+                        _fail(waiting, _of_its_own(error))
+                    self._settle()
+                continue
             if not len(self._queue):
                 self._settle()
                 await self._something(None)

@@ -1,4 +1,4 @@
-"""What a model has done since it was loaded, counted as the statistics extension says.
+"""What a model has done since the server started, as the statistics extension counts it.
 
 Three rules are easy to get wrong, and clients depend on them: ``queue`` counts every request,
 batched or not (perf_analyzer finds the version that serves by it); the compute durations

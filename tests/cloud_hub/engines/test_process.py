@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -96,17 +97,61 @@ async def test_one_that_dies_idle_costs_no_batch(engine):
     assert engine.pid != before
 
 
-async def test_one_that_cannot_be_started_again_says_so_and_goes_on_trying(tmp_path):
+@pytest.fixture
+async def from_file(tmp_path):
+    """An engine, and the file it was loaded from, which tests may do away with."""
     file = tmp_path / "model.onnx"
     file.write_bytes(DOUBLE.read_bytes())
     engine = await ProcessEngine.start(Job("onnxruntime", file, threads=1))
-    file.rename(tmp_path / "away.onnx")
-    os.kill(engine.pid, signal.SIGKILL)
-    await until(lambda: "cannot be started again" in engine.trouble)
-    (tmp_path / "away.onnx").rename(file)
-    await asyncio.wait_for(engine.ready(), 20)
-    await engine.run(X)
+    yield engine, file
     await engine.close()
+
+
+TRIPLE = DOUBLE.read_bytes().replace(struct.pack("<f", 2), struct.pack("<f", 3))
+
+
+async def test_it_is_replaced_by_the_same_model_when_its_path_leads_elsewhere(from_file):
+    engine, file = from_file
+    for do in ("remove", "replace"):
+        if do == "remove":
+            file.unlink()
+        else:
+            file.with_name("new").write_bytes(TRIPLE)
+            file.with_name("new").rename(file)
+        os.kill(engine.pid, signal.SIGKILL)
+        await until(lambda: engine.trouble)
+        (doubled,) = (await engine.run(X)).values()
+        np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
+async def test_a_file_that_takes_its_place_while_it_loads_is_not_what_answers(from_file):
+    engine, file = from_file
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.starts == 2)
+    # The child is only just starting its interpreter.
+    file.with_name("new").write_bytes(TRIPLE)
+    file.with_name("new").rename(file)
+    (doubled,) = (await engine.run(X)).values()
+    np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
+async def test_it_is_not_replaced_by_another_model_that_was_written_over_its_file(from_file):
+    engine, file = from_file
+    first = file.stat()
+    file.write_bytes(TRIPLE)
+    os.utime(file, ns=(0, 0))
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.trouble)
+    # Nobody waits for an engine that may never come, and its end is not the batch's fault.
+    for _ in range(2):
+        with pytest.raises(EngineLost, match=r"cannot be started again.*written over"):
+            await asyncio.wait_for(engine.run(X), 20)
+    # It goes on trying.
+    file.write_bytes(DOUBLE.read_bytes())
+    os.utime(file, ns=(first.st_atime_ns, first.st_mtime_ns))
+    await asyncio.wait_for(engine.ready(), 20)
+    (doubled,) = (await engine.run(X)).values()
+    np.testing.assert_array_equal(doubled, 2 * X["x"])
 
 
 async def test_a_caller_who_leaves_in_the_middle_gets_nobody_a_wrong_answer(engine):

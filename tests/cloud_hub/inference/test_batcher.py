@@ -31,6 +31,8 @@ class Doubling:
         self.fault = None
         self.rows_short = 0
 
+    trouble = ""
+
     async def ready(self):
         return
 
