@@ -136,7 +136,11 @@ class Server:
     def cpu_s(self) -> float:
         """Return user and system time of the process tree so far, in seconds."""
         # With what ended children used: a server may replace them meanwhile.
-        return sum(sum(process.cpu_times()[:4]) for process in self._tree())
+        total = 0.0
+        for process in self._tree():
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended since: its parent has its time
+                total += sum(process.cpu_times()[:4])
+        return total
 
     def memory_bytes(self) -> int:
         """Return what the process tree holds, shared pages counted once (PSS)."""
