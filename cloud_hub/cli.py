@@ -61,6 +61,13 @@ def main() -> None:
     help="none: serve all of --models; explicit: what callers load [default: none].",
 )
 @click.option(
+    "--allow-shared-memory",
+    is_flag=True,
+    default=None,
+    help="Callers may name POSIX shared memory of this machine to read inputs from and write "
+    "outputs to: whatever this process may open [default: off].",
+)
+@click.option(
     "--mqtt",
     metavar="URL",
     help="Broker for device updates, mqtt://HOST:PORT [default: a Mosquitto of our own]; off: none.",

@@ -32,6 +32,7 @@ class HubConfig(BaseSettings):
     http: str = "127.0.0.1:8000"
     models: Path | None = None  # a Triton-style directory: name/1/model.onnx
     model_control: Literal["none", "explicit"] = "none"  # explicit: callers load and unload
+    allow_shared_memory: bool = False  # callers on this machine may pass tensors in /dev/shm
     mqtt: str = ""  # URL of a broker; empty: one of our own; "off": no devices to update
     name: str = "fogline-hub"  # shown in the console and in server metadata
 

@@ -44,6 +44,8 @@ from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics
 from cloud_hub.store.store import Store
 from fogline_protocol import grpc_service, rest_service
+from fogline_protocol.doors import Extras
+from fogline_protocol.shared_memory import SharedMemory
 
 DATABASE = "hub.sqlite"
 
@@ -62,6 +64,11 @@ class Hub:
             config.model_control,
         )
         self.server = HubServer(config.name, self.repository, self.metrics)
+        self._extras = Extras(
+            shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)
+            if config.allow_shared_memory
+            else None
+        )
         self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -131,7 +138,7 @@ class Hub:
         )
         server.add_generic_rpc_handlers(
             (
-                grpc_service.handler(self.server, self.server),
+                grpc_service.handler(self.server, self.server, self._extras),
                 grpc_service.health_handler(self.server),
                 reports.handler(self._count, lambda: self.fleet.contact(self.url)),
             )
@@ -163,7 +170,7 @@ class Hub:
                 else rest_service.local_only
             ],
         )
-        rest_service.add_routes(app, self.server, self.server)
+        rest_service.add_routes(app, self.server, self.server, self._extras)
         app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)

@@ -46,3 +46,21 @@ async def test_it_measures_over_http_too(doors, who):
     )  # fmt: skip
     assert level.per_second > 0
     assert level.server_requests > 0
+
+
+@pytest.mark.parametrize("who", ["hub", "agent"])
+async def test_it_measures_with_tensors_in_shared_memory(make_hub, make_agent, who):
+    hub = await make_hub("--allow-shared-memory")
+    agent = await make_agent("device", hub.endpoints["grpc"], "--allow-shared-memory")
+    endpoints, model = {
+        "hub": (hub.endpoints, "digits-hub"),
+        "agent": (agent.endpoints, "digits"),
+    }[who]
+    for protocol, options in (("grpc", ()), ("grpc", ("--streaming",)), ("http", ())):
+        (level,) = await asyncio.to_thread(
+            perf_analyzer.run, endpoints[protocol], model, "-i", protocol, "-b", "8",
+            "--concurrency-range", "4", "--shared-memory", "system",
+            "--output-shared-memory-size", "4096", *options,
+        )  # fmt: skip
+        assert level.per_second > 0
+        assert level.server_inferences > 8
