@@ -68,6 +68,12 @@ def main() -> None:
     "outputs to: whatever this process may open [default: off].",
 )
 @click.option(
+    "--trace-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Callers may have requests traced (TraceSetting) into files in this directory, at most "
+    "256 MiB per run [default: no traces].",
+)
+@click.option(
     "--mqtt",
     metavar="URL",
     help="Broker for device updates, mqtt://HOST:PORT [default: a Mosquitto of our own]; off: none.",

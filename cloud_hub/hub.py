@@ -12,6 +12,7 @@ Start                                           Stop
   7 endpoints.json names them all                 the lock goes with the process
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -37,7 +38,7 @@ from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import Identity
-from cloud_hub.inference import admission
+from cloud_hub.inference import admission, tracing
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
@@ -45,6 +46,7 @@ from cloud_hub.metrics import Metrics
 from cloud_hub.store.store import Store
 from fogline_protocol import grpc_service, rest_service
 from fogline_protocol.doors import Extras
+from fogline_protocol.settings import LogSettings
 from fogline_protocol.shared_memory import SharedMemory
 
 DATABASE = "hub.sqlite"
@@ -67,7 +69,10 @@ class Hub:
         self._extras = Extras(
             shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)
             if config.allow_shared_memory
-            else None
+            else None,
+            trace=self.server if config.trace_dir is not None else None,
+            trace_refusal=tracing.REFUSAL,
+            logs=LogSettings(),
         )
         self._parts = contextlib.AsyncExitStack()
 
@@ -111,6 +116,9 @@ class Hub:
 
         # The same counts arrive over gRPC and over MQTT.
         self._count: reports.Accept = lambda report: self.history.accept(report, time.time())
+        if self.config.trace_dir is not None:
+            self.server.tracer = tracing.Tracer(self.config.trace_dir)
+            self._parts.push_async_callback(asyncio.to_thread, self.server.tracer.close)
         self.fleet = Fleet(
             self.store,
             data,

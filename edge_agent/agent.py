@@ -47,6 +47,7 @@ from fogline_protocol import grpc_service, rest_service
 from fogline_protocol.client import Client, Credentials
 from fogline_protocol.doors import Extras
 from fogline_protocol.inference import InferRequest, InferResponse
+from fogline_protocol.settings import LogSettings
 from fogline_protocol.shared_memory import SharedMemory
 
 ENDPOINTS = "endpoints.json"
@@ -80,7 +81,8 @@ class Agent:
         self._extras = Extras(
             shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)
             if config.allow_shared_memory
-            else None
+            else None,
+            logs=LogSettings(),
         )
         self._parts = contextlib.AsyncExitStack()
 

@@ -7,12 +7,13 @@ leave at any moment without costing the others their answer.
 import asyncio
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from cloud_hub.inference.queue import Queue
+from cloud_hub.inference.tracing import CURRENT, Trace
 from fogline_protocol.inference import (
     BadRequest,
     DeadlineExceeded,
@@ -68,6 +69,7 @@ class Waiting:
     arrived: float  # seconds, monotonic
     deadline: float | None
     answer: asyncio.Future[Arrays]  # the caller may cancel it at any moment
+    trace: Trace | None = field(default_factory=CURRENT.get)
 
     @property
     def gone(self) -> bool:
@@ -222,9 +224,13 @@ class Batcher:
                     else {name: array[at : at + waiting.rows] for name, array in outputs.items()}
                 )
             at += waiting.rows
+        parted = time.monotonic()
+        for waiting in batch:
+            if waiting.trace is not None:
+                waiting.trace.ran(waiting.arrived, started, joined, ran, parted)
         # Callers run only after this, so whoever has an answer finds it counted.
         self._observer.batch_ran(
-            rows, queued_s, Compute(joined - started, ran - joined, time.monotonic() - ran)
+            rows, queued_s, Compute(joined - started, ran - joined, parted - ran)
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fogline_protocol import classification
 from fogline_protocol.inference import InferenceServer, InferRequest, InferResponse
+from fogline_protocol.settings import LogSettings, TraceControl
 from fogline_protocol.shared_memory import SharedMemory
 
 
@@ -13,10 +14,18 @@ class Extras:
     """The parts of the protocol that a server may offer; those that are None are refused."""
 
     shared_memory: SharedMemory | None = None
+    trace: TraceControl | None = None
+    trace_refusal: str = "traces are not offered by this server"
+    logs: LogSettings | None = None
 
     def advertised(self, extensions: Sequence[str]) -> list[str]:
         """Return the names of ``extensions`` and of what is offered here beside them."""
-        return [*extensions, *(["system_shared_memory"] if self.shared_memory else [])]
+        offered = {
+            "system_shared_memory": self.shared_memory,
+            "trace": self.trace,
+            "logging": self.logs,
+        }
+        return [*extensions, *(name for name, part in offered.items() if part is not None)]
 
 
 NOTHING_EXTRA = Extras()

@@ -50,7 +50,9 @@ def unary(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
 
     async def call(data: bytes, context: Context) -> bytes:
         try:
-            return await method(data, context)
+            answer = await method(data, context)
+            log.debug("%s answered", path)
+            return answer
         except Exception as error:
             # The last door: a fault of ours ends this call, never the process.
             await abort(context, _translated(path, error))

@@ -13,7 +13,14 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from fogline_protocol import inference, model_config, repository, shared_memory, statistics
+from fogline_protocol import (
+    inference,
+    model_config,
+    repository,
+    settings,
+    shared_memory,
+    statistics,
+)
 from fogline_protocol.doors import NOTHING_EXTRA, Extras, answer
 from fogline_protocol.grpc_calls import Context, Method, generic_handler, stream, unary
 from fogline_protocol.inference import (
@@ -122,7 +129,7 @@ def handler(
     }
     if control is not None:
         methods |= _repository_methods(control)
-    methods |= _shared_memory_methods(extras.shared_memory)
+    methods |= _shared_memory_methods(extras.shared_memory) | _settings_methods(extras)
     for name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
         methods.setdefault(name, _not_offered(name))
     methods.pop("ModelStreamInfer")
@@ -192,6 +199,25 @@ def _shared_memory_methods(shared: SharedMemory | None) -> dict[str, Method]:
         f"{cuda}Register": _not_offered("", shared_memory.NO_CUDA),
         f"{cuda}Unregister": no_cuda_regions,
     }
+
+
+def _settings_methods(extras: Extras) -> dict[str, Method]:
+    trace, logs = extras.trace, extras.logs
+
+    async def trace_setting(data: bytes, _context: Context) -> bytes:
+        if trace is None:
+            raise Unsupported(extras.trace_refusal)
+        request = _parse(pb.TraceSettingRequest(), data)
+        found = trace.change_trace(request.model_name, settings.decode_trace(request))
+        return settings.encode_trace(found)
+
+    async def log_settings(data: bytes, _context: Context) -> bytes:
+        if logs is None:
+            raise Unsupported("log settings are not offered by this server")
+        request = _parse(pb.LogSettingsRequest(), data)
+        return settings.encode_log(logs.change(settings.decode_log(request)))
+
+    return {"TraceSetting": trace_setting, "LogSettings": log_settings}
 
 
 def _not_offered(name: str, text: str = "") -> Method:

@@ -10,6 +10,7 @@
     POST /v2/repository/models/{m}/load|unload      serve it, or no longer
     GET  /v2/systemsharedmemory[/region/{r}]/status where callers' tensors may be
     POST .../region/{r}/register, .../unregister    lend memory, take it back
+    GET|POST /v2/trace/setting, /v2/models/{m}/trace/setting, /v2/logging
 
 Bodies may be compressed with gzip or deflate, both ways. Errors are ``{"error": "text"}`` with
 the status of the error's class.
@@ -37,6 +38,7 @@ from fogline_protocol import (
     model_config,
     repository,
     rest_codec,
+    settings,
     shared_memory,
     statistics,
     tensors,
@@ -148,6 +150,7 @@ def add_routes(
     if control is not None:
         _add_repository(app, control)
     _add_shared_memory(app, extras.shared_memory)
+    _add_settings(app, extras)
     app.router.add_route("*", "/v2/{path:.*}", translating(_not_offered))
 
 
@@ -255,6 +258,30 @@ def _add_shared_memory(app: web.Application, shared: SharedMemory | None) -> Non
     app.router.add_route("*", cuda + "{rest:/.*}", _refusing(shared_memory.NO_CUDA))
 
 
+def _add_settings(app: web.Application, extras: Extras) -> None:
+    trace, logs = extras.trace, extras.logs
+
+    async def trace_setting(request: web.Request) -> web.Response:
+        if trace is None:
+            raise Unsupported(extras.trace_refusal)
+        changes = settings.trace_changes(await _document(request))
+        found = trace.change_trace(request.match_info.get("model", ""), changes)
+        return web.json_response(settings.trace_document(found))
+
+    async def logging_settings(request: web.Request) -> web.Response:
+        if logs is None:
+            raise Unsupported("log settings are not offered by this server")
+        return web.json_response(logs.change(await _document(request)))
+
+    for path, handler in (
+        ("/v2/trace/setting", trace_setting),
+        ("/v2/models/{model}/trace/setting", trace_setting),
+        ("/v2/logging", logging_settings),
+    ):
+        app.router.add_get(path, translating(handler))
+        app.router.add_post(path, translating(handler))
+
+
 def _refusing(text: str) -> Handler:
     async def refuse(_request: web.Request) -> web.Response:
         raise Unsupported(text)
@@ -262,7 +289,7 @@ def _refusing(text: str) -> Handler:
     return translating(refuse)
 
 
-_KNOWN_ELSEWHERE = re.compile(r"repository/|trace/|logging|models/[^/]+/(trace/|generate)")
+_KNOWN_ELSEWHERE = re.compile(r"repository/|models/[^/]+/generate")
 
 
 async def _not_offered(request: web.Request) -> web.Response:
@@ -307,7 +334,9 @@ def translating(handler: Handler) -> Handler:
 
     async def call(request: web.Request) -> web.StreamResponse:
         try:
-            return await handler(request)
+            response = await handler(request)
+            log.debug("%s %s: %d", request.method, request.path, response.status)
+            return response
         except InferenceError as error:
             log.info("%s %s refused: %s", request.method, request.path, error)
             response = error_response(error)

@@ -1,6 +1,8 @@
 """NVIDIA's perf_analyzer, unmodified, against hub and agent."""
 
 import asyncio
+import json
+import signal
 
 import pytest
 
@@ -64,3 +66,19 @@ async def test_it_measures_with_tensors_in_shared_memory(make_hub, make_agent, w
         )  # fmt: skip
         assert level.per_second > 0
         assert level.server_inferences > 8
+
+
+async def test_it_has_requests_traced(make_hub, tmp_path):
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    hub = await make_hub("--trace-dir", str(traces))
+    await asyncio.to_thread(
+        perf_analyzer.run, hub.endpoints["grpc"], "digits-hub", "-i", "grpc",
+        "--concurrency-range", "4", "--trace-level", "TIMESTAMPS", "--trace-rate", "5",
+        "--trace-count", "20", "--log-frequency", "10",
+    )  # fmt: skip
+    await hub.stop(signal.SIGTERM)  # what waits is written
+    assert sorted(file.name for file in traces.iterdir()) == ["trace.json.0", "trace.json.1"]
+    for file in traces.iterdir():
+        records = json.loads(file.read_text())
+        assert len({record["id"] for record in records}) == 10
