@@ -107,9 +107,11 @@ def test_a_response_written_in_pieces_says_what_one_written_at_once_says(values)
 )  # fmt: skip
 def test_a_comma_with_nothing_on_one_side_is_no_json_wherever_the_cut_is(data):
     for spaces in range(100, 170):
-        text = '{"inputs":[{"name":"x","datatype":"INT32","shape":[9],"data":%s%s}]}'
+        text = '{"inputs":[{"name":"x","datatype":"INT32","shape":[9],"data":%s}]}'
         with small_limits(), pytest.raises(BadRequest, match="not JSON"):
-            rest_codec.decode_request("m", "", (text % (" " * spaces, data)).encode(), NOTHING)
+            rest_codec.decode_request(
+                "m", "", (text % data.replace("[", "[" + " " * spaces, 1)).encode(), NOTHING
+            )
 
 
 def body(values, datatype="FP32"):
