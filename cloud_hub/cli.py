@@ -68,6 +68,19 @@ def main() -> None:
     help="Processes that speak gRPC for the hub, for small models under load; 0: none [default: 0].",
 )
 @click.option(
+    "--allow-shared-memory",
+    is_flag=True,
+    default=None,
+    help="Callers may name POSIX shared memory of this machine to read inputs from and write "
+    "outputs to: whatever this process may open [default: off].",
+)
+@click.option(
+    "--trace-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Callers may have requests traced (TraceSetting) into files in this directory, at most "
+    "256 MiB per run [default: no traces].",
+)
+@click.option(
     "--mqtt",
     metavar="URL",
     help="Broker for device updates, mqtt://HOST:PORT [default: a Mosquitto of our own]; off: none.",

@@ -34,6 +34,8 @@ class HubConfig(BaseSettings):
     models: Path | None = None  # a Triton-style directory: name/1/model.onnx
     model_control: Literal["none", "poll", "explicit"] = "none"  # explicit: callers load and unload
     poll_s: float = Field(5.0, gt=0)  # between two looks at the directory, with poll
+    allow_shared_memory: bool = False  # callers on this machine may pass tensors in /dev/shm
+    trace_dir: Path | None = None  # where callers may have requests traced; None: nowhere
     mqtt: str = ""  # URL of a broker; empty: one of our own; "off": no devices to update
     name: str = "fogline-hub"  # shown in the console and in server metadata
 
@@ -78,6 +80,8 @@ class HubConfig(BaseSettings):
             raise ValueError(f"caller_rate: 0 is no limit, otherwise it is at least {MIN_RATE}")
         if self.models is not None and not self.models.is_dir():
             raise ValueError(f"models: {self.models} is not a directory")
+        if self.trace_dir is not None and not self.trace_dir.is_dir():
+            raise ValueError(f"trace_dir: {self.trace_dir} is not a directory")
         for door in ("grpc", "http"):
             if not is_loopback(getattr(self, door)) and self.tls_cert is None:
                 raise ValueError(

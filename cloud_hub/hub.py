@@ -42,7 +42,7 @@ from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import CallerLimits, Identity
 from cloud_hub.front.fronts import Fronts
-from cloud_hub.inference import admission
+from cloud_hub.inference import admission, tracing
 from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
@@ -50,6 +50,9 @@ from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics, Served
 from cloud_hub.store.store import Store
 from fogline_protocol import grpc_calls, grpc_service, rest_service
+from fogline_protocol.doors import Extras
+from fogline_protocol.settings import LogSettings
+from fogline_protocol.shared_memory import SharedMemory
 
 DATABASE = "hub.sqlite"
 CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
@@ -84,6 +87,14 @@ class Hub:
                 Served(model.statistics, model.batcher.engines, *model.batcher.depth)
                 for model in self.repository.find_all("", "")
             ]
+        )
+        self._extras = Extras(
+            shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)
+            if config.allow_shared_memory
+            else None,
+            trace=self.server if config.trace_dir is not None else None,
+            trace_refusal=tracing.REFUSAL,
+            logs=LogSettings(),
         )
         self._parts = contextlib.AsyncExitStack()
 
@@ -134,6 +145,9 @@ class Hub:
 
         # The same counts arrive over gRPC and over MQTT.
         self._count: reports.Accept = lambda report: self.history.accept(report, time.time())
+        if self.config.trace_dir is not None:
+            self.server.tracer = tracing.Tracer(self.config.trace_dir)
+            self._parts.push_async_callback(asyncio.to_thread, self.server.tracer.close)
         self.fleet = Fleet(
             self.store,
             data,
@@ -169,7 +183,7 @@ class Hub:
         address = self.config.grpc
         guarded = await self._is_guarded(address)
         methods = {
-            **grpc_service.methods(self.server, self.server),
+            **grpc_service.methods(self.server, self.server, self._extras),
             **grpc_service.health_methods(self.server),
             **reports.methods(self._count, lambda: self.fleet.contact(self.url)),
         }
@@ -212,7 +226,7 @@ class Hub:
                 admission.rest_middleware(self._callers(guarded)),
             ],
         )
-        rest_service.add_routes(app, self.server, self.server)
+        rest_service.add_routes(app, self.server, self.server, self._extras)
         app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)

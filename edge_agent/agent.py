@@ -45,7 +45,10 @@ from edge_agent.runtime import providers
 from edge_agent.runtime import release as releases
 from fogline_protocol import grpc_service, rest_service
 from fogline_protocol.client import Client, Credentials
+from fogline_protocol.doors import Extras
 from fogline_protocol.inference import InferRequest, InferResponse
+from fogline_protocol.settings import LogSettings
+from fogline_protocol.shared_memory import SharedMemory
 
 ENDPOINTS = "endpoints.json"
 
@@ -74,6 +77,12 @@ class Agent:
             private=config.private,
             deadline_s=config.deadline_s,
             max_concurrency=config.max_concurrency,
+        )
+        self._extras = Extras(
+            shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)
+            if config.allow_shared_memory
+            else None,
+            logs=LogSettings(),
         )
         self._parts = contextlib.AsyncExitStack()
 
@@ -164,7 +173,10 @@ class Agent:
             return
         server = grpc_service.new_server(max_message_bytes=config.max_message_bytes)
         server.add_generic_rpc_handlers(
-            (grpc_service.handler(self.router), grpc_service.health_handler(self.router))
+            (
+                grpc_service.handler(self.router, extras=self._extras),
+                grpc_service.health_handler(self.router),
+            )
         )
         try:
             if config.grpc != OFF:
@@ -192,7 +204,7 @@ class Agent:
         app = web.Application(
             client_max_size=config.max_message_bytes, middlewares=[rest_service.local_only]
         )
-        rest_service.add_routes(app, self.router)
+        rest_service.add_routes(app, self.router, extras=self._extras)
         runner = web.AppRunner(
             app,
             access_log=None,

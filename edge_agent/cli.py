@@ -76,6 +76,12 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     help="Nothing that applications send ever leaves this device.",
 )
 @click.option(
+    "--allow-shared-memory/--no-allow-shared-memory",
+    default=None,
+    help="Applications may name POSIX shared memory to read inputs from and write outputs to: "
+    "whatever this process may open [default: off].",
+)
+@click.option(
     "--deadline-s", type=float, help="Time for calls that bring no deadline [default: 2]."
 )
 @click.option(

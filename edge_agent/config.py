@@ -59,6 +59,7 @@ class AgentConfig:
     hub_root: Path | None = None  # the hub's signed TUF root; on loopback the first one is trusted
     probation_s: float = field(default=30.0, metadata=_limits(0, 86400))  # of a new release
     private: bool = False  # nothing that applications send ever leaves this device
+    allow_shared_memory: bool = False  # applications may pass tensors in /dev/shm
 
     deadline_s: float = field(default=2.0, metadata=_limits(0.001, 3600))  # of calls without one
     max_concurrency: int = field(default=64, metadata=_limits(1, 65536))  # beyond: Overloaded

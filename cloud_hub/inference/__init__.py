@@ -6,4 +6,5 @@ batcher.py      gathers requests into batches for the engines of one model
 queue.py        the pure rule for which requests leave together, when, and in whose turn
 admission.py    who calls, and how much of it is let in
 limits.py       the pure rule for how often, and how much at once, one caller may ask
+tracing.py      which requests are traced, and the files of their traces
 """

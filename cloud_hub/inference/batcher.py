@@ -8,13 +8,14 @@ queue: whichever is free takes what is there.
 import asyncio
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from cloud_hub.engines.engine import Arrays, EngineLost
 from cloud_hub.inference.queue import HIGHEST, Policy, Queue, Rules, Ticket
+from cloud_hub.inference.tracing import CURRENT, Trace
 from fogline_protocol.inference import (
     BadRequest,
     DeadlineExceeded,
@@ -102,6 +103,7 @@ class Waiting:
     arrived: float  # seconds, monotonic
     deadline: float | None
     answer: asyncio.Future[Arrays]  # the caller may cancel it at any moment
+    trace: Trace | None = field(default_factory=CURRENT.get)
 
     @property
     def gone(self) -> bool:
@@ -420,9 +422,13 @@ class Batcher:
             at += waiting.rows
         row_s = (ran - started) / rows
         self._row_s += (row_s - self._row_s) * (SMOOTHING if self._row_s else 1.0)
+        parted = time.monotonic()
+        for waiting in batch:
+            if waiting.trace is not None:
+                waiting.trace.ran(waiting.arrived, started, joined, ran, parted)
         # Callers run only after this, so whoever has an answer finds it counted.
         self._observer.batch_ran(
-            rows, queued_s, Compute(joined - started, ran - joined, time.monotonic() - ran)
+            rows, queued_s, Compute(joined - started, ran - joined, parted - ran)
         )
 
 

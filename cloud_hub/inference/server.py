@@ -11,8 +11,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from importlib import metadata
 
 from cloud_hub.fleet.identity import NO_LIMITS, Caller
+from cloud_hub.inference import tracing
 from cloud_hub.inference.admission import CALLER, Admission
 from cloud_hub.inference.repository import Repository, ServedModel
+from cloud_hub.inference.tracing import CURRENT, Tracer
 from cloud_hub.metrics import Metrics
 from fogline_protocol import inference
 from fogline_protocol.inference import (
@@ -28,6 +30,7 @@ from fogline_protocol.inference import (
 )
 from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.repository import ModelIndex
+from fogline_protocol.settings import TraceChanges, TraceSettings
 from fogline_protocol.statistics import ModelStatistics
 
 EXTENSIONS = (
@@ -64,6 +67,7 @@ class HubServer:
         self._repository = repository
         self._metrics = metrics
         self._admission = admission or Admission(NO_LIMITS, metrics)
+        self.tracer: Tracer | None = None  # set by the composition root if there is a directory
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
         self.refusing = False  # what is in flight is finished, nothing new is taken
         self._in_flight = 0
@@ -133,6 +137,20 @@ class HubServer:
         """
         await self._repository.unload(name)
 
+    def change_trace(self, model: str, changes: TraceChanges) -> TraceSettings:
+        """Change which requests of a model, or of all, are traced, and return what holds.
+
+        Raises:
+            Unsupported: the hub has no directory for traces, or the level.
+            BadRequest: an unknown setting or an impossible value.
+            NotFound: there is no such model.
+        """
+        if self.tracer is None:
+            raise Unsupported(tracing.REFUSAL)
+        if model:
+            self._repository.find(model, "")
+        return self.tracer.change(model, changes)
+
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         """Answer one request of the caller whom the door has noted.
 
@@ -176,6 +194,10 @@ class HubServer:
     ) -> InferResponse:
         model = self._repository.find(request.model, request.version)
         started = time.monotonic()
+        trace = None
+        if self.tracer is not None:
+            trace = self.tracer.begin(model.name, model.version, request.id, started)
+            CURRENT.set(trace)  # in the task of this request, or of whoever asks one by one
         outcome = "internal"
         try:
             response = await self._answer(model, caller, request, deadline)
@@ -195,6 +217,8 @@ class HubServer:
             self._metrics.request_done(
                 model.name, model.version, outcome, time.monotonic() - started
             )
+            if self.tracer is not None and trace is not None:
+                self.tracer.finish(trace, time.monotonic())
 
     async def _answer(
         self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None

@@ -4,15 +4,19 @@ What belongs here passes one question: would a third implementation, in another 
 have to agree on this?
 
     tensors.py         numpy and the wire: datatypes, byte order, limits
-    inference.py       Open Inference requests, responses, errors; encode and decode; no transport
+    errors.py          what may go wrong with a request, named by what its caller does next
+    inference.py       Open Inference requests, responses; encode and decode; no transport
     model_config.py    how a model is served; config.pbtxt
     statistics.py      what a model has done
     repository.py      what could be served, and asking for it
     classification.py  an output as its best classes
-    doors.py           what both doors do with a request
+    shared_memory.py   tensors in memory that callers on this machine lend
+    settings.py        what a server traces and logs, asked for and changed by callers
+    doors.py           what both doors do with a request, and offer beside inference
     grpc_calls.py      calls and streams over bytes, errors translated
     grpc_service.py    serves any InferenceServer over gRPC
     rest_codec.py      requests and responses as JSON and raw bytes
+    big_json.py        large JSON in pieces, so that others are answered meanwhile
     rest_service.py    serves any InferenceServer over HTTP
     client.py          asks any Open Inference server
     release.py         the bundle: what a model release consists of, read and verified

@@ -116,7 +116,9 @@ async def translating(path: str, method: Method, data: bytes, context: Context) 
         InferenceError: and nothing else: a fault of ours ends this call, never the process.
     """
     try:
-        return await method(data, context)
+        answer = await method(data, context)
+        log.debug("%s answered", path)
+        return answer
     except InferenceError as error:
         log.info("%s refused: %s: %s", path, error.grpc_code, error)
         raise

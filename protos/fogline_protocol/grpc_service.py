@@ -13,8 +13,16 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from fogline_protocol import grpc_calls, inference, model_config, repository, statistics
-from fogline_protocol.doors import answer
+from fogline_protocol import (
+    grpc_calls,
+    inference,
+    model_config,
+    repository,
+    settings,
+    shared_memory,
+    statistics,
+)
+from fogline_protocol.doors import NOTHING_EXTRA, Extras, answer
 from fogline_protocol.grpc_calls import Context, Method
 from fogline_protocol.inference import (
     BadRequest,
@@ -24,6 +32,7 @@ from fogline_protocol.inference import (
     Unsupported,
 )
 from fogline_protocol.repository import ModelControl
+from fogline_protocol.shared_memory import RegionStatus, SharedMemory
 from fogline_protocol.v1 import inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
@@ -66,16 +75,20 @@ async def stop(server: grpc.aio.Server, grace_s: float) -> None:
     await server.stop(grace_s)
 
 
-def handler(server: InferenceServer, control: ModelControl | None = None) -> grpc.GenericRpcHandler:
+def handler(
+    server: InferenceServer, control: ModelControl | None = None, extras: Extras = NOTHING_EXTRA
+) -> grpc.GenericRpcHandler:
     """Return the handler to add to a ``grpc.aio.Server``; see ``methods``."""
-    return grpc_calls.handler(methods(server, control), {STREAM})
+    return grpc_calls.handler(methods(server, control, extras), {STREAM})
 
 
-def methods(server: InferenceServer, control: ModelControl | None = None) -> Mapping[str, Method]:
+def methods(
+    server: InferenceServer, control: ModelControl | None = None, extras: Extras = NOTHING_EXTRA
+) -> Mapping[str, Method]:
     """Return the methods of the protocol by their paths, whatever carries the calls.
 
-    Without ``control`` the repository calls, and in any case every other method of the protocol
-    that is not offered, answer UNIMPLEMENTED with a text.
+    Without ``control`` the repository calls, and whatever ``extras`` leave out, answer
+    UNIMPLEMENTED with a text.
     """
 
     async def server_live(_request: bytes, _context: Context) -> bytes:
@@ -87,7 +100,9 @@ def methods(server: InferenceServer, control: ModelControl | None = None) -> Map
     async def server_metadata(_request: bytes, _context: Context) -> bytes:
         metadata = server.server_metadata()
         return pb.ServerMetadataResponse(
-            name=metadata.name, version=metadata.version, extensions=metadata.extensions
+            name=metadata.name,
+            version=metadata.version,
+            extensions=extras.advertised(metadata.extensions),
         ).SerializeToString()
 
     async def model_ready(data: bytes, _context: Context) -> bytes:
@@ -108,7 +123,7 @@ def methods(server: InferenceServer, control: ModelControl | None = None) -> Map
         return statistics.encode(server.model_statistics(request.name, request.version))
 
     async def infer(data: bytes, context: Context) -> InferResponse:
-        request = inference.decode_request(data)
+        request = inference.decode_request(data, extras.shared_memory)
         deadline = _deadline(context, inference.timeout_s(request.parameters))
         return await answer(server, request, deadline)
 
@@ -131,6 +146,7 @@ def methods(server: InferenceServer, control: ModelControl | None = None) -> Map
     }
     if control is not None:
         found |= _repository_methods(control)
+    found |= _shared_memory_methods(extras.shared_memory) | _settings_methods(extras)
     for name in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name:
         found.setdefault(name, _not_offered(name))
     return {f"/{SERVICE}/{name}": method for name, method in found.items()}
@@ -158,9 +174,67 @@ def _repository_methods(control: ModelControl) -> dict[str, Method]:
     }
 
 
-def _not_offered(name: str) -> Method:
+def _shared_memory_methods(shared: SharedMemory | None) -> dict[str, Method]:
+    system, cuda = "SystemSharedMemory", "CudaSharedMemory"
+    calls = ("Status", "Register", "Unregister")
+    if shared is None:
+        return {
+            f"{kind}{call}": _not_offered("", shared_memory.OFF)
+            for kind in (system, cuda)
+            for call in calls
+        }
+
+    async def status(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.SystemSharedMemoryStatusRequest(), data)
+        return shared_memory.encode_status(shared.status(request.name))
+
+    async def register(data: bytes, _context: Context) -> bytes:
+        request = _parse(pb.SystemSharedMemoryRegisterRequest(), data)
+        shared.register(RegionStatus(request.name, request.key, request.offset, request.byte_size))
+        return b""
+
+    async def unregister(data: bytes, _context: Context) -> bytes:
+        shared.unregister(_parse(pb.SystemSharedMemoryUnregisterRequest(), data).name)
+        return b""
+
+    async def no_cuda_regions(data: bytes, _context: Context) -> bytes:
+        # Both calls have the one field; asked about all regions, the answer is: there are none.
+        if _parse(pb.CudaSharedMemoryStatusRequest(), data).name:
+            raise Unsupported(shared_memory.NO_CUDA)
+        return b""
+
+    return {
+        f"{system}Status": status,
+        f"{system}Register": register,
+        f"{system}Unregister": unregister,
+        f"{cuda}Status": no_cuda_regions,
+        f"{cuda}Register": _not_offered("", shared_memory.NO_CUDA),
+        f"{cuda}Unregister": no_cuda_regions,
+    }
+
+
+def _settings_methods(extras: Extras) -> dict[str, Method]:
+    trace, logs = extras.trace, extras.logs
+
+    async def trace_setting(data: bytes, _context: Context) -> bytes:
+        if trace is None:
+            raise Unsupported(extras.trace_refusal)
+        request = _parse(pb.TraceSettingRequest(), data)
+        found = trace.change_trace(request.model_name, settings.decode_trace(request))
+        return settings.encode_trace(found)
+
+    async def log_settings(data: bytes, _context: Context) -> bytes:
+        if logs is None:
+            raise Unsupported("log settings are not offered by this server")
+        request = _parse(pb.LogSettingsRequest(), data)
+        return settings.encode_log(logs.change(settings.decode_log(request)))
+
+    return {"TraceSetting": trace_setting, "LogSettings": log_settings}
+
+
+def _not_offered(name: str, text: str = "") -> Method:
     async def refuse(_data: bytes, _context: Context) -> bytes:
-        raise Unsupported(f"{name} is not offered by this server")
+        raise Unsupported(text or f"{name} is not offered by this server")
 
     return refuse
 

@@ -9,105 +9,58 @@ are numbered as in Triton's ``infer_handler.cc``.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
 
-from fogline_protocol import tensors
+from fogline_protocol import shared_memory, tensors
+from fogline_protocol.errors import (
+    ERRORS as ERRORS,
+)
+from fogline_protocol.errors import (
+    AlreadyExists as AlreadyExists,
+)
+from fogline_protocol.errors import (
+    BadRequest as BadRequest,
+)
+from fogline_protocol.errors import (
+    DeadlineExceeded as DeadlineExceeded,
+)
+from fogline_protocol.errors import (
+    Forbidden as Forbidden,
+)
+from fogline_protocol.errors import (
+    InferenceError as InferenceError,
+)
+from fogline_protocol.errors import (
+    NotFound as NotFound,
+)
+from fogline_protocol.errors import (
+    Overloaded as Overloaded,
+)
+from fogline_protocol.errors import (
+    ServerFault as ServerFault,
+)
+from fogline_protocol.errors import (
+    TooLarge as TooLarge,
+)
+from fogline_protocol.errors import (
+    Unauthenticated as Unauthenticated,
+)
+from fogline_protocol.errors import (
+    Unavailable as Unavailable,
+)
+from fogline_protocol.errors import (
+    Unsupported as Unsupported,
+)
 from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.shared_memory import Place, SharedMemory
 from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
+from fogline_protocol.tensors import Parameter as Parameter
 from fogline_protocol.v1 import inference_pb2 as pb
-
-Parameter = bool | int | float | str
-
-
-class InferenceError(Exception):
-    """A request that got no answer. The class says what the caller does next.
-
-    The text is never empty: Triton's C++ client takes an error without text for success.
-    """
-
-    grpc_code = "INTERNAL"
-    http_status = 500
-
-    def __init__(self, text: str, *, retry_after_s: float | None = None) -> None:
-        """Make an error that tells the caller ``text`` and, where that is known, when to return.
-
-        ``retry_after_s`` travels as ``grpc-retry-pushback-ms`` and ``Retry-After``: before it the
-        same request will meet the same end. ``math.inf``: it should not be made again.
-        """
-        super().__init__(text or f"{type(self).__name__}: no further information")
-        self.retry_after_s = retry_after_s
-
-
-class BadRequest(InferenceError):
-    """The caller's fault: the same request will fail again."""
-
-    grpc_code, http_status = "INVALID_ARGUMENT", 400
-
-
-class TooLarge(BadRequest):
-    """Longer than this server reads: send less at once."""
-
-    http_status = 413
-
-
-class Unauthenticated(InferenceError):
-    """The caller must say who it is."""
-
-    grpc_code, http_status = "UNAUTHENTICATED", 401
-
-
-class Forbidden(InferenceError):
-    """The caller is known and may not do this."""
-
-    grpc_code, http_status = "PERMISSION_DENIED", 403
-
-
-class NotFound(InferenceError):
-    """There is no such model or version here."""
-
-    grpc_code, http_status = "NOT_FOUND", 404
-
-
-class Overloaded(InferenceError):
-    """Too much is waiting already: come back later."""
-
-    grpc_code, http_status = "RESOURCE_EXHAUSTED", 429
-
-
-class Unsupported(InferenceError):
-    """The protocol knows this, this server does not."""
-
-    grpc_code, http_status = "UNIMPLEMENTED", 501
-
-
-class Unavailable(InferenceError):
-    """Nobody can answer at the moment: another server, or the same one later, may."""
-
-    grpc_code, http_status = "UNAVAILABLE", 503
-
-
-class DeadlineExceeded(InferenceError):
-    """The caller's time ran out before there was an answer."""
-
-    grpc_code, http_status = "DEADLINE_EXCEEDED", 504
-
-
-class ServerFault(InferenceError):
-    """The server's own fault, its log knows more."""
-
-
-ERRORS: Mapping[str, type[InferenceError]] = {
-    error.grpc_code: error
-    for error in (
-        BadRequest, Unauthenticated, Forbidden, NotFound, Overloaded, Unsupported, Unavailable,
-        DeadlineExceeded, ServerFault,
-    )
-}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -120,7 +73,9 @@ class InferRequest:
     id: str = ""
     outputs: Sequence[str] = ()  # empty: all, in the model's order
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    classification: Mapping[str, int] = field(default_factory=dict)  # output -> best k; see doors
+    # What the doors do with single outputs once there is an answer, see ``doors.answer``:
+    classification: Mapping[str, int] = field(default_factory=dict)  # rank the best k
+    places: Mapping[str, Place] = field(default_factory=dict)  # put it into shared memory
 
 
 @dataclass(slots=True)
@@ -132,6 +87,7 @@ class InferResponse:
     outputs: Mapping[str, Array]
     id: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    elsewhere: Collection[str] = ()  # outputs whose tensor was put into shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +222,12 @@ def check_outputs(specs: Sequence[TensorSpec], names: Sequence[str]) -> Sequence
     return names
 
 
-def decode_request(data: bytes) -> InferRequest:
-    """Read a ``ModelInferRequest``.
+def decode_request(data: bytes, shared: SharedMemory | None = None) -> InferRequest:
+    """Read a ``ModelInferRequest``; ``shared`` holds the regions that it may name.
 
     Raises:
         BadRequest: malformed bytes, or tensors that contradict themselves.
+        NotFound: a region of shared memory that nobody registered.
         Unsupported: shared memory, which this server does not offer.
     """
     message = pb.ModelInferRequest()
@@ -280,28 +237,61 @@ def decode_request(data: bytes) -> InferRequest:
         raise BadRequest("the request is not a ModelInferRequest: malformed protobuf") from None
     parameters = _parameters(message.parameters)
     check_parameters(parameters)
-    shared = [t.name for t in message.inputs if "shared_memory_region" in t.parameters]
-    shared += [t.name for t in message.outputs if "shared_memory_region" in t.parameters]
-    if shared:
-        raise Unsupported(f"tensors {shared}: shared memory is not offered here")
+    outputs = [
+        Wanted.read(output.name, _parameters(output.parameters), shared)
+        for output in message.outputs
+    ]
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        inputs=_inputs(message, shared),
+        outputs=[output.name for output in outputs],
+        parameters=parameters,
+        classification={o.name: o.classes for o in outputs if o.classes},
+        places={o.name: o.place for o in outputs if o.place is not None},
+    )
+
+
+def _inputs(message: pb.ModelInferRequest, shared: SharedMemory | None) -> dict[str, Array]:
+    borrowed = shared_memory.Inputs(shared)
+    lent = {
+        tensor.name: borrowed.read(tensor.name, _parameters(tensor.parameters))
+        for tensor in message.inputs
+        if tensor.parameters
+    }
     raw = message.raw_input_contents
-    if raw and len(raw) != len(message.inputs):
+    # One entry per input that is not in shared memory, in their order.
+    in_order = iter(raw)
+    expected = sum(lent.get(tensor.name) is None for tensor in message.inputs)
+    if raw and len(raw) != expected:
         raise BadRequest(
-            f"expected one raw_input_contents per input: {len(message.inputs)}, got {len(raw)}"
+            f"expected one raw_input_contents per input that is not in shared memory: {expected}, "
+            f"got {len(raw)}"
         )
     inputs: dict[str, Array] = {}
-    for index, tensor in enumerate(message.inputs):
+    for tensor in message.inputs:
         if tensor.name in inputs:
             raise BadRequest(f"input {tensor.name!r} comes twice")
         has_contents = tensor.HasField("contents")
+        region = lent.get(tensor.name)
         try:
-            if raw:
+            if region is not None:
+                if has_contents:
+                    raise BadRequest(
+                        f"contents field must not be specified for {tensor.name!r}, which is in "
+                        "shared memory"
+                    )
+                inputs[tensor.name] = tensors.from_raw(tensor.datatype, tensor.shape, region)
+            elif raw:
                 if has_contents:
                     raise BadRequest(
                         "contents field must not be specified when using raw_input_contents "
                         f"for {tensor.name!r}"
                     )
-                inputs[tensor.name] = tensors.from_raw(tensor.datatype, tensor.shape, raw[index])
+                inputs[tensor.name] = tensors.from_raw(
+                    tensor.datatype, tensor.shape, next(in_order)
+                )
             elif has_contents:
                 inputs[tensor.name] = _from_contents(tensor)
             elif tensors.element_count(tensor.shape) == 0:
@@ -310,21 +300,39 @@ def decode_request(data: bytes) -> InferRequest:
                 raise BadRequest(f"unable to find data for input tensor {tensor.name!r}")
         except TensorError as error:
             raise BadRequest(f"input {tensor.name!r}: {error}") from None
-    return InferRequest(
-        model=message.model_name,
-        version=message.model_version,
-        id=message.id,
-        inputs=inputs,
-        outputs=[output.name for output in message.outputs],
-        parameters=parameters,
-        classification={
-            output.name: classes(
-                output.name, _parameters(output.parameters).get("classification", "")
+    return inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One output that a caller asks for, and in which form."""
+
+    name: str
+    classes: int = 0  # 0: the tensor itself
+    place: Place | None = None  # None: in the response
+
+    @classmethod
+    def read(
+        cls, name: str, parameters: Mapping[str, Parameter], shared: SharedMemory | None
+    ) -> "Wanted":
+        """Return what the parameters of a requested output say.
+
+        Raises:
+            BadRequest: they contradict each other, or a value is impossible.
+            NotFound: the region of shared memory is not registered.
+            Unsupported: shared memory, which this server does not offer.
+        """
+        if not parameters:
+            return cls(name)
+        best = 0
+        if "classification" in parameters:
+            best = classes(name, parameters["classification"])
+        place = shared_memory.find(shared, name, parameters)
+        if best and place is not None:
+            raise BadRequest(
+                f"output {name!r}: 'classification' and shared memory exclude each other"
             )
-            for output in message.outputs
-            if "classification" in output.parameters
-        },
-    )
+        return cls(name, best, place)
 
 
 def classes(output: str, value: Parameter) -> int:
@@ -398,7 +406,8 @@ def _response(response: InferResponse) -> pb.ModelInferResponse:
     _fill_parameters(message.parameters, response.parameters)
     for name, array in response.outputs.items():
         message.outputs.add(name=name, datatype=tensors.datatype_of(array), shape=array.shape)
-        message.raw_output_contents.append(tensors.to_raw(array))
+        raw = b"" if name in response.elsewhere else tensors.to_raw(array)
+        message.raw_output_contents.append(raw)
     return message
 
 

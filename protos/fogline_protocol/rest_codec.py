@@ -8,23 +8,30 @@ Source: Open Inference Protocol v2 REST, Triton's docs/protocol/extension_binary
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
-from fogline_protocol import inference, tensors
+from fogline_protocol import big_json, inference, shared_memory, tensors
 from fogline_protocol.inference import (
     BadRequest,
     InferRequest,
     InferResponse,
     Parameter,
     Unsupported,
+    Wanted,
 )
+from fogline_protocol.shared_memory import SharedMemory
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# From this size on JSON is read and written in pieces, which belongs beside the event loop. Up
+# to it json takes about 3 ms.
+LARGE_BYTES = 1 << 18
+PIECE_ELEMENTS = 2048
 
 T = TypeVar("T")
 
@@ -93,21 +100,30 @@ def decode_raw(
 
 
 def decode_request(
-    model: str, version: str, text: bytes, binary: memoryview
+    model: str,
+    version: str,
+    text: bytes,
+    binary: memoryview,
+    shared: SharedMemory | None = None,
 ) -> tuple[InferRequest, Wish]:
     """Read an inference request from its JSON part and the bytes behind it.
 
+    ``shared`` holds the regions of shared memory that it may name.
+
     Raises:
         BadRequest: not JSON, or not a request; the text names the part that is wrong.
+        NotFound: a region of shared memory that nobody registered.
         Unsupported: shared memory, which is not offered here.
     """
-    request = _typed(parse(text), dict, "the body")
+    document = big_json.Document(text) if len(text) > LARGE_BYTES else None
+    request = _typed(parse(text) if document is None else document.root, dict, "the body")
     parameters = dict(_parameters(request.get("parameters", {}), "parameters"))
     everything = parameters.pop("binary_data_output", False)
     if not isinstance(everything, bool):
         raise BadRequest("parameters.binary_data_output must be true or false")
     inference.check_parameters(parameters)
     inputs: dict[str, Array] = {}
+    borrowed = shared_memory.Inputs(shared)
     at = 0
     for index, entry in enumerate(_typed(request.get("inputs"), list, "inputs")):
         where = f"inputs[{index}]"
@@ -119,9 +135,14 @@ def decode_request(
         shape = _typed(tensor.get("shape"), list, f"{where}.shape")
         if any(isinstance(dim, bool) or not isinstance(dim, int) for dim in shape):
             raise BadRequest(f"{where}.shape must be whole numbers, got {shape}")
-        own = _tensor_parameters(tensor, where, name)
+        own = _parameters(tensor.get("parameters", {}), f"{where}.parameters")
         try:
-            if "binary_data_size" in own:
+            region = borrowed.read(name, own)
+            if region is not None:
+                if "data" in tensor or "binary_data_size" in own:
+                    raise BadRequest(f"{where} is in shared memory, so it has no other data")
+                inputs[name] = tensors.from_raw(datatype, shape, region)
+            elif "binary_data_size" in own:
                 size = own["binary_data_size"]
                 if isinstance(size, bool) or not isinstance(size, int) or size < 0:
                     raise BadRequest(f"{where}: 'binary_data_size' must be a number of bytes")
@@ -134,33 +155,38 @@ def decode_request(
                 inputs[name] = tensors.from_raw(datatype, shape, binary[at : at + size])
                 at += size
             else:
-                data = _typed(tensor.get("data"), list, f"{where}.data")
-                inputs[name] = tensors.from_values(datatype, shape, _flat(data))
+                data = tensor.get("data")
+                numbers = None if document is None else document.numbers(data)
+                if numbers is None:
+                    data = _typed(data, list, f"{where}.data")
+                    inputs[name] = tensors.from_values(datatype, shape, _flat(data))
+                else:
+                    inputs[name] = tensors.from_pieces(
+                        datatype, shape, map(_flat, numbers.pieces())
+                    )
         except TensorError as error:
             raise BadRequest(f"input {name!r}: {error}") from None
     if at != len(binary):
         raise BadRequest(f"{len(binary) - at} bytes are left over behind the JSON")
-    outputs: list[str] = []
+    outputs: list[Wanted] = []
     wishes: dict[str, bool] = {}
-    classification: dict[str, int] = {}
     for index, entry in enumerate(_typed(request.get("outputs", []), list, "outputs")):
         where = f"outputs[{index}]"
         output = _typed(entry, dict, where)
         name = _typed(output.get("name"), str, f"{where}.name")
-        own = _tensor_parameters(output, where, name)
-        outputs.append(name)
+        own = _parameters(output.get("parameters", {}), f"{where}.parameters")
+        outputs.append(Wanted.read(name, own, shared))
         if "binary_data" in own:
             wishes[name] = own["binary_data"] is True
-        if "classification" in own:
-            classification[name] = inference.classes(name, own["classification"])
     return InferRequest(
         model=model,
         version=version,
         id=_typed(request.get("id", ""), str, "id"),
         inputs=inputs,
-        outputs=outputs,
+        outputs=[output.name for output in outputs],
         parameters=parameters,
-        classification=classification,
+        classification={o.name: o.classes for o in outputs if o.classes},
+        places={o.name: o.place for o in outputs if o.place is not None},
     ), Wish(everything, wishes)
 
 
@@ -172,19 +198,24 @@ def encode_response(response: InferResponse, wish: Wish) -> tuple[bytes, int | N
     """
     outputs: list[dict[str, Any]] = []
     raw: list[bytes] = []
+    large: dict[str, Iterator[list[Any]]] = {}
     for name, array in response.outputs.items():
+        output: dict[str, Any] = {
+            "name": name,
+            "datatype": tensors.datatype_of(array),
+            "shape": list(array.shape),
+        }
+        outputs.append(output)
+        if name in response.elsewhere:
+            continue  # no parameters: Triton's C++ client takes any for those of raw bytes
         if wish.binary(name):
             raw.append(tensors.to_raw(array))
-            outputs.append(
-                {
-                    "name": name,
-                    "datatype": tensors.datatype_of(array),
-                    "shape": list(array.shape),
-                    "parameters": {"binary_data_size": len(raw[-1])},
-                }
-            )
+            output["parameters"] = {"binary_data_size": len(raw[-1])}
+        elif is_large(array):
+            output["data"] = mark = secrets.token_hex(16)
+            large[mark] = _pieces(name, array)
         else:
-            outputs.append(_output_json(name, array))
+            output["data"] = [value for piece in _pieces(name, array) for value in piece]
     document: dict[str, Any] = {
         "model_name": response.model,
         "model_version": response.version,
@@ -194,8 +225,22 @@ def encode_response(response: InferResponse, wish: Wish) -> tuple[bytes, int | N
         document["id"] = response.id
     if response.parameters:
         document["parameters"] = {key: _finite(value) for key, value in response.parameters.items()}
-    text = json.dumps(document).encode()
+    text = big_json.dumps(document, large) if large else json.dumps(document).encode()
     return b"".join([text, *raw]), len(text) if raw else None
+
+
+def large_response(response: InferResponse, wish: Wish) -> bool:
+    """Return whether encoding ``response`` belongs beside the event loop."""
+    return any(
+        is_large(array)
+        for name, array in response.outputs.items()
+        if not wish.binary(name) and name not in response.elsewhere
+    )
+
+
+def is_large(array: Array) -> bool:
+    """Return whether a tensor is written in pieces."""
+    return array.size * 8 > LARGE_BYTES
 
 
 def parse(text: bytes) -> Any:
@@ -214,26 +259,29 @@ def _finite(value: Parameter) -> Parameter:
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _output_json(name: str, array: Array) -> dict[str, Any]:
+def _pieces(name: str, array: Array) -> Iterator[list[Any]]:
+    """Give the values of a tensor as JSON carries them, in parts."""
     datatype = tensors.datatype_of(array)
     if datatype in ("FP16", "BF16"):
         raise Unsupported(f"output {name!r} is {datatype}, which JSON cannot carry: use gRPC")
-    if datatype == "BYTES":
-        try:
-            data: list[Any] = [
-                element if isinstance(element, str) else element.decode() for element in array.flat
-            ]
-        except UnicodeDecodeError:
-            raise Unsupported(
-                f"output {name!r} is not text, which JSON cannot carry: use gRPC"
-            ) from None
-    else:
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+    flat = array.reshape(-1)
+    for at in range(0, len(flat), PIECE_ELEMENTS):
+        piece = flat[at : at + PIECE_ELEMENTS]
+        if datatype == "BYTES":
+            try:
+                yield [
+                    element if isinstance(element, str) else element.decode() for element in piece
+                ]
+            except UnicodeDecodeError:
+                raise Unsupported(
+                    f"output {name!r} is not text, which JSON cannot carry: use gRPC"
+                ) from None
+        elif array.dtype.kind == "f" and not np.isfinite(piece).all():
             raise Unsupported(
                 f"output {name!r} has values that are not finite, which JSON cannot carry: use gRPC"
             )
-        data = array.ravel().tolist()
-    return {"name": name, "datatype": datatype, "shape": list(array.shape), "data": data}
+        else:
+            yield piece.tolist()
 
 
 _JSON_NAMES: Mapping[type, str] = {dict: "an object", list: "a list", str: "a text"}
@@ -250,13 +298,6 @@ def _typed(value: Any, kind: type[T], where: str) -> T:
 def _is_text(value: str) -> bool:
     """Return whether it has whole characters only: JSON can spell half of one."""
     return not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def _tensor_parameters(tensor: dict[str, Any], where: str, name: str) -> Mapping[str, Parameter]:
-    own = _parameters(tensor.get("parameters", {}), f"{where}.parameters")
-    if "shared_memory_region" in own:
-        raise Unsupported(f"tensors {[name]}: shared memory is not offered here")
-    return own
 
 
 def _parameters(document: Any, where: str) -> Mapping[str, Parameter]:

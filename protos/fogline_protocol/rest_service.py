@@ -8,6 +8,9 @@
     POST /v2/models/{m}[/versions/{v}]/infer        an answer
     POST /v2/repository/index                       what could be served
     POST /v2/repository/models/{m}/load|unload      serve it, or no longer
+    GET  /v2/systemsharedmemory[/region/{r}]/status where callers' tensors may be
+    POST .../region/{r}/register, .../unregister    lend memory, take it back
+    GET|POST /v2/trace/setting, /v2/models/{m}/trace/setting, /v2/logging
 
 Bodies may be compressed with gzip or deflate, both ways. Errors are ``{"error": "text"}`` with
 the status of the error's class.
@@ -16,13 +19,16 @@ the status of the error's class.
 them: a browser on this machine must not open them to every web page it shows.
 """
 
+import asyncio
+import functools
 import ipaddress
 import logging
 import math
 import re
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -33,35 +39,47 @@ from fogline_protocol import (
     model_config,
     repository,
     rest_codec,
+    settings,
+    shared_memory,
     statistics,
     tensors,
 )
+from fogline_protocol.doors import NOTHING_EXTRA, Extras
 from fogline_protocol.inference import (
     BadRequest,
     InferenceError,
     InferenceServer,
     ModelMetadata,
     NotFound,
+    Overloaded,
     TooLarge,
     Unsupported,
 )
 from fogline_protocol.repository import ModelControl
 from fogline_protocol.rest_codec import HEADER_LENGTH
+from fogline_protocol.shared_memory import RegionStatus, SharedMemory
 
 log = logging.getLogger("fogline.rest")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 COMPRESS_FROM = 1024  # bytes; below it the headers cost more than compression saves
+COMPRESS_BESIDE_FROM = 1 << 16  # bytes; compressed in a thread, with the interpreter free
+LARGE_AT_ONCE = 8  # bodies of large JSON that are read, written, or wait for it
+
+T = TypeVar("T")
 
 
 def add_routes(
-    app: web.Application, server: InferenceServer, control: ModelControl | None = None
+    app: web.Application,
+    server: InferenceServer,
+    control: ModelControl | None = None,
+    extras: Extras = NOTHING_EXTRA,
 ) -> None:
     """Add the protocol's routes to ``app``; its ``client_max_size`` limits the bodies.
 
     Without ``control`` the repository is neither shown nor changed. Whatever else the protocol
-    knows and this server does not, answers 501 with a text.
+    knows and ``extras`` leave out, answers 501 with a text.
     """
 
     async def live(_request: web.Request) -> web.Response:
@@ -73,7 +91,11 @@ def add_routes(
     async def metadata(_request: web.Request) -> web.Response:
         found = server.server_metadata()
         return web.json_response(
-            {"name": found.name, "version": found.version, "extensions": list(found.extensions)}
+            {
+                "name": found.name,
+                "version": found.version,
+                "extensions": extras.advertised(found.extensions),
+            }
         )
 
     async def model_metadata(request: web.Request) -> web.Response:
@@ -99,12 +121,23 @@ def add_routes(
             )
         else:
             text, binary = rest_codec.split_body(body, header)
-            question, wish = rest_codec.decode_request(name, version, text, binary)
+            question, wish = await beside.run(
+                len(text) > rest_codec.LARGE_BYTES,
+                functools.partial(
+                    rest_codec.decode_request, name, version, text, binary, extras.shared_memory
+                ),
+            )
         timeout_s = inference.timeout_s(question.parameters)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         response = await doors.answer(server, question, deadline)
-        return _answer(request, *rest_codec.encode_response(response, wish))
+        encoded, json_length = await beside.run(
+            rest_codec.large_response(response, wish),
+            functools.partial(rest_codec.encode_response, response, wish),
+        )
+        return _answer(request, encoded, json_length)
 
+    beside = _Beside()
+    app.on_cleanup.append(beside.close)
     app.router.add_get("/v2", translating(metadata))
     app.router.add_get("/v2/health/live", translating(live))
     app.router.add_get("/v2/health/ready", translating(ready))
@@ -117,7 +150,44 @@ def add_routes(
         app.router.add_post(f"{model}/infer", translating(infer))
     if control is not None:
         _add_repository(app, control)
+    _add_shared_memory(app, extras.shared_memory)
+    _add_settings(app, extras)
     app.router.add_route("*", "/v2/{path:.*}", translating(_not_offered))
+
+
+class _Beside:
+    """One thread for large JSON, so that others are answered while it is read or written.
+
+    One, because threads that compute take the interpreter from the event loop in turns.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "fogline-json")
+        self._waiting = 0
+
+    async def run(self, large: bool, work: Callable[[], T]) -> T:
+        """Return what ``work`` does, done beside the event loop if it is ``large``.
+
+        Raises:
+            Overloaded: enough large ones are waiting, each with its body in memory.
+        """
+        if not large:
+            return work()
+        if self._waiting >= LARGE_AT_ONCE:
+            raise Overloaded(
+                f"{self._waiting} large JSON bodies are being read or written: come back later, or "
+                "send tensors as raw bytes behind the JSON (binary_data_size), which cost next to "
+                "nothing"
+            )
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._waiting -= 1
+
+    async def close(self, _app: web.Application) -> None:
+        """Begin no more work."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _add_repository(app: web.Application, control: ModelControl) -> None:
@@ -146,9 +216,81 @@ def _add_repository(app: web.Application, control: ModelControl) -> None:
         app.router.add_post(f"{root}/models/{{model}}/unload", translating(unload))
 
 
-_KNOWN_ELSEWHERE = re.compile(
-    r"repository/|systemsharedmemory|cudasharedmemory|trace/|logging|models/[^/]+/(trace/|generate)"
-)
+def _add_shared_memory(app: web.Application, shared: SharedMemory | None) -> None:
+    system, cuda = "/v2/systemsharedmemory", "/v2/cudasharedmemory"
+    if shared is None:
+        for kind in (system, cuda):
+            app.router.add_route("*", kind + "{rest:/.*}", _refusing(shared_memory.OFF))
+        return
+
+    async def status(request: web.Request) -> web.Response:
+        found = shared.status(request.match_info.get("region", ""))
+        return web.json_response(shared_memory.status_document(found))
+
+    async def register(request: web.Request) -> web.Response:
+        document = await _document(request)
+        key = document.get("key")
+        if not isinstance(key, str):
+            raise BadRequest(f"key must be the name of a shared memory object, got {key!r}")
+        numbers = {"offset": document.get("offset", 0), "byte_size": document.get("byte_size")}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise BadRequest(f"{name} must be a number of bytes, got {value!r}")
+        shared.register(RegionStatus(request.match_info["region"], key, **numbers))
+        return web.Response()
+
+    async def unregister(request: web.Request) -> web.Response:
+        await _body(request)
+        shared.unregister(request.match_info.get("region", ""))
+        return web.Response()
+
+    async def no_cuda_regions(request: web.Request) -> web.Response:
+        await _body(request)
+        return web.json_response([])
+
+    for path in (f"{system}/status", f"{system}/region/{{region}}/status"):
+        app.router.add_get(path, translating(status))
+    app.router.add_post(f"{system}/region/{{region}}/register", translating(register))
+    for path in (f"{system}/unregister", f"{system}/region/{{region}}/unregister"):
+        app.router.add_post(path, translating(unregister))
+    # Asked about all regions, the answer is: there are none.
+    app.router.add_get(f"{cuda}/status", translating(no_cuda_regions))
+    app.router.add_post(f"{cuda}/unregister", translating(no_cuda_regions))
+    app.router.add_route("*", cuda + "{rest:/.*}", _refusing(shared_memory.NO_CUDA))
+
+
+def _add_settings(app: web.Application, extras: Extras) -> None:
+    trace, logs = extras.trace, extras.logs
+
+    async def trace_setting(request: web.Request) -> web.Response:
+        if trace is None:
+            raise Unsupported(extras.trace_refusal)
+        changes = settings.trace_changes(await _document(request))
+        found = trace.change_trace(request.match_info.get("model", ""), changes)
+        return web.json_response(settings.trace_document(found))
+
+    async def logging_settings(request: web.Request) -> web.Response:
+        if logs is None:
+            raise Unsupported("log settings are not offered by this server")
+        return web.json_response(logs.change(await _document(request)))
+
+    for path, handler in (
+        ("/v2/trace/setting", trace_setting),
+        ("/v2/models/{model}/trace/setting", trace_setting),
+        ("/v2/logging", logging_settings),
+    ):
+        app.router.add_get(path, translating(handler))
+        app.router.add_post(path, translating(handler))
+
+
+def _refusing(text: str) -> Handler:
+    async def refuse(_request: web.Request) -> web.Response:
+        raise Unsupported(text)
+
+    return translating(refuse)
+
+
+_KNOWN_ELSEWHERE = re.compile(r"repository/|models/[^/]+/generate")
 
 
 async def _not_offered(request: web.Request) -> web.Response:
@@ -193,7 +335,9 @@ def translating(handler: Handler) -> Handler:
 
     async def call(request: web.Request) -> web.StreamResponse:
         try:
-            return await handler(request)
+            response = await handler(request)
+            log.debug("%s %s: %d", request.method, request.path, response.status)
+            return response
         except InferenceError as error:
             log.info("%s %s refused: %s", request.method, request.path, error)
             response = error_response(error)
@@ -251,7 +395,9 @@ def _model(request: web.Request) -> tuple[str, str]:
 
 
 def _answer(request: web.Request, body: bytes, json_length: int | None) -> web.Response:
-    response = web.Response(body=body, content_type="application/json")
+    response = web.Response(
+        body=body, content_type="application/json", zlib_executor_size=COMPRESS_BESIDE_FROM
+    )
     if json_length is not None:
         response.content_type = "application/octet-stream"
         response.headers[HEADER_LENGTH] = str(json_length)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Parameter = bool | int | float | str  # what may be said of a request or of one tensor
 
 BYTES = np.dtype(object)
 BF16 = np.dtype("V2")
@@ -109,7 +110,7 @@ def element_count(shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
-def from_raw(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Array:
+def from_raw(datatype: str, shape: Sequence[int], raw: bytes | bytearray | memoryview) -> Array:
     """Read a tensor from its raw bytes; numeric results are read-only views of ``raw``.
 
     Raises:
@@ -126,7 +127,20 @@ def from_raw(datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> Ar
         raise TensorError(
             f"expected {expected} bytes for {datatype} of shape {list(shape)}, got {len(raw)}"
         )
-    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+    array = np.frombuffer(raw, dtype=dtype).reshape(shape)
+    array.flags.writeable = False  # also where ``raw`` could be written
+    return array
+
+
+def raw_view(array: Array) -> memoryview:
+    """Return the raw bytes of a tensor, without a copy where the array has them in their order.
+
+    Raises:
+        TensorError: a BYTES element is neither bytes nor text.
+    """
+    if array.dtype == BYTES or not array.size:
+        return memoryview(to_raw(array))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def to_raw(array: Array) -> bytes:
@@ -182,6 +196,24 @@ def from_values(datatype: str, shape: Sequence[int], values: Iterable[Any]) -> A
         if isinstance(error, TensorError):
             raise
         raise TensorError(f"a value does not fit {datatype}: {error}") from None
+
+
+def from_pieces(datatype: str, shape: Sequence[int], pieces: Iterable[Sequence[Any]]) -> Array:
+    """Build a tensor as ``from_values`` does, from values that come in parts.
+
+    Raises:
+        TensorError: as there.
+    """
+    count = element_count(shape)
+    parts: list[Array] = []
+    got = 0
+    for piece in pieces:
+        got += len(piece)
+        if got <= count:  # else only their number is of interest
+            parts.append(from_values(datatype, [len(piece)], piece))
+    if got != count:
+        raise TensorError(f"expected {count} values for shape {list(shape)}, got {got}")
+    return np.concatenate(parts).reshape(shape)
 
 
 def _split_bytes(raw: bytes, count: int) -> list[bytes]:

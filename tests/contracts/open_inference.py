@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
 
 from fogline_protocol.client import Client
 from fogline_protocol.inference import BadRequest, InferRequest, NotFound
@@ -155,3 +156,10 @@ class OpenInferenceContract:
             answer = await theirs.infer(target.model, [x], outputs=[best])
         indices = [text.split(b":")[1] for text in answer.as_numpy(target.output).ravel()]
         assert indices == [b"1", b"0"]
+
+    async def test_shared_memory_is_off_and_the_option_is_named(self, target: Target) -> None:
+        async with triton.InferenceServerClient(target.address) as theirs:
+            assert "system_shared_memory" not in (await theirs.get_server_metadata()).extensions
+            with pytest.raises(InferenceServerException, match="--allow-shared-memory") as caught:
+                await theirs.unregister_system_shared_memory()
+        assert caught.value.status() == "StatusCode.UNIMPLEMENTED"

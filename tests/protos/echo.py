@@ -5,6 +5,7 @@ import contextlib
 from aiohttp import web
 
 from fogline_protocol import grpc_service, rest_service
+from fogline_protocol.doors import NOTHING_EXTRA
 from fogline_protocol.inference import (
     BadRequest,
     InferResponse,
@@ -83,10 +84,10 @@ class EchoServer:
 
 
 @contextlib.asynccontextmanager
-async def grpc_door(server, control=None):
+async def grpc_door(server, control=None, extras=NOTHING_EXTRA):
     door = grpc_service.new_server()
     door.add_generic_rpc_handlers(
-        (grpc_service.handler(server, control), grpc_service.health_handler(server))
+        (grpc_service.handler(server, control, extras), grpc_service.health_handler(server))
     )
     port = door.add_insecure_port("127.0.0.1:0")
     await door.start()
@@ -97,9 +98,9 @@ async def grpc_door(server, control=None):
 
 
 @contextlib.asynccontextmanager
-async def rest_door(server, control=None):
-    app = web.Application(client_max_size=1 << 20)
-    rest_service.add_routes(app, server, control)
+async def rest_door(server, control=None, extras=NOTHING_EXTRA, *, max_bytes=1 << 20):
+    app = web.Application(client_max_size=max_bytes)
+    rest_service.add_routes(app, server, control, extras)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -185,6 +185,12 @@ async def test_only_the_outputs_asked_for_come_back_each_with_a_raw_entry(client
     assert not response.outputs[0].HasField("contents")
 
 
+async def test_a_message_beyond_the_default_limit_of_grpc_is_taken_and_given(client):
+    big = np.zeros((320_000, 4), np.float32)  # 5 MB, grpcio refuses more than 4 by default
+    result = await client.infer("echo", [given(big)])
+    assert result.as_numpy("x").nbytes == big.nbytes
+
+
 async def test_the_parameter_that_the_cpp_client_always_sends_is_accepted(address):
     ours = Client(address)
     request = pb.ModelInferRequest(model_name="echo")

@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import numpy as np
@@ -36,14 +37,16 @@ async def http(address):
 
 @pytest.fixture
 async def ask(address):
-    """Return a function that calls tritonclient, which blocks, in a thread."""
+    """Return a function that calls tritonclient, which blocks, in a thread, always the same one."""
     client = triton.InferenceServerClient(address)
+    with ThreadPoolExecutor(1) as thread:
 
-    async def call(name, *args, **kwargs):
-        return await asyncio.to_thread(functools.partial(getattr(client, name), *args, **kwargs))
+        async def call(name, *args, **kwargs):
+            work = functools.partial(getattr(client, name), *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(thread, work)
 
-    yield call
-    client.close()
+        yield call
+        await call("close")
 
 
 def given(array, name="x", binary=True):

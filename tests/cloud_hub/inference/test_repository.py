@@ -463,7 +463,7 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
         while server.model_ready("digits-hub", ""):
             await asyncio.sleep(0.01)
     assert not repository.ready
-    with pytest.raises(Unavailable, match="cannot be started again: .* load the model anew"):
+    with pytest.raises(Unavailable, match=r"cannot be started again: .* load the model anew"):
         await server.infer(InferRequest("digits-hub", images(1)), None)
     assert len(server.model_statistics("digits-hub", "")) == 1
     await repository.load_directory(triton_directory)
