@@ -1,12 +1,16 @@
 """Asks any Open Inference server: the agent's uplink and a hub's upstream engines.
 
-One channel, asynchronous, errors as ``InferenceError``. Every byte sent and received is
+One channel, asynchronous, errors as ``InferenceError`` with the server's wish when to return. Every byte sent and received is
 counted, because on a cellular link the bytes are the bill.
 """
 
+import asyncio
+import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from fogline_protocol import inference
 from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
@@ -19,6 +23,8 @@ from fogline_protocol.inference import (
 )
 from fogline_protocol.v1 import inference_pb2 as pb
 
+PUSHBACK = "grpc-retry-pushback-ms"
+M = TypeVar("M", bound=Message)
 MAX_TIMEOUT_S = 86400.0  # centuries overflow gRPC's clock, and would end a call at once
 
 
@@ -77,7 +83,7 @@ class Client:
             InferenceError: it could not be asked.
         """
         answer = await self.call(f"/{SERVICE}/ServerReady", b"", timeout_s)
-        return pb.ServerReadyResponse.FromString(answer).ready
+        return _parsed(pb.ServerReadyResponse(), answer).ready
 
     async def model_metadata(
         self, name: str, version: str = "", timeout_s: float | None = None
@@ -91,6 +97,31 @@ class Client:
         return inference.decode_metadata(
             await self.call(f"/{SERVICE}/ModelMetadata", request, timeout_s)
         )
+
+    async def model_ready(
+        self, name: str, version: str = "", timeout_s: float | None = None
+    ) -> bool:
+        """Return whether a model answers now.
+
+        Raises:
+            InferenceError: there is no such model, or the server could not be asked.
+        """
+        request = pb.ModelReadyRequest(name=name, version=version).SerializeToString()
+        answer = await self.call(f"/{SERVICE}/ModelReady", request, timeout_s)
+        return _parsed(pb.ModelReadyResponse(), answer).ready
+
+    async def max_batch_size(
+        self, name: str, version: str = "", timeout_s: float | None = None
+    ) -> int:
+        """Return how many rows the server takes in one request; 0: rows are nothing to it.
+
+        Raises:
+            Unsupported: the server has no ModelConfig, which is Triton's extension.
+            InferenceError: there is no such model, or the server could not be asked.
+        """
+        request = pb.ModelConfigRequest(name=name, version=version).SerializeToString()
+        answer = await self.call(f"/{SERVICE}/ModelConfig", request, timeout_s)
+        return _parsed(pb.ModelConfigResponse(), answer).config.max_batch_size
 
     async def call(self, path: str, request: bytes, timeout_s: float | None = None) -> bytes:
         """Make one unary call over bytes.
@@ -111,8 +142,16 @@ class Client:
             kind = (
                 Unavailable if cancelled else inference.ERRORS.get(error.code().name, ServerFault)
             )
-            raise kind(error.details() or error.code().name) from None
+            raise kind(
+                error.details() or error.code().name, retry_after_s=_retry_after_s(error)
+            ) from None
         except grpc.aio.UsageError:
+            raise Unavailable("the connection was closed") from None
+        except asyncio.CancelledError:
+            # ``close`` under a call cancels it, which must not look as if our own task were.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
             raise Unavailable("the connection was closed") from None
         self.bytes_received += len(answer)
         return answer
@@ -120,3 +159,23 @@ class Client:
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
         await self._channel.close()
+
+
+def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
+    """Return when the server wants to be asked again: gRFC A6, and None if it does not say."""
+    for key, value in error.trailing_metadata() or ():
+        if key == PUSHBACK:
+            try:
+                pushback_ms = int(value)
+            except ValueError:
+                return math.inf  # A6: what is no number means never, as a negative one does
+            return math.inf if pushback_ms < 0 else pushback_ms / 1e3
+    return None
+
+
+def _parsed(message: M, data: bytes) -> M:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise ServerFault(f"the server's answer cannot be read: {error}") from None
+    return message

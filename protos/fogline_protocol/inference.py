@@ -33,8 +33,14 @@ class InferenceError(Exception):
     grpc_code = "INTERNAL"
     http_status = 500
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, retry_after_s: float | None = None) -> None:
+        """Make an error that tells the caller ``text`` and, where that is known, when to return.
+
+        ``retry_after_s`` travels as ``grpc-retry-pushback-ms`` and ``Retry-After``: before it the
+        same request will meet the same end. ``math.inf``: it should not be made again.
+        """
         super().__init__(text or f"{type(self).__name__}: no further information")
+        self.retry_after_s = retry_after_s
 
 
 class BadRequest(InferenceError):
