@@ -6,5 +6,7 @@ onnx_runtime.py   a session of ONNX Runtime, on the CPU or through CUDA
 inline.py         an engine in this process
 process.py        an engine in a child process, replaced when it hangs or dies
 worker.py         that child process
+upstream.py       an engine that is another server: Triton, KServe, another hub
+retry_budget.py   may a request to it be made once more? (pure)
 channel.py        how both exchange tensors: a socket, and memory that both map
 """

@@ -5,6 +5,7 @@ leave at any moment without costing the others their answer.
 """
 
 import asyncio
+import copy
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ Arrays = Mapping[str, Array]
 class Engine(Protocol):
     """Runs one loaded model on a batch."""
 
-    async def run(self, inputs: Arrays) -> Arrays:
-        """Return every output, one row per input row: ``[n, ...] -> [n, ...]``."""
+    async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
+        """Return every output, one row per input row: ``[n, ...] -> [n, ...]``.
+
+        After ``deadline`` nobody waits for them any more.
+        """
         ...
 
 
@@ -193,7 +197,7 @@ class Batcher:
         try:
             inputs = _join(batch)
             joined = time.monotonic()
-            outputs = await self._engine.run(inputs)
+            outputs = await self._engine.run(inputs, _last_deadline(batch))
             ran = time.monotonic()
             if self._batches:
                 for name, array in outputs.items():
@@ -202,7 +206,7 @@ class Batcher:
                             f"output {name!r} has {len(array)} rows for {rows} rows of input"
                         )
         except Exception as error:
-            if len(batch) > 1:
+            if len(batch) > 1 and not isinstance(error, _NOT_THEIR_VALUES):
                 # One caller's values may be at fault: joining must not cost the others theirs.
                 for waiting in batch:
                     if not waiting.gone:
@@ -210,7 +214,10 @@ class Batcher:
                 return
             # The caller learns of it, and the loop lives on for the next one.
             known = isinstance(error, InferenceError)
-            _fail(batch[0], error if known else ServerFault(f"the engine failed: {error}"))
+            told = error if known else ServerFault(f"the engine failed: {error}")
+            for waiting in batch:
+                # One each: a shared one would gather every caller's traceback.
+                _fail(waiting, copy.copy(told))
             self._observer.batch_failed(queued_s)
             return
         at = 0
@@ -226,6 +233,24 @@ class Batcher:
         self._observer.batch_ran(
             rows, queued_s, Compute(joined - started, ran - joined, time.monotonic() - ran)
         )
+
+
+# Errors that no caller's values are to blame for: to run each request of the batch alone would
+# make one failure of an engine, or of a server behind it, as many as there are requests.
+_NOT_THEIR_VALUES = (Unavailable, Overloaded, DeadlineExceeded)
+
+
+def _last_deadline(batch: Sequence[Waiting]) -> float | None:
+    """Return when the last caller of a batch stops waiting.
+
+    Not the first one: whose time is shorter must not cost the others their answer.
+    """
+    last = 0.0
+    for waiting in batch:
+        if waiting.deadline is None:
+            return None
+        last = max(last, waiting.deadline)
+    return last
 
 
 def _join(batch: Sequence[Waiting]) -> Arrays:

@@ -5,12 +5,16 @@ are decimal integers, and the version policy of the configuration says which of 
 (the highest one where it says nothing). A model that cannot be loaded says why and does not stop
 the others; the hub is ready only when none failed.
 
+A model that another server runs (``backend: "upstream"``) has no version folder. While that server
+is down the model is one that cannot be loaded, and it is tried again until it can.
+
 With control ``none`` everything is loaded at the start and nothing changes after it; with
 ``explicit`` nothing is loaded until a caller asks for it by name.
 """
 
 import asyncio
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +22,7 @@ from typing import Literal
 
 from cloud_hub.engines.engine import Engine
 from cloud_hub.engines.launch import Launcher
+from cloud_hub.engines.upstream import Upstream, UpstreamDown, UpstreamEngine
 from cloud_hub.errors import ModelRefused
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.metrics import Metrics
@@ -28,6 +33,8 @@ from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.repository import READY, UNAVAILABLE
 from fogline_protocol.statistics import ModelStatistics
 
+AWAIT_S = 0.25  # before an upstream that was down at the start is tried again; doubles
+AWAIT_MAX_S = 10.0
 MAX_CONFIG_BYTES = 1 << 20  # of a config.pbtxt or a file of labels
 
 log = logging.getLogger("fogline.repository")
@@ -41,12 +48,17 @@ class ServedModel:
 
     name: str
     version: str
-    sha256: str  # of the ONNX file
+    sha256: str  # of the ONNX file; empty: there is none here, the engine knows what computes
     engine: Engine
     config: ModelConfig
     statistics: ModelStatistics
     batcher: Batcher
     task: asyncio.Task[None]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what computes, as far as is known before it has."""
+        return self.sha256 or self.engine.digest
 
     async def retire(self) -> None:
         """Finish what is waiting, then give the engine back."""
@@ -95,6 +107,7 @@ class Repository:
         self._refused: dict[str, ModelStatus] = {}
         self._unloaded: dict[str, ModelStatus] = {}
         self._retiring: set[asyncio.Task[None]] = set()
+        self._awaiting: set[asyncio.Task[None]] = set()  # for upstreams that are down
         self._changing = asyncio.Lock()  # one load or unload at a time
 
     async def load_directory(self, root: Path) -> None:
@@ -111,6 +124,12 @@ class Repository:
             except ModelRefused as error:
                 log.error("model %s is not served: %s", folder.name, error)
                 self._refused[folder.name] = ModelStatus(folder.name, "", UNAVAILABLE, str(error))
+                if isinstance(error, UpstreamDown):
+                    task = asyncio.create_task(
+                        self._await_upstream(folder), name=f"await-{folder.name}"
+                    )
+                    self._awaiting.add(task)
+                    task.add_done_callback(self._awaiting.discard)
 
     async def reload(self, name: str) -> None:
         """Serve a model of the directory from its files as they are now.
@@ -212,7 +231,13 @@ class Repository:
     def status(self) -> list[ModelStatus]:
         """Return every model there is or should be, by name."""
         served = [
-            ModelStatus(m.name, m.version, READY, "", m.engine.provider)
+            ModelStatus(
+                m.name,
+                m.version,
+                UNAVAILABLE if m.engine.trouble else READY,
+                m.engine.trouble,
+                m.engine.provider,
+            )
             for m in self.find_all("", "")
         ]
         others = [*self._refused.values(), *self._unloaded.values()]
@@ -220,6 +245,9 @@ class Repository:
 
     async def close(self) -> None:
         """Stop every batcher and give the engines back."""
+        for waiting in self._awaiting:
+            waiting.cancel()
+        await asyncio.gather(*self._awaiting, return_exceptions=True)
         models = self.find_all("", "")
         self._models.clear()
         await asyncio.gather(*(model.stop() for model in models))
@@ -240,6 +268,9 @@ class Repository:
                 f"{name!r} is no model name: use lower-case letters, digits, '_', '-'"
             )
         wanted, files = await asyncio.to_thread(_read, folder)
+        if wanted.backend == model_config.UPSTREAM:
+            self._replace(name, (await self._open_upstream(name, folder, wanted),))
+            return
         opened: list[ServedModel] = []
         try:
             for version, file in files:
@@ -263,6 +294,63 @@ class Repository:
                 "engine takes what is queued whenever it is free",
                 name,
             )
+        return self._served(name, version, sha256, engine, config)
+
+    async def _open_upstream(self, name: str, folder: Path, wanted: Wanted) -> ServedModel:
+        """Find the server that runs a model and start its batcher.
+
+        Raises:
+            UpstreamDown: it does not answer for it; it may later.
+            ModelRefused: the configuration cannot be obeyed.
+        """
+        try:
+            upstream = Upstream.parse(name, wanted.parameters, lambda file: _inside(folder, file))
+        except ModelRefused as error:
+            raise ModelRefused(f"{folder / 'config.pbtxt'}: {error}") from None
+        engine = await UpstreamEngine.start(upstream)
+        try:
+            config = await asyncio.to_thread(self._describe_upstream, name, folder, wanted, engine)
+        except BaseException:
+            await engine.close()
+            raise
+        return self._served(name, upstream.version or "1", "", engine, config)
+
+    def _describe_upstream(
+        self, name: str, folder: Path, wanted: Wanted, engine: UpstreamEngine
+    ) -> ModelConfig:
+        limit, theirs = self._limits.max_batch, engine.max_batch
+        if theirs is not None:
+            limit = min(limit, theirs)
+            if (wanted.max_batch_size or 0) > theirs:
+                raise ModelRefused(
+                    f"{folder / 'config.pbtxt'}: max_batch_size is {wanted.max_batch_size}, the "
+                    f"upstream takes {theirs} rows at most"
+                )
+        return _completed(name, folder, wanted, engine, limit)
+
+    async def _await_upstream(self, folder: Path) -> None:
+        """Load a model whose upstream is down as soon as it is up."""
+        wait_s = AWAIT_S
+        while True:
+            # Not in step with the other hubs that wait for it.
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(2 * wait_s, AWAIT_MAX_S)
+            async with self._changing:
+                try:
+                    await self._load(folder)
+                except ModelRefused as error:
+                    reason = str(error)
+                    self._refused[folder.name] = ModelStatus(folder.name, "", UNAVAILABLE, reason)
+                    if not isinstance(error, UpstreamDown):
+                        log.error("model %s is not served: %s", folder.name, reason)
+                        return
+                else:
+                    log.info("model %s is served: its upstream is up", folder.name)
+                    return
+
+    def _served(
+        self, name: str, version: str, sha256: str, engine: Engine, config: ModelConfig
+    ) -> ServedModel:
         metrics = self._metrics.of_model(name, version)
         batcher = Batcher(
             engine,
@@ -279,14 +367,8 @@ class Repository:
     ) -> tuple[str, ModelConfig]:
         """Return the digest of a loaded file and how it is served."""
         folder = file.parent.parent
-        try:
-            config = wanted.completed(name, engine.inputs, engine.outputs, self._limits.max_batch)
-        except ConfigError as error:
-            raise ModelRefused(f"{folder / 'config.pbtxt'}: {error}") from None
-        labels = {
-            output: _labels(folder, label_file) for output, label_file in wanted.label_files.items()
-        }
-        return documents.sha256_of_file(file), replace(config, labels=labels)
+        config = _completed(name, folder, wanted, engine, self._limits.max_batch)
+        return documents.sha256_of_file(file), config
 
     def _replace(self, name: str, versions: tuple[ServedModel, ...]) -> None:
         for old in self._models.get(name, ()):
@@ -309,6 +391,8 @@ def _read(folder: Path) -> tuple[Wanted, list[tuple[str, Path]]]:
             wanted = model_config.parse_pbtxt(_text(folder, "config.pbtxt"))
         except ConfigError as error:
             raise ModelRefused(f"{folder}: {error}") from None
+    if wanted.backend == model_config.UPSTREAM:
+        return wanted, []
     there = [
         int(entry.name)
         for entry in folder.iterdir()
@@ -332,6 +416,20 @@ def _read(folder: Path) -> tuple[Wanted, list[tuple[str, Path]]]:
     return wanted, files
 
 
+def _completed(
+    name: str, folder: Path, wanted: Wanted, engine: Engine, max_batch: int
+) -> ModelConfig:
+    """Return how a loaded model is served."""
+    try:
+        config = wanted.completed(name, engine.inputs, engine.outputs, max_batch)
+    except ConfigError as error:
+        raise ModelRefused(f"{folder / 'config.pbtxt'}: {error}") from None
+    labels = {
+        output: _labels(folder, label_file) for output, label_file in wanted.label_files.items()
+    }
+    return replace(config, labels=labels)
+
+
 def _labels(folder: Path, name: str) -> Sequence[str]:
     return _text(folder, name).splitlines()
 
@@ -349,6 +447,12 @@ def _text(folder: Path, name: str) -> str:
         raise ModelRefused(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ModelRefused(f"{file} is not UTF-8 text: {error}") from None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file that a configuration names; nothing outside the repository can be named."""
+    _held_inside(folder, folder / name)
+    return folder / name
 
 
 def _held_inside(folder: Path, file: Path) -> None:

@@ -6,9 +6,10 @@ against its certificate, because another hub model voids a disagreement certific
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 
+from cloud_hub.engines.engine import DIGEST
 from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.metrics import Metrics
 from fogline_protocol import inference
@@ -18,6 +19,7 @@ from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
     ModelMetadata,
+    Parameter,
     ServerMetadata,
     Unavailable,
     Unsupported,
@@ -25,6 +27,7 @@ from fogline_protocol.inference import (
 from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.repository import ModelIndex
 from fogline_protocol.statistics import ModelStatistics
+from fogline_protocol.tensors import Array
 
 EXTENSIONS = (
     "classification",
@@ -56,10 +59,10 @@ class HubServer:
     def model_ready(self, name: str, version: str) -> bool:
         """Return whether the model answers now."""
         try:
-            self._repository.find(name, version)
+            model = self._repository.find(name, version)
         except Unavailable:
             return False
-        return not self.draining
+        return not self.draining and not model.engine.trouble
 
     def model_metadata(self, name: str, version: str) -> ModelMetadata:
         """Return the contract of a model."""
@@ -70,7 +73,10 @@ class HubServer:
             platform=model.engine.platform,
             inputs=model.engine.inputs,
             outputs=model.engine.outputs,
-            properties={"fogline.digest": model.sha256, "fogline.provider": model.engine.provider},
+            properties={
+                "fogline.provider": model.engine.provider,
+                **({DIGEST: model.digest} if model.digest else {}),
+            },
         )
 
     def model_config(self, name: str, version: str) -> ModelConfig:
@@ -155,16 +161,32 @@ class HubServer:
         if rows == {0}:
             raise inference.BadRequest("the inputs have no rows")
         outputs = await model.batcher.infer(request.inputs, deadline)
+        parameters: dict[str, Parameter] = {
+            "fogline.tier": "hub",
+            "fogline.quality": "hub",
+            "fogline.reason": "asked",
+            "fogline.release": f"{model.name}@{model.version}",
+        }
+        digest = _digest(model, outputs)
+        if digest:
+            parameters[DIGEST] = digest
         return InferResponse(
             model=model.name,
             version=model.version,
             id=request.id,
             outputs={name: outputs[name] for name in names},
-            parameters={
-                "fogline.tier": "hub",
-                "fogline.quality": "hub",
-                "fogline.reason": "asked",
-                "fogline.release": f"{model.name}@{model.version}",
-                "fogline.digest": model.sha256,
-            },
+            parameters=parameters,
         )
+
+
+def _digest(model: ServedModel, outputs: Mapping[str, Array]) -> str:
+    """Return the digest of what computed these outputs; empty: it is not known.
+
+    Rows may come from several models while an upstream is switched. All are named then, which
+    is no model's digest, so that a device does not take the answer for one of its pair.
+    """
+    column = outputs.get(DIGEST)
+    if column is None:
+        return model.sha256
+    digests = sorted({row.decode() for row in column})
+    return "" if digests == [""] else ",".join(digest or "unknown" for digest in digests)
