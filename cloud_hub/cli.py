@@ -73,6 +73,12 @@ def main() -> None:
 @click.option("--threads", type=int, help="Threads of one engine, 0: all cores [default: 0].")
 @click.option("--run-limit-s", type=float, help="Time for one batch in an engine [default: 30].")
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
+@click.option(
+    "--cache-bytes",
+    type=int,
+    help="Memory for answers kept, of models with response_cache { enable: true } [default: 0].",
+)
+@click.option("--cache-ttl-s", type=float, help="How long an answer is kept [default: 300].")
 @click.option("--drain-s", type=float, help="Time for requests in flight at the end [default: 10].")
 @click.option("--offline-after-s", type=float, help="Silence of an offline device [default: 30].")
 def serve(config_file: Path | None, **flags: Any) -> None:

@@ -38,6 +38,7 @@ from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import Identity
 from cloud_hub.inference import admission
+from cloud_hub.inference.cache import ResponseCache
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
@@ -63,7 +64,14 @@ class Hub:
             Limits(config.max_batch, config.max_queue_rows),
             config.model_control,
         )
-        self.server = HubServer(config.name, self.repository, self.metrics)
+        self.server = HubServer(
+            config.name,
+            self.repository,
+            self.metrics,
+            cache=ResponseCache(config.cache_bytes, config.cache_ttl_s)
+            if config.cache_bytes
+            else None,
+        )
         self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -6,10 +6,13 @@ against its certificate, because another hub model voids a disagreement certific
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 
 from cloud_hub.engines.engine import DIGEST
+from cloud_hub.inference import cache as response_cache
+from cloud_hub.inference.cache import Key, ResponseCache
 from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.metrics import Metrics
 from fogline_protocol import inference
@@ -29,6 +32,10 @@ from fogline_protocol.repository import ModelIndex
 from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array
 
+PRIVATE = "fogline.private"
+CACHE = "fogline.cache"  # false: neither take the answer from the cache nor keep it
+CACHED = "fogline.cached"  # true in answers from the cache
+
 EXTENSIONS = (
     "classification",
     "model_repository",
@@ -42,10 +49,30 @@ EXTENSIONS = (
 class HubServer:
     """The hub as an Open Inference server."""
 
-    def __init__(self, name: str, repository: Repository, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        name: str,
+        repository: Repository,
+        metrics: Metrics,
+        *,
+        cache: ResponseCache | None = None,
+        tenant: Callable[[], str] = lambda: "default",
+    ) -> None:
+        """Serve what ``repository`` holds.
+
+        Args:
+            name: of this hub.
+            repository: is closed by whoever made it.
+            metrics: what is told of every request.
+            cache: for the models whose configuration asks for one; None: no answer is kept.
+            tenant: returns who pays for the request that is being answered.
+        """
         self._name = name
         self._repository = repository
         self._metrics = metrics
+        self._cache = cache
+        self._caching: dict[str, Mapping[str, str]] = {}  # digests that are cached, by version
+        self._tenant = tenant
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
 
     def server_metadata(self) -> ServerMetadata:
@@ -81,7 +108,8 @@ class HubServer:
 
     def model_config(self, name: str, version: str) -> ModelConfig:
         """Return how a model is served."""
-        return self._repository.find(name, version).config
+        config = self._repository.find(name, version).config
+        return replace(config, response_cache=config.response_cache and self._cache is not None)
 
     def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
         """Return the counts of a model, of all models if ``name`` is empty."""
@@ -146,10 +174,7 @@ class HubServer:
     async def _answer(
         self, model: ServedModel, request: InferRequest, deadline: float | None
     ) -> InferResponse:
-        private = request.parameters.get("fogline.private", False)
-        if not isinstance(private, bool):  # "true" would be a promise broken in silence
-            raise inference.BadRequest(f"fogline.private must be true or false, got {private!r}")
-        if private:
+        if _flag(request.parameters, PRIVATE, False):
             raise Forbidden(
                 "the request is marked private and must not leave its device: the hub does not answer it"
             )
@@ -160,7 +185,7 @@ class HubServer:
             raise inference.BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:
             raise inference.BadRequest("the inputs have no rows")
-        outputs = await model.batcher.infer(request.inputs, deadline)
+        outputs, cached = await self._outputs(model, request, deadline)
         parameters: dict[str, Parameter] = {
             "fogline.tier": "hub",
             "fogline.quality": "hub",
@@ -170,6 +195,8 @@ class HubServer:
         digest = _digest(model, outputs)
         if digest:
             parameters[DIGEST] = digest
+        if cached:
+            parameters[CACHED] = True
         return InferResponse(
             model=model.name,
             version=model.version,
@@ -177,6 +204,47 @@ class HubServer:
             outputs={name: outputs[name] for name in names},
             parameters=parameters,
         )
+
+    async def _outputs(
+        self, model: ServedModel, request: InferRequest, deadline: float | None
+    ) -> tuple[Mapping[str, Array], bool]:
+        """Return every output, and whether they are from the cache."""
+        wanted = _flag(request.parameters, CACHE, True)
+        cache, digest = self._cache, model.digest
+        # Who does not know what computes cannot know when kept answers are those of another model.
+        if cache is None or not wanted or not model.config.response_cache or not digest:
+            return await model.batcher.infer(request.inputs, deadline), False
+        if self._caching.get(model.name, {}).get(model.version) != digest:
+            served = self._repository.find_all(model.name, "")
+            self._caching[model.name] = {each.version: each.digest for each in served}
+            cache.keep(model.name, self._caching[model.name])
+        started = time.perf_counter_ns()
+        hash_of = response_cache.hash_of
+        if response_cache.is_short(request.inputs):
+            inputs = hash_of(request.inputs)
+        else:
+            inputs = await asyncio.to_thread(hash_of, request.inputs)
+        key = Key(self._tenant(), model.name, model.version, digest, (), inputs)
+        kept = cache.get(key, time.monotonic())
+        looked_ns = time.perf_counter_ns() - started
+        if kept is not None:
+            model.statistics.cache_hit.add(looked_ns)
+            model.statistics.queue.add(0)  # it waited for nothing, and is counted all the same
+            return kept, True
+        model.statistics.cache_miss.add(looked_ns)
+        outputs = await model.batcher.infer(request.inputs, deadline)
+        if _digest(model, outputs) == digest:  # an upstream may have been switched meanwhile
+            started = time.perf_counter_ns()
+            cache.put(key, outputs, time.monotonic())
+            model.statistics.cache_miss.add(time.perf_counter_ns() - started, 0)
+        return outputs, False
+
+
+def _flag(parameters: Mapping[str, Parameter], key: str, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):  # "true" would be a promise broken in silence
+        raise inference.BadRequest(f"{key} must be true or false, got {value!r}")
+    return value
 
 
 def _digest(model: ServedModel, outputs: Mapping[str, Array]) -> str:
