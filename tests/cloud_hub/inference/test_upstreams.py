@@ -191,7 +191,7 @@ async def test_one_that_is_killed_under_load_costs_the_requests_that_came_meanwh
         await until(lambda: len(outcomes) > 100)
         await door.stop()
         await until(lambda: any(outcomes))
-        assert not server.model_ready(HUB_MODEL, "")
+        await until(lambda: not server.model_ready(HUB_MODEL, ""))
         assert status(repository)[1] == "UNAVAILABLE"
         await door.start()
 
