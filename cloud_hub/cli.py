@@ -94,6 +94,12 @@ def main() -> None:
 @click.option("--run-limit-s", type=float, help="Time for one batch in an engine [default: 30].")
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
 @click.option(
+    "--cache-bytes",
+    type=int,
+    help="Memory for answers kept, of models with response_cache { enable: true } [default: 0].",
+)
+@click.option("--cache-ttl-s", type=float, help="How long an answer is kept [default: 300].")
+@click.option(
     "--drain-notice-s", type=float, help="At the end, not ready but serving [default: 0.2]."
 )
 @click.option("--drain-s", type=float, help="Then time for requests in flight [default: 10].")

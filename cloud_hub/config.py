@@ -49,6 +49,8 @@ class HubConfig(BaseSettings):
     threads: int = Field(0, ge=0, le=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30)
     run_limit_s: float = Field(30.0, gt=0)  # of one batch; then its engine is replaced
+    cache_bytes: int = Field(0, ge=0)  # for answers kept, of models that ask for it; 0: none
+    cache_ttl_s: float = Field(300.0, gt=0)  # how long an answer is kept at most
     drain_notice_s: float = Field(0.2, ge=0)  # not ready, still serving: load balancers notice
     drain_s: float = Field(10.0, ge=0)  # then, for requests in flight while new ones are refused
     # Of one caller, unless its token says otherwise: requests a second, and at once; 0: no limit.

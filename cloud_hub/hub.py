@@ -43,6 +43,7 @@ from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import CallerLimits, Identity
 from cloud_hub.front.fronts import Fronts
 from cloud_hub.inference import admission, tracing
+from cloud_hub.inference.cache import ResponseCache
 from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
@@ -81,6 +82,7 @@ class Hub:
             self.repository,
             self.metrics,
             admission.Admission(defaults, self.metrics),
+            ResponseCache(config.cache_bytes, config.cache_ttl_s) if config.cache_bytes else None,
         )
         self.metrics.watch(
             lambda: [

@@ -7,6 +7,8 @@ tensorrt/         a session of TensorRT, and the plans it runs
 inline.py         an engine in this process
 process.py        an engine in a child process, replaced when it hangs or dies
 worker.py         that child process
+upstream.py       an engine that is another server: Triton, KServe, another hub
+retry_budget.py   may a request to it be made once more? (pure)
 channel.py        how both exchange tensors: a socket, and memory that both map
 probe.py          what this machine can really run
 """

@@ -18,6 +18,11 @@ from fogline_protocol.tensors import Array, TensorSpec
 
 Arrays = Mapping[str, Array]
 
+# An output beside those of the contract, BYTES [n]: the digest of the model that computed each
+# row, as far as an engine learns it with the answer; b"" where it is not told. A column, so that
+# it is split, joined and kept with the rows it speaks of.
+DIGEST = "fogline.digest"
+
 
 class EngineLost(Unavailable):
     """The engine died, hung or cannot be trusted any more. It is being replaced."""
@@ -67,6 +72,10 @@ class Engine(Contract, Protocol):
     def trouble(self) -> str:
         """Why it cannot run until further notice; empty if it runs or is only just replaced."""
 
+    @property
+    def digest(self) -> str:
+        """What computes, where only the engine can know: a SHA-256 it was told; else empty."""
+
     async def ready(self) -> None:
         """Return when a run could start at once: not while it is being replaced.
 
@@ -75,8 +84,14 @@ class Engine(Contract, Protocol):
         """
         ...
 
-    async def run(self, inputs: Arrays) -> Arrays:
+    async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output, one row per input row: ``[n, ...] -> [n, ...]``.
+
+        Args:
+            inputs: by name.
+            deadline: when nobody waits for the outputs any more, in seconds of
+                ``time.monotonic()``; None: somebody always will. An engine that can stop a run
+                does not go on after it.
 
         Raises:
             BadRequest: the values do not suit the model.

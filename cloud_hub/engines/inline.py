@@ -18,6 +18,7 @@ class InlineEngine:
     """A session whose runs are expected to be short. It cannot be replaced when one hangs."""
 
     trouble = ""
+    digest = ""
 
     def __init__(self, session: Session, expected_s: float) -> None:
         """Take over a loaded session.
@@ -38,8 +39,8 @@ class InlineEngine:
     async def ready(self) -> None:
         """Return: it always is."""
 
-    async def run(self, inputs: Arrays) -> Arrays:
-        """Return every output; see ``Engine``."""
+    async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
+        """Return every output; see ``Engine``. A run cannot be stopped."""
         if self._expected_s < ON_LOOP_BELOW_S:
             return self._run(inputs)
         if self._thread is None:

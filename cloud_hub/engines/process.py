@@ -89,6 +89,8 @@ class ProcessEngine:
     Owner of the child. ``_running`` is set while there is one that can take a run.
     """
 
+    digest = ""
+
     def __init__(self, job: Job) -> None:
         self._job = job
         self._channel: Channel | None = None
@@ -141,8 +143,8 @@ class ProcessEngine:
         if not self._running.is_set() and not await asyncio.shield(self._outcome):
             raise EngineLost(self.trouble)
 
-    async def run(self, inputs: Arrays) -> Arrays:
-        """Return every output; see ``Engine``.
+    async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
+        """Return every output; see ``Engine``. A run cannot be stopped without its process.
 
         Raises:
             BadRequest: the values do not suit the model.

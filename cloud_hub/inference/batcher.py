@@ -47,8 +47,10 @@ class Engine(Protocol):
         """
         ...
 
-    async def run(self, inputs: Arrays) -> Arrays:
+    async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output, one row per input row: ``[n, ...] -> [n, ...]``.
+
+        After ``deadline`` nobody waits for them any more.
 
         Raises:
             EngineLost: it is gone, and this batch may be why.
@@ -388,7 +390,7 @@ class Batcher:
         try:
             inputs = _join(batch)
             joined = time.monotonic()
-            outputs = await engine.run(inputs)
+            outputs = await engine.run(inputs, _last_deadline(batch))
             ran = time.monotonic()
             if self._batches:
                 for name, array in outputs.items():
@@ -398,15 +400,14 @@ class Batcher:
                         )
         except Exception as error:
             busy_s = time.monotonic() - started
-            if len(batch) > 1 and not isinstance(error, EngineLost):
+            if len(batch) > 1 and not isinstance(error, _NOT_THEIR_VALUES):
                 self._observer.batch_failed((), busy_s)  # its requests are counted below
                 # One caller's values may be at fault: joining must not cost the others theirs.
                 for waiting in batch:
                     if not waiting.gone:
                         await self._run(engine, [waiting], taken)
                 return
-            # The callers learn of it, and the loop lives on. A batch that an engine died of is
-            # not tried again: whatever killed it would kill the next one, once per request.
+            # The callers learn of it, and the loop lives on.
             for waiting in batch:
                 _fail(waiting, _of_its_own(error))
             self._observer.batch_failed(queued_s, busy_s)
@@ -430,6 +431,25 @@ class Batcher:
         self._observer.batch_ran(
             rows, queued_s, Compute(joined - started, ran - joined, parted - ran)
         )
+
+
+# Errors that no caller's values are to blame for: to run each request of the batch alone would
+# make one failure of an engine, or of a server behind it, as many as there are requests. And what
+# an engine died of would kill the next one, once per request.
+_NOT_THEIR_VALUES = (Unavailable, Overloaded, DeadlineExceeded)
+
+
+def _last_deadline(batch: Sequence[Waiting]) -> float | None:
+    """Return when the last caller of a batch stops waiting.
+
+    Not the first one: whose time is shorter must not cost the others their answer.
+    """
+    last = 0.0
+    for waiting in batch:
+        if waiting.deadline is None:
+            return None
+        last = max(last, waiting.deadline)
+    return last
 
 
 def _rules(scheduling: DynamicBatching, max_batch: int) -> Rules:

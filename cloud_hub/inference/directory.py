@@ -5,6 +5,8 @@
     NAME/labels.txt        where the configuration names one
     NAME/warmup/data       raw tensors of warm-up requests, where it names them
 
+A model that another server runs has a configuration and no version.
+
 Nothing a folder says leads out of the directory: links and names that do are refused.
 """
 
@@ -39,6 +41,15 @@ class ModelFiles:
             ModelRefused: it cannot be read, or lies elsewhere.
         """
         return _read(self.folder, Path(WARM_UP, name), MAX_WARM_UP_BYTES)
+
+    def inside(self, name: str) -> Path:
+        """Return a file that the configuration names.
+
+        Raises:
+            ModelRefused: it lies elsewhere.
+        """
+        _held_inside(self.folder, self.folder / name)
+        return self.folder / name
 
 
 def folders(root: Path) -> Mapping[str, Path]:
@@ -76,6 +87,8 @@ def read(folder: Path) -> ModelFiles:
             wanted = model_config.parse_pbtxt(_text(folder, CONFIG))
         except ConfigError as error:
             raise ModelRefused(f"{folder}: {error}") from None
+    if wanted.backend == model_config.UPSTREAM:
+        return ModelFiles(folder, wanted, (), _labels(folder, wanted))
     there = [
         int(entry.name)
         for entry in folder.iterdir()
@@ -96,10 +109,11 @@ def read(folder: Path) -> ModelFiles:
         if not file.is_file():
             raise ModelRefused(f"{file} is missing")
         _held_inside(folder, file)
-    labels = {
-        output: _text(folder, name).splitlines() for output, name in wanted.label_files.items()
-    }
-    return ModelFiles(folder, wanted, versions, labels)
+    return ModelFiles(folder, wanted, versions, _labels(folder, wanted))
+
+
+def _labels(folder: Path, wanted: Wanted) -> Mapping[str, Sequence[str]]:
+    return {output: _text(folder, name).splitlines() for output, name in wanted.label_files.items()}
 
 
 def _text(folder: Path, name: str) -> str:

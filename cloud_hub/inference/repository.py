@@ -9,10 +9,14 @@ cannot be loaded says why and does not stop the others; the hub is ready only wh
 With control ``none`` the directory is loaded at the start and nothing changes after it; with
 ``poll`` its files are looked at every few seconds; with ``explicit`` nothing is loaded until a
 caller asks for it by name. A name in the directory takes precedence over the registry's.
+
+A model that another server runs (``backend: "upstream"``) has a configuration and no files. While
+that server is down at the start the model is one that cannot be loaded, and is tried until it can.
 """
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,18 +26,22 @@ import structlog
 
 from cloud_hub.engines.engine import Engine
 from cloud_hub.engines.launch import Launcher
+from cloud_hub.engines.upstream import Upstream, UpstreamDown, UpstreamEngine
 from cloud_hub.errors import ModelRefused
 from cloud_hub.inference import directory, warmup
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.inference.directory import ModelFiles
 from cloud_hub.metrics import Metrics
-from fogline_protocol import documents
+from fogline_protocol import documents, model_config
 from fogline_protocol.inference import NotFound, Unavailable, Unsupported
 from fogline_protocol.model_config import ConfigError, ModelConfig
 from fogline_protocol.repository import READY, UNAVAILABLE
 from fogline_protocol.statistics import ModelStatistics
 
 log = structlog.get_logger(__name__)
+
+AWAIT_S = 0.25  # before an upstream that was down at the start is tried again; doubles
+AWAIT_MAX_S = 10.0
 
 Control = Literal["none", "poll", "explicit"]
 
@@ -44,7 +52,7 @@ class ServedModel:
 
     name: str
     version: str
-    sha256: str  # of the ONNX file
+    sha256: str  # of the ONNX file; empty: there is none here, the engine knows what computes
     engines: Sequence[Engine]
     config: ModelConfig
     statistics: ModelStatistics
@@ -55,6 +63,11 @@ class ServedModel:
     def engine(self) -> Engine:
         """One of its engines, to ask what they have in common."""
         return self.engines[0]
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what computes, as far as is known before it has."""
+        return self.sha256 or self.engine.digest
 
     @property
     def trouble(self) -> str:
@@ -111,6 +124,7 @@ class Repository:
         self._objections: dict[str, str] = {}  # to newer files of a model that is served
         self._fingerprints: dict[str, Hashable] = {}  # of the folders as they were last read
         self._retiring: set[asyncio.Task[None]] = set()
+        self._awaiting: dict[str, asyncio.Task[None]] = {}  # by name: for upstreams that are down
         self._changing = asyncio.Lock()  # one load or unload at a time
 
     async def load_directory(self, root: Path) -> None:
@@ -143,6 +157,8 @@ class Repository:
                 del self._fingerprints[name]
                 self._refused.pop(name, None)
                 self._objections.pop(name, None)
+                if name in self._awaiting:
+                    self._awaiting.pop(name).cancel()
                 await self._retire_all(self._models.pop(name, ()))
         return now
 
@@ -268,6 +284,9 @@ class Repository:
 
     async def close(self) -> None:
         """Stop every batcher and give the engines back."""
+        for waiting in self._awaiting.values():
+            waiting.cancel()
+        await asyncio.gather(*self._awaiting.values(), return_exceptions=True)
         models = self.find_all("", "")
         self._models.clear()
         await asyncio.gather(*(model.stop() for model in models))
@@ -295,16 +314,41 @@ class Repository:
         name = folder.name
         # Before it is read: what changes meanwhile is seen by the next look.
         self._fingerprints[name] = await asyncio.to_thread(directory.fingerprint, folder)
+        if name in self._awaiting:
+            self._awaiting.pop(name).cancel()
         try:
             files = await asyncio.to_thread(directory.read, folder)
         except ModelRefused as error:
             self._object(name, error)
-        else:
-            await self._attempt(name, files, keep=False)
+            return
+        await self._attempt(name, files, keep=False)
+
+    async def _await_upstream(self, name: str, files: ModelFiles) -> None:
+        """Serve a model whose upstream is down as soon as it is up."""
+        wait_s = AWAIT_S
+        while True:
+            # Not in step with the other hubs that wait for it.
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(2 * wait_s, AWAIT_MAX_S)
+            async with self._changing:
+                try:
+                    await self._serve(name, files)
+                except UpstreamDown as error:
+                    self._object(name, error)
+                except ModelRefused as error:
+                    self._object(name, error)
+                    return
+                else:
+                    log.info("model is served: its upstream is up", model=name)
+                    return
 
     async def _attempt(self, name: str, files: ModelFiles, *, keep: bool) -> None:
         try:
             await self._serve(name, files, keep=keep)
+        except UpstreamDown as error:
+            self._object(name, error)
+            task = asyncio.create_task(self._await_upstream(name, files), name=f"await-{name}")
+            self._awaiting[name] = task
         except ModelRefused as error:
             self._object(name, error)
 
@@ -321,6 +365,9 @@ class Repository:
         Raises:
             ModelRefused: one cannot be loaded; what was served before still is.
         """
+        if files.wanted.backend == model_config.UPSTREAM:
+            self._replace(name, (await self._open_upstream(name, files),))
+            return
         kept: list[ServedModel] = []
         async with contextlib.AsyncExitStack() as opened:
             served = []
@@ -334,8 +381,13 @@ class Repository:
                     kept.append(model)
                 served.append(model)
             opened.pop_all()
+        self._replace(name, tuple(served), kept)
+
+    def _replace(
+        self, name: str, served: tuple[ServedModel, ...], kept: Sequence[ServedModel] = ()
+    ) -> None:
         old = [model for model in self._models.get(name, ()) if model not in kept]
-        self._models[name] = tuple(served)
+        self._models[name] = served
         self._refused.pop(name, None)
         self._objections.pop(name, None)
         for model in old:
@@ -360,15 +412,45 @@ class Repository:
                 engine = await self._launcher.open(file, instances=wanted.instances)
                 opened.push_async_callback(engine.close)
                 engines.append(engine)
-            inputs, outputs = engines[0].inputs, engines[0].outputs
-            try:
-                config = wanted.completed(name, inputs, outputs, self.limits.max_batch)
-            except ConfigError as error:
-                raise ModelRefused(f"{files.folder / directory.CONFIG}: {error}") from None
-            config = replace(config, labels=files.labels)
+            config = _completed(name, files, engines[0], self.limits.max_batch)
             for engine in engines:
                 await _warm_up(engine, config, files)
             opened.pop_all()
+        return self._start(name, version, sha256, engines, config)
+
+    async def _open_upstream(self, name: str, files: ModelFiles) -> ServedModel:
+        """Find the server that runs a model and start its batcher.
+
+        Raises:
+            UpstreamDown: it does not answer for it; it may later.
+            ModelRefused: the configuration cannot be obeyed.
+        """
+        wanted, where = files.wanted, files.folder / directory.CONFIG
+        try:
+            upstream = Upstream.parse(name, wanted.parameters, files.inside)
+        except ModelRefused as error:
+            raise ModelRefused(f"{where}: {error}") from None
+        async with contextlib.AsyncExitStack() as opened:
+            engines: list[UpstreamEngine] = []
+            for _ in range(wanted.instances):
+                engine = await UpstreamEngine.start(upstream)
+                opened.push_async_callback(engine.close)
+                engines.append(engine)
+            limit, theirs = self.limits.max_batch, engines[0].max_batch
+            if theirs is not None:
+                limit = min(limit, theirs)
+                if (wanted.max_batch_size or 0) > theirs:
+                    raise ModelRefused(
+                        f"{where}: max_batch_size is {wanted.max_batch_size}, the upstream takes "
+                        f"{theirs} rows at most"
+                    )
+            config = _completed(name, files, engines[0], limit)
+            opened.pop_all()
+        return self._start(name, upstream.version or "1", "", engines, config)
+
+    def _start(
+        self, name: str, version: str, sha256: str, engines: Sequence[Engine], config: ModelConfig
+    ) -> ServedModel:
         metrics = self._metrics.of_model(name, version)
         batcher = Batcher(
             engines,
@@ -385,6 +467,15 @@ class Repository:
 
     async def _retire_all(self, models: Sequence[ServedModel]) -> None:
         await asyncio.gather(*(model.retire() for model in models))
+
+
+def _completed(name: str, files: ModelFiles, engine: Engine, max_batch: int) -> ModelConfig:
+    """Return how a loaded model is served."""
+    try:
+        config = files.wanted.completed(name, engine.inputs, engine.outputs, max_batch)
+    except ConfigError as error:
+        raise ModelRefused(f"{files.folder / directory.CONFIG}: {error}") from None
+    return replace(config, labels=files.labels)
 
 
 async def _warm_up(engine: Engine, config: ModelConfig, files: ModelFiles) -> None:

@@ -8,11 +8,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 
+from cloud_hub.engines.engine import DIGEST
 from cloud_hub.fleet.identity import NO_LIMITS, Caller
+from cloud_hub.inference import cache as response_cache
 from cloud_hub.inference import tracing
 from cloud_hub.inference.admission import CALLER, Admission
+from cloud_hub.inference.cache import Key, ResponseCache
 from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.inference.tracing import CURRENT, Tracer
 from cloud_hub.metrics import Metrics
@@ -32,6 +36,11 @@ from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.repository import ModelIndex
 from fogline_protocol.settings import TraceChanges, TraceSettings
 from fogline_protocol.statistics import ModelStatistics
+from fogline_protocol.tensors import Array
+
+PRIVATE = "fogline.private"
+CACHE = "fogline.cache"  # false: neither take the answer from the cache nor keep it
+CACHED = "fogline.cached"  # true in answers from the cache
 
 EXTENSIONS = (
     "classification",
@@ -61,12 +70,23 @@ class HubServer:
         repository: Repository,
         metrics: Metrics,
         admission: Admission | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
-        """Answer with the models of ``repository``; without ``admission`` nobody has limits."""
+        """Serve what ``repository`` holds.
+
+        Args:
+            name: of this hub.
+            repository: is closed by whoever made it.
+            metrics: what is told of every request.
+            admission: holds callers to their limits; None: nobody has any.
+            cache: for the models whose configuration asks for one; None: no answer is kept.
+        """
         self._name = name
         self._repository = repository
         self._metrics = metrics
         self._admission = admission or Admission(NO_LIMITS, metrics)
+        self._cache = cache
+        self._caching: dict[str, Mapping[str, str]] = {}  # digests that are cached, by version
         self.tracer: Tracer | None = None  # set by the composition root if there is a directory
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
         self.refusing = False  # what is in flight is finished, nothing new is taken
@@ -85,10 +105,10 @@ class HubServer:
     def model_ready(self, name: str, version: str) -> bool:
         """Return whether the model answers now."""
         try:
-            self._repository.find(name, version)
+            model = self._repository.find(name, version)
         except Unavailable:
             return False
-        return not self.draining
+        return not self.draining and not model.engine.trouble
 
     def model_metadata(self, name: str, version: str) -> ModelMetadata:
         """Return the contract of a model."""
@@ -99,12 +119,16 @@ class HubServer:
             platform=model.engine.platform,
             inputs=model.engine.inputs,
             outputs=model.engine.outputs,
-            properties={"fogline.digest": model.sha256, "fogline.provider": model.engine.provider},
+            properties={
+                "fogline.provider": model.engine.provider,
+                **({DIGEST: model.digest} if model.digest else {}),
+            },
         )
 
     def model_config(self, name: str, version: str) -> ModelConfig:
         """Return how a model is served."""
-        return self._repository.find(name, version).config
+        config = self._repository.find(name, version).config
+        return replace(config, response_cache=config.response_cache and self._cache is not None)
 
     def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
         """Return the counts of a model, of all models if ``name`` is empty."""
@@ -223,10 +247,7 @@ class HubServer:
     async def _answer(
         self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None
     ) -> InferResponse:
-        private = request.parameters.get("fogline.private", False)
-        if not isinstance(private, bool):  # "true" would be a promise broken in silence
-            raise inference.BadRequest(f"fogline.private must be true or false, got {private!r}")
-        if private:
+        if _flag(request.parameters, PRIVATE, False):
             raise Forbidden(
                 "the request is marked private and must not leave its device: the hub does not answer it"
             )
@@ -237,26 +258,91 @@ class HubServer:
             raise inference.BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:
             raise inference.BadRequest("the inputs have no rows")
-        outputs = await model.batcher.infer(
+        outputs, cached = await self._outputs(model, caller, request, deadline)
+        parameters: dict[str, Parameter] = {
+            "fogline.tier": "hub",
+            "fogline.quality": "hub",
+            "fogline.reason": "asked",
+            "fogline.release": f"{model.name}@{model.version}",
+        }
+        digest = _digest(model, outputs)
+        if digest:
+            parameters[DIGEST] = digest
+        if cached:
+            parameters[CACHED] = True
+        return InferResponse(
+            model=model.name,
+            version=model.version,
+            id=request.id,
+            outputs={name: outputs[name] for name in names},
+            parameters=parameters,
+        )
+
+    async def _outputs(
+        self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None
+    ) -> tuple[Mapping[str, Array], bool]:
+        """Return every output, and whether they are from the cache."""
+        wanted = _flag(request.parameters, CACHE, True)
+        cache, digest = self._cache, model.digest
+        # Who does not know what computes cannot know when kept answers are those of another model.
+        if cache is None or not wanted or not model.config.response_cache or not digest:
+            return await self._run(model, caller, request, deadline), False
+        if self._caching.get(model.name, {}).get(model.version) != digest:
+            served = self._repository.find_all(model.name, "")
+            self._caching[model.name] = {each.version: each.digest for each in served}
+            cache.keep(model.name, self._caching[model.name])
+        started = time.perf_counter_ns()
+        hash_of = response_cache.hash_of
+        if response_cache.is_short(request.inputs):
+            inputs = hash_of(request.inputs)
+        else:
+            inputs = await asyncio.to_thread(hash_of, request.inputs)
+        kind = _kind(request.parameters)
+        key = Key(caller.tenant, model.name, model.version, digest, kind, inputs)
+        kept = cache.get(key, time.monotonic())
+        looked_ns = time.perf_counter_ns() - started
+        if kept is not None:
+            model.statistics.cache_hit.add(looked_ns)
+            model.statistics.queue.add(0)  # it waited for nothing, and is counted all the same
+            return kept, True
+        model.statistics.cache_miss.add(looked_ns)
+        outputs = await self._run(model, caller, request, deadline)
+        if _digest(model, outputs) == digest:  # an upstream may have been switched meanwhile
+            started = time.perf_counter_ns()
+            cache.put(key, outputs, time.monotonic())
+            model.statistics.cache_miss.add(time.perf_counter_ns() - started, 0)
+        return outputs, False
+
+    async def _run(
+        self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None
+    ) -> Mapping[str, Array]:
+        return await model.batcher.infer(
             request.inputs,
             deadline,
             caller=caller.token_id,
             priority=inference.priority(request.parameters),
             kind=_kind(request.parameters),
         )
-        return InferResponse(
-            model=model.name,
-            version=model.version,
-            id=request.id,
-            outputs={name: outputs[name] for name in names},
-            parameters={
-                "fogline.tier": "hub",
-                "fogline.quality": "hub",
-                "fogline.reason": "asked",
-                "fogline.release": f"{model.name}@{model.version}",
-                "fogline.digest": model.sha256,
-            },
-        )
+
+
+def _flag(parameters: Mapping[str, Parameter], key: str, default: bool) -> bool:
+    value = parameters.get(key, default)
+    if not isinstance(value, bool):  # "true" would be a promise broken in silence
+        raise inference.BadRequest(f"{key} must be true or false, got {value!r}")
+    return value
+
+
+def _digest(model: ServedModel, outputs: Mapping[str, Array]) -> str:
+    """Return the digest of what computed these outputs; empty: it is not known.
+
+    Rows may come from several models while an upstream is switched. All are named then, which
+    is no model's digest, so that a device does not take the answer for one of its pair.
+    """
+    column = outputs.get(DIGEST)
+    if column is None:
+        return model.sha256
+    digests = sorted({row.decode() for row in column})
+    return "" if digests == [""] else ",".join(digest or "unknown" for digest in digests)
 
 
 def _kind(parameters: Mapping[str, Parameter]) -> Hashable:

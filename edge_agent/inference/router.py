@@ -133,11 +133,15 @@ class _Served:
         return self.terms
 
     def learn_digest(self, digest: Parameter | None) -> None:
-        """Hold the hub's model against the one that the certificate compares with."""
+        """Hold the hub's model against the one that the certificate compares with.
+
+        A hub that does not say which model computed, as one in front of Triton, may have any.
+        """
         certificate = self.release.choice.certificate
-        if certificate is None or not isinstance(digest, str):
+        if certificate is None:
             return
-        changed = digest if digest != certificate.hub_sha256 else ""
+        found = digest if isinstance(digest, str) and digest else "unknown"
+        changed = found if found != certificate.hub_sha256 else ""
         if changed == self.voided_by:
             return
         self.voided_by = changed

@@ -20,9 +20,9 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -43,8 +43,6 @@ from fogline_protocol.inference import (
     Unavailable,
 )
 from fogline_protocol.tensors import Array
-
-T = TypeVar("T")
 
 log = logging.getLogger("fogline.agent.uplink")
 
@@ -226,7 +224,7 @@ class Uplink:
         Raises:
             InferenceError: it was refused or did not get through.
         """
-        return await _outliving(self._client.call(path, request, timeout_s))
+        return await self._client.call(path, request, timeout_s)
 
     def _dispatch_soon(self) -> None:
         # Not at once: questions that come in the same turn of the loop travel together.
@@ -343,7 +341,7 @@ class Uplink:
     async def _attempt(self, data: bytes, timeout_s: float) -> bytes:
         self.counts.requests += 1
         self.counts.bytes_sent += len(data)
-        received = await _outliving(self._client.call(INFER, data, timeout_s))
+        received = await self._client.call(INFER, data, timeout_s)
         self.counts.bytes_received += len(received)
         return received
 
@@ -418,7 +416,7 @@ class Uplink:
         """
         started = time.monotonic()
         try:
-            await _outliving(self._client.server_ready(self._probe_timeout_s))
+            await self._client.server_ready(self._probe_timeout_s)
         except DeadlineExceeded:
             # Packets vanish: TCP would go on resending into the dark, longer and longer, after
             # the way is free again. A new connection finds out at once.
@@ -430,20 +428,6 @@ class Uplink:
         else:
             self._measured(time.monotonic() - started)
             self._report(Event.PROBE_GOOD)
-
-
-async def _outliving(call: Awaitable[T]) -> T:
-    """Return the call's answer; a connection that is given up under it counts as unavailable.
-
-    gRPC then cancels the call, which must not look as if our own task were cancelled.
-    """
-    try:
-        return await call
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Unavailable("the connection was given up") from None
 
 
 def _checked(answer: Answer, outputs: Sequence[str], rows: int) -> Answer:

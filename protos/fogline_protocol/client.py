@@ -1,12 +1,15 @@
 """Asks any Open Inference server: the agent's uplink and a hub's upstream engines.
 
-One channel, asynchronous, errors as ``InferenceError``. Every byte sent and received is
+One channel, asynchronous, errors as ``InferenceError`` with the server's wish when to return. Every byte sent and received is
 counted, because on a cellular link the bytes are the bill.
 """
 
+import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from fogline_protocol import grpc_calls, inference
 from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
@@ -19,6 +22,7 @@ from fogline_protocol.inference import (
 )
 from fogline_protocol.v1 import inference_pb2 as pb
 
+M = TypeVar("M", bound=Message)
 MAX_TIMEOUT_S = 86400.0  # centuries overflow gRPC's clock, and would end a call at once
 
 
@@ -77,7 +81,7 @@ class Client:
             InferenceError: it could not be asked.
         """
         answer = await self.call(f"/{SERVICE}/ServerReady", b"", timeout_s)
-        return pb.ServerReadyResponse.FromString(answer).ready
+        return _parsed(pb.ServerReadyResponse(), answer).ready
 
     async def model_metadata(
         self, name: str, version: str = "", timeout_s: float | None = None
@@ -91,6 +95,31 @@ class Client:
         return inference.decode_metadata(
             await self.call(f"/{SERVICE}/ModelMetadata", request, timeout_s)
         )
+
+    async def model_ready(
+        self, name: str, version: str = "", timeout_s: float | None = None
+    ) -> bool:
+        """Return whether a model answers now.
+
+        Raises:
+            InferenceError: there is no such model, or the server could not be asked.
+        """
+        request = pb.ModelReadyRequest(name=name, version=version).SerializeToString()
+        answer = await self.call(f"/{SERVICE}/ModelReady", request, timeout_s)
+        return _parsed(pb.ModelReadyResponse(), answer).ready
+
+    async def max_batch_size(
+        self, name: str, version: str = "", timeout_s: float | None = None
+    ) -> int:
+        """Return how many rows the server takes in one request; 0: rows are nothing to it.
+
+        Raises:
+            Unsupported: the server has no ModelConfig, which is Triton's extension.
+            InferenceError: there is no such model, or the server could not be asked.
+        """
+        request = pb.ModelConfigRequest(name=name, version=version).SerializeToString()
+        answer = await self.call(f"/{SERVICE}/ModelConfig", request, timeout_s)
+        return _parsed(pb.ModelConfigResponse(), answer).config.max_batch_size
 
     async def call(self, path: str, request: bytes, timeout_s: float | None = None) -> bytes:
         """Make one unary call over bytes.
@@ -117,9 +146,23 @@ class Client:
             ) from None
         except grpc.aio.UsageError:
             raise Unavailable("the connection was closed") from None
+        except asyncio.CancelledError:
+            # ``close`` under a call cancels it, which must not look as if our own task were.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Unavailable("the connection was closed") from None
         self.bytes_received += len(answer)
         return answer
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
         await self._channel.close()
+
+
+def _parsed(message: M, data: bytes) -> M:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise ServerFault(f"the server's answer cannot be read: {error}") from None
+    return message

@@ -24,6 +24,7 @@ from fogline_protocol.v1 import model_config_pb2 as mc
 
 BACKEND = "onnxruntime"
 PLATFORM = "onnxruntime_onnx"
+UPSTREAM = "upstream"  # backend and platform of a model that another server runs
 
 log = logging.getLogger("fogline.model_config")
 
@@ -142,6 +143,7 @@ class ModelConfig:
     instances: int = 1
     label_files: Mapping[str, str] = field(default_factory=dict)  # by output
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by output, read from them
+    response_cache: bool = False  # whether the same request may get the same answer again
 
     @property
     def batches(self) -> bool:
@@ -162,6 +164,9 @@ class Wanted:
     instances: int = 1
     label_files: Mapping[str, str] = field(default_factory=dict)
     warm_ups: tuple[WarmUp, ...] = ()
+    backend: str = BACKEND
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    response_cache: bool = False
 
     def completed(
         self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], limit: int
@@ -199,6 +204,9 @@ class Wanted:
             batching=self.batching,
             instances=self.instances,
             label_files=self.label_files,
+            platform=UPSTREAM if self.backend == UPSTREAM else PLATFORM,
+            backend=self.backend,
+            response_cache=self.response_cache,
         )
 
 
@@ -221,8 +229,10 @@ def parse_pbtxt(text: str) -> Wanted:
             raise ConfigError(f"config.pbtxt cannot be read: {second}") from None
         log.warning("config.pbtxt has fields that are not known here and are ignored: %s", first)
     backend = message.backend or message.platform
-    if backend not in ("", BACKEND, PLATFORM):
-        raise ConfigError(f"backend {backend!r} is not served here, {BACKEND!r} is")
+    if backend not in ("", BACKEND, PLATFORM, UPSTREAM):
+        raise ConfigError(
+            f"backend {backend!r} is not served here, {BACKEND!r} and {UPSTREAM!r} are"
+        )
     if message.model_transaction_policy.decoupled:
         raise ConfigError("decoupled models are not served here")
     for tensor in message.input:
@@ -243,6 +253,9 @@ def parse_pbtxt(text: str) -> Wanted:
         instances=max(1, sum(max(1, group.count) for group in groups)),
         label_files={t.name: t.label_filename for t in message.output if t.label_filename},
         warm_ups=tuple(_warm_up(warm_up) for warm_up in message.model_warmup),
+        backend=UPSTREAM if backend == UPSTREAM else BACKEND,
+        parameters={key: value.string_value for key, value in message.parameters.items()},
+        response_cache=message.response_cache.enable,
     )
 
 
@@ -290,7 +303,8 @@ def _message(config: ModelConfig) -> mc.ModelConfig:
                 name=config.name, count=config.instances, kind=mc.ModelInstanceGroup.KIND_AUTO
             )
         ],
-        default_model_filename="model.onnx",
+        default_model_filename="" if config.backend == UPSTREAM else "model.onnx",
+        response_cache=mc.ModelResponseCache(enable=config.response_cache),
         model_transaction_policy=mc.ModelTransactionPolicy(decoupled=False),
     )
     batching = config.batching

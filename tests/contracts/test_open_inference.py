@@ -59,3 +59,60 @@ class TestTheAgentInFrontOfAHub(OpenInferenceContract):
             )
             async with Agent(config) as agent:
                 yield Target(agent.endpoints["grpc"], "double")
+
+
+def hub_config(folder: Path) -> HubConfig:
+    """Return the options of a hub that serves the directory ``folder/models``."""
+    return HubConfig(
+        data=folder / "data", grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off", threads=1,
+        models=folder / "models",
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def hub_behind_a_hub(tmp_path: Path) -> AsyncIterator[str]:
+    """The address of a hub whose model ``judge`` is run by another hub."""
+    computing, asking = tmp_path / "computing", tmp_path / "asking"
+    model = computing / "models" / HUB_MODEL / "1" / "model.onnx"
+    model.parent.mkdir(parents=True)
+    model.write_bytes((bundles.DATA / "double.onnx").read_bytes())
+    async with Hub(hub_config(computing)) as behind:
+        folder = asking / "models" / HUB_MODEL
+        folder.mkdir(parents=True)
+        (folder / "config.pbtxt").write_text(
+            'backend: "upstream"\n'
+            f'parameters {{ key: "url" value {{ string_value: "grpc://{behind.grpc_address}" }} }}'
+        )
+        async with Hub(hub_config(asking)) as hub:
+            yield hub.grpc_address
+
+
+class TestAHub(OpenInferenceContract):
+    @pytest.fixture
+    async def target(self, tmp_path: Path) -> AsyncIterator[Target]:
+        model = tmp_path / "models" / HUB_MODEL / "1" / "model.onnx"
+        model.parent.mkdir(parents=True)
+        model.write_bytes((bundles.DATA / "double.onnx").read_bytes())
+        async with Hub(hub_config(tmp_path)) as hub:
+            yield Target(hub.grpc_address, HUB_MODEL)
+
+
+class TestAHubInFrontOfAHub(OpenInferenceContract):
+    @pytest.fixture
+    async def target(self, hub_behind_a_hub: str) -> Target:
+        return Target(hub_behind_a_hub, HUB_MODEL)
+
+
+class TestTheAgentInFrontOfAHubInFrontOfAHub(OpenInferenceContract):
+    @pytest.fixture
+    async def target(self, tmp_path: Path, hub_behind_a_hub: str) -> AsyncIterator[Target]:
+        made = bundles.make(tmp_path / "bundle")
+        config = AgentConfig(
+            data=tmp_path / "agent",
+            bundle=(made.path,),
+            grpc="127.0.0.1:0",
+            http="off",
+            hub=hub_behind_a_hub,
+        )
+        async with Agent(config) as agent:
+            yield Target(agent.endpoints["grpc"], "double")

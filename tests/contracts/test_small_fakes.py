@@ -1,12 +1,9 @@
 """The small fakes of single test files keep the same promises as what they stand for."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from cloud_hub.engines.launch import Launcher
 from cloud_hub.fleet import reports
 from edge_agent.fleet.telemetry import REPORT
 from edge_agent.inference.uplink import Uplink
@@ -14,39 +11,10 @@ from fogline_protocol import grpc_calls, grpc_service
 from fogline_protocol.client import Client
 from fogline_protocol.inference import InferenceError
 from fogline_protocol.v1 import fleet_pb2 as pb
-from tests.cloud_hub.inference.test_batcher import Doubling
 from tests.edge_agent.fleet.test_telemetry import Hub
 from tests.edge_agent.test_agent import FleetDoor
 
-DOUBLE = Path(__file__).parents[1] / "edge_agent" / "data" / "double.onnx"
 REPORTED = pb.Telemetry(device="kiosk", boot_id="b", sequence=1).SerializeToString()
-
-
-@pytest.fixture(params=["inline", "process", "fake"])
-async def engine(request):
-    """What a batcher runs: a model that doubles."""
-    if request.param == "fake":
-        yield Doubling()
-        return
-    launcher = Launcher(threads=1)
-    open_engine = launcher.open if request.param == "inline" else launcher.open_apart
-    real = await open_engine(DOUBLE)
-    yield real
-    await real.close()
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7])
-async def test_an_engine_returns_one_output_row_per_input_row_in_order(engine, rows):
-    x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
-    (doubled,) = (await engine.run({"x": x})).values()
-    np.testing.assert_array_equal(doubled, x * 2)
-
-
-async def test_an_engine_that_cannot_run_raises_and_runs_again(engine):
-    with pytest.raises(Exception):  # noqa: B017, PT011  each runtime has errors of its own
-        await engine.run({"y": np.zeros((1, 3), np.float32)})
-    (doubled,) = (await engine.run({"x": np.ones((1, 3), np.float32)})).values()
-    np.testing.assert_array_equal(doubled, [[2, 2, 2]])
 
 
 @pytest.fixture(params=["real", "fake"])

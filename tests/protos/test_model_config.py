@@ -174,3 +174,23 @@ def test_no_text_does_more_than_be_refused(text):
             parse_pbtxt(text)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_a_model_of_another_server_is_configured_by_parameters():
+    text = """
+        backend: "upstream"
+        parameters { key: "url" value { string_value: "grpc://127.0.0.1:9001" } }
+        response_cache { enable: true }
+    """
+    wanted = parse_pbtxt(text)
+    assert (wanted.backend, wanted.parameters) == ("upstream", {"url": "grpc://127.0.0.1:9001"})
+    config = wanted.completed("m", (X,), (Y,), 64)
+    assert (config.backend, config.platform, config.response_cache) == ("upstream",) * 2 + (True,)
+    document = model_config.document(config)
+    assert document["response_cache"] == {"enable": True}
+    assert document["default_model_filename"] == ""
+
+
+def test_the_response_cache_is_off_unless_a_model_asks_for_it():
+    config = parse_pbtxt("").completed("m", (X,), (Y,), 64)
+    assert model_config.document(config)["response_cache"] == {"enable": False}

@@ -25,6 +25,7 @@ class Doubling:
 
     def __init__(self):
         self.batches = []
+        self.deadlines = []
         self.free = asyncio.Event()
         self.free.set()
         self.running = asyncio.Event()
@@ -32,11 +33,13 @@ class Doubling:
         self.rows_short = 0
 
     trouble = ""
+    digest = ""
 
     async def ready(self):
         return
 
-    async def run(self, inputs):
+    async def run(self, inputs, deadline=None):
+        self.deadlines.append(deadline)
         self.batches.append(len(inputs["x"]))
         self.running.set()
         await self.free.wait()
@@ -172,12 +175,38 @@ async def test_values_that_an_engine_cannot_take_cost_their_own_caller_the_answe
     assert notes.ran == [(1, 1), (1, 1)]
 
 
+@pytest.mark.parametrize(
+    "fault", [Unavailable("lost"), Overloaded("full"), DeadlineExceeded("late")]
+)
+async def test_a_failure_that_no_values_are_to_blame_for_is_not_made_one_per_request(
+    batcher, engine, fault
+):
+    engine.fault = fault
+    for task in await queued(batcher, rows(1), rows(2), rows(3)):
+        with pytest.raises(type(fault), match=str(fault)):
+            await task
+    assert engine.batches == [3]
+
+
+async def test_an_engine_learns_when_the_last_caller_of_a_batch_stops_waiting(batcher, engine):
+    first = await hold(batcher, engine)
+    soon, late = time.monotonic() + 60, time.monotonic() + 90
+    tasks = [
+        asyncio.create_task(batcher.infer(rows(1), soon)),
+        asyncio.create_task(batcher.infer(rows(2), late)),
+    ]
+    await asyncio.sleep(0)
+    engine.free.set()
+    await asyncio.gather(first, *tasks)
+    assert engine.deadlines == [None, late]
+
+
 async def test_stopping_while_a_failed_batch_runs_one_by_one_tells_everybody(engine, notes):
     batcher = Batcher([engine], batches=True, max_batch=8, max_queue_rows=20, observer=notes)
     alone = asyncio.Event()
     run = engine.run
 
-    async def stuck_when_alone(inputs):
+    async def stuck_when_alone(inputs, deadline):
         if len(inputs["x"]) == 1:
             alone.set()
             await asyncio.Event().wait()

@@ -347,6 +347,17 @@ async def test_a_new_hub_model_voids_the_certificate_until_the_old_one_is_back(
         assert said(await r.ask(SURE)) == "edge certified confident"
 
 
+async def test_a_hub_that_does_not_name_its_model_voids_the_certificate(
+    hub: FakeHub, door: Serving, release: Release, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.digest = ""
+    async with routed(door.address, release) as r:
+        assert said(await r.ask(SURE)) == "edge certified confident"  # nothing was heard yet
+        assert said(await r.ask(UNSURE)) == "hub hub uncertain"
+        assert said(await r.ask(SURE)) == "hub hub no-certificate"
+        assert len([m for m in caplog.messages if "is unknown now" in m]) == 1
+
+
 async def test_an_expired_certificate_certifies_nothing_any_more(
     hub: FakeHub, door: Serving, tmp_path: Path
 ) -> None:
