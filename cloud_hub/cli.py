@@ -91,6 +91,11 @@ def main() -> None:
 @click.option("--max-batch", type=int, help="Rows in one run of an engine [default: 64].")
 @click.option("--max-queue-rows", type=int, help="Rows waiting per model [default: 1024].")
 @click.option("--threads", type=int, help="Threads of one engine, 0: all cores [default: 0].")
+@click.option(
+    "--tensorrt",
+    type=click.Choice(["auto", "off"]),
+    help="auto: build plans and run them where there is a GPU and TensorRT [default: auto].",
+)
 @click.option("--run-limit-s", type=float, help="Time for one batch in an engine [default: 30].")
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
 @click.option(

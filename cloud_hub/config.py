@@ -48,6 +48,7 @@ class HubConfig(BaseSettings):
     max_queue_rows: int = Field(1024, ge=1)  # waiting per model; beyond it callers are refused
     threads: int = Field(0, ge=0, le=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30)
+    tensorrt: Literal["auto", "off"] = "auto"  # auto: where there is a GPU and TensorRT
     run_limit_s: float = Field(30.0, gt=0)  # of one batch; then its engine is replaced
     cache_bytes: int = Field(0, ge=0)  # for answers kept, of models that ask for it; 0: none
     cache_ttl_s: float = Field(300.0, gt=0)  # how long an answer is kept at most

@@ -43,6 +43,7 @@ from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import CallerLimits, Identity
 from cloud_hub.front.fronts import Fronts
 from cloud_hub.inference import admission, tracing
+from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.cache import ResponseCache
 from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
@@ -70,11 +71,17 @@ class Hub:
         self.http_address = ""
         self.metrics = Metrics()
         self._launcher = Launcher(config.threads, config.run_limit_s)
+        self._acceleration = (
+            Acceleration(self._launcher, config.data / "plans")
+            if config.tensorrt == "auto"
+            else None
+        )
         self.repository = Repository(
             self.metrics,
             self._launcher,
             Limits(config.max_batch, config.max_queue_rows),
             config.model_control,
+            self._acceleration,
         )
         defaults = CallerLimits(config.caller_rate, 0, config.caller_concurrency)
         self.server = HubServer(
@@ -142,6 +149,8 @@ class Hub:
         self._parts.push_async_callback(self.history.close)
 
         self._parts.push_async_callback(self.repository.close)
+        if self._acceleration is not None:
+            await self._acceleration.find()
         if self.config.models is not None:
             await self.repository.load_directory(self.config.models)
 

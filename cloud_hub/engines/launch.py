@@ -7,6 +7,7 @@ model's memory returns only with its process.
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Launcher:
 
     threads: int = 0  # per run; 0: as many as there are cores
     run_limit_s: float = 30.0  # then an engine counts as hung
+    environment: Mapping[str, str] | None = None  # of child processes; None: this one's
 
     async def open(self, path: Path, *, instances: int = 1) -> Engine:
         """Return one of ``instances`` engines that has loaded the file and run it once.
@@ -48,8 +50,23 @@ class Launcher:
         """
         return await self._apart(path, self.threads)
 
+    async def open_plan(self, plan: Path) -> Engine:
+        """Return an engine that runs a TensorRT plan.
+
+        Raises:
+            ModelRefused: no GPU, not enough of its memory, or a plan of something else.
+        """
+        job = Job("tensorrt", plan, run_limit_s=self.run_limit_s, environment=self.environment)
+        return await ProcessEngine.start(job)
+
     async def _apart(self, path: Path, threads: int) -> ProcessEngine:
-        job = Job("onnxruntime", path, threads, run_limit_s=self.run_limit_s)
+        job = Job(
+            "onnxruntime",
+            path,
+            threads,
+            run_limit_s=self.run_limit_s,
+            environment=self.environment,
+        )
         return await ProcessEngine.start(job)
 
 

@@ -23,6 +23,7 @@ import structlog
 
 from cloud_hub.engines.channel import Channel, Gone, Message
 from cloud_hub.engines.engine import Arrays, EngineLost
+from cloud_hub.engines.tensorrt.errors import GpuUnavailable, OutOfDeviceMemory, PlanUnusable
 from cloud_hub.errors import ModelRefused
 from fogline_protocol.inference import BadRequest, ServerFault
 from fogline_protocol.tensors import TensorSpec
@@ -43,6 +44,7 @@ class Job:
     threads: int = 0  # per run; 0: as many as there are cores
     load_limit_s: float = 300.0
     run_limit_s: float = 30.0
+    environment: Mapping[str, str] | None = None  # None: this process's
 
     def document(self, path: str) -> Mapping[str, Any]:
         """Return what the child is told; ``path`` is where it finds the file."""
@@ -211,6 +213,7 @@ class ProcessEngine:
                 sys.executable, "-P", "-m", "cloud_hub.engines.worker",
                 str(theirs.fileno()), str(os.getpid()),
                 pass_fds=(theirs.fileno(), self._file.descriptor), stdin=asyncio.subprocess.DEVNULL,
+                env=self._job.environment,
             )  # fmt: skip
         asyncio.get_running_loop().add_reader(channel.fileno(), self._heard)
         self.starts += 1
@@ -222,7 +225,7 @@ class ProcessEngine:
         except Gone as error:
             raise ModelRefused(f"{self._job.path}: the engine {error} while it loaded") from None
         if "refused" in answer:
-            raise ModelRefused(answer["refused"])
+            raise _REFUSALS.get(answer["kind"], ModelRefused)(answer["refused"])
         self.platform, self.provider = answer["platform"], answer["provider"]
         self.inputs, self.outputs = _specs(answer["inputs"]), _specs(answer["outputs"])
         self.row_s = answer["row_s"]
@@ -311,6 +314,12 @@ class ProcessEngine:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+# What a child's refusals are called there.
+_REFUSALS: Mapping[str, type[ModelRefused]] = {
+    kind.__name__: kind for kind in (GpuUnavailable, OutOfDeviceMemory, PlanUnusable)
+}
 
 
 def _specs(documents: list[tuple[str, str, list[int]]]) -> tuple[TensorSpec, ...]:

@@ -38,11 +38,11 @@ def _serve(channel: Channel) -> None:
     try:
         session = _OPEN[job["runtime"]](job)
         row_s = seconds_per_row(session)
-    except ModelRefused as error:
-        channel.send({"refused": str(error)[:MAX_TEXT]})
+    except (ModelRefused, EngineLost) as error:
+        channel.send({"refused": str(error)[:MAX_TEXT], "kind": type(error).__name__})
         return
     except MemoryError:
-        channel.send({"refused": "not enough memory to load it"})
+        channel.send({"refused": "not enough memory to load it", "kind": "MemoryError"})
         return
     channel.send(
         {
@@ -74,7 +74,16 @@ def _onnx_runtime(job: Mapping[str, Any]) -> Session:
     return OnnxRuntimeSession(Path(job["path"]), threads=job["threads"])
 
 
-_OPEN: Mapping[str, Callable[[Mapping[str, Any]], Session]] = {"onnxruntime": _onnx_runtime}
+def _tensorrt(job: Mapping[str, Any]) -> Session:
+    from cloud_hub.engines.tensorrt.session import TensorRtSession
+
+    return TensorRtSession(Path(job["path"]))
+
+
+_OPEN: Mapping[str, Callable[[Mapping[str, Any]], Session]] = {
+    "onnxruntime": _onnx_runtime,
+    "tensorrt": _tensorrt,
+}
 
 
 def _depend_on_parent(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 server.py       stands behind the doors: finds the model, checks the request, answers
 repository.py   which models are served, and from which files
+acceleration.py when a model moves to TensorRT, and back
 batcher.py      gathers requests into batches for the engines of one model
 queue.py        the pure rule for which requests leave together, when, and in whose turn
 cache.py        keeps answers for requests that come again (pure)

@@ -140,6 +140,9 @@ class Batcher:
             scheduling: what the model's configuration says on delays, order and priorities.
         """
         self._engines = tuple(engines)
+        self._serving: dict[Engine, asyncio.Task[None]] = {}  # while ``serve`` runs
+        self._group: asyncio.TaskGroup | None = None
+        self._busy: set[Engine] = set()  # with a batch
         self._batches = batches
         self._max_batch = max_batch if batches else 1
         self._max_queue_rows = max_queue_rows
@@ -244,13 +247,30 @@ class Batcher:
         self._closed = True
         await self._idle.wait()
 
+    async def switch(self, engines: Sequence[Engine]) -> None:
+        """Serve with these engines from now on, and return when those of before are idle.
+
+        No request waits for it: what is queued is taken by the new ones.
+        """
+        before, self._engines = self._engines, tuple(engines)
+        if self._group is not None:
+            for engine in engines:
+                self._serving[engine] = self._group.create_task(self._serve(engine))
+        leaving = [self._serving.pop(engine) for engine in before if engine in self._serving]
+        for engine, task in zip(before, leaving, strict=False):
+            if engine not in self._busy:  # the others leave after their batch
+                task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+
     async def serve(self) -> None:
         """Run batches until cancelled; what still waits then is told so."""
         try:
             async with asyncio.TaskGroup() as group:
+                self._group = group
                 for engine in self._engines:
-                    group.create_task(self._serve(engine))
+                    self._serving[engine] = group.create_task(self._serve(engine))
         finally:
+            self._group = None
             self._closed = True
             self._idle.set()
             for waiting in self._queue.drain():
@@ -310,7 +330,7 @@ class Batcher:
         return waiting, ticket
 
     async def _serve(self, engine: Engine) -> None:
-        while True:
+        while engine in self._engines:
             try:
                 await engine.ready()
             except EngineLost as error:
@@ -331,6 +351,7 @@ class Batcher:
                 self._settle()
             if taken.batch:
                 self._running += 1
+                self._busy.add(engine)
                 try:
                     await self._run(engine, taken.batch, now)
                 except asyncio.CancelledError:
@@ -339,6 +360,7 @@ class Batcher:
                     raise
                 finally:
                     self._running -= 1
+                    self._busy.discard(engine)
                     self._settle()
                 # An inline engine never waits: let answers leave between two batches.
                 await asyncio.sleep(0)

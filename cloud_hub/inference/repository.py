@@ -29,6 +29,7 @@ from cloud_hub.engines.launch import Launcher
 from cloud_hub.engines.upstream import Upstream, UpstreamDown, UpstreamEngine
 from cloud_hub.errors import ModelRefused
 from cloud_hub.inference import directory, warmup
+from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.inference.directory import ModelFiles
 from cloud_hub.metrics import Metrics
@@ -58,6 +59,7 @@ class ServedModel:
     statistics: ModelStatistics
     batcher: Batcher
     task: asyncio.Task[None]
+    following: asyncio.Task[None] | None = None  # keeps it on the best runtime there is
 
     @property
     def engine(self) -> Engine:
@@ -75,6 +77,14 @@ class ServedModel:
         troubles = [engine.trouble for engine in self.engines]
         return troubles[0] if all(troubles) else ""
 
+    async def switch(self, engines: Sequence[Engine]) -> None:
+        """Answer with these engines from now on, and close the others when they are idle."""
+        before, self.engines = self.engines, engines
+        try:
+            await self.batcher.switch(engines)
+        finally:
+            await asyncio.gather(*(engine.close() for engine in before))
+
     async def retire(self) -> None:
         """Finish what is waiting, then give the engines back."""
         await self.batcher.drain()
@@ -82,8 +92,10 @@ class ServedModel:
 
     async def stop(self) -> None:
         """Tell what is waiting that it will get no answer, and give the engines back."""
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        running = [task for task in (self.following, self.task) if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await asyncio.gather(*(engine.close() for engine in self.engines))
 
 
@@ -110,10 +122,16 @@ class Repository:
     """The models being served. Owner of their tasks; used on one event loop."""
 
     def __init__(
-        self, metrics: Metrics, launcher: Launcher, limits: Limits, control: Control = "none"
+        self,
+        metrics: Metrics,
+        launcher: Launcher,
+        limits: Limits,
+        control: Control = "none",
+        acceleration: Acceleration | None = None,
     ) -> None:
         self._metrics = metrics
         self._launcher = launcher
+        self._acceleration = acceleration
         self.limits = limits
         self._control = control
         self._root: Path | None = None
@@ -416,7 +434,18 @@ class Repository:
             for engine in engines:
                 await _warm_up(engine, config, files)
             opened.pop_all()
-        return self._start(name, version, sha256, engines, config)
+        model = self._start(name, version, sha256, engines, config)
+        if self._acceleration is not None:
+            model.following = asyncio.create_task(
+                self._acceleration.follow(
+                    model,
+                    file,
+                    wanted.parameters,
+                    lambda engine: _warm_up(engine, config, files),
+                ),
+                name=f"accelerate-{name}",
+            )
+        return model
 
     async def _open_upstream(self, name: str, files: ModelFiles) -> ServedModel:
         """Find the server that runs a model and start its batcher.

@@ -537,3 +537,23 @@ async def test_requests_that_run_again_one_by_one_waited_once(engine):
         await asyncio.gather(*tasks, return_exceptions=True)
     assert observer.statistics.queue.count == 3
     assert 'fogline_hub_queue_seconds_count{model="m",version="1"} 3.0' in metrics.render().decode()
+
+
+async def test_engines_are_switched_between_two_batches_and_nobody_notices(notes):
+    first, second = Doubling(), Doubling()
+    async with serving(first, observer=notes) as batcher:
+        first.free.clear()
+        held = asyncio.create_task(batcher.infer(rows(1), None))
+        await first.running.wait()
+        waiting = [asyncio.create_task(batcher.infer(rows(*range(n)), None)) for n in (2, 3)]
+        await asyncio.sleep(0)
+        switching = asyncio.create_task(batcher.switch([second]))
+        for n, task in zip((2, 3), waiting, strict=True):
+            assert len((await task)["y"]) == n  # they did not wait for the old engine
+        assert not switching.done()
+        first.free.set()
+        await switching
+        assert len((await held)["y"]) == 1
+        await batcher.infer(rows(*range(4)), None)
+    assert first.batches == [1]
+    assert sum(second.batches) == 9
