@@ -240,14 +240,19 @@ class Repository:
                 return
             await self._attempt(name, files, keep=True)
 
-    def find(self, name: str, version: str = "") -> ServedModel:
+    def find(self, name: str, version: str = "", digest: str = "") -> ServedModel:
         """Return the model that answers for ``name`` and ``version`` (empty: the newest).
+
+        ``digest`` is what the caller would like to compute where no version is asked for: that of
+        the file its certificate compares with. It is a wish; answers say what computed.
 
         Raises:
             NotFound: there is none; the text names those there are.
             Unavailable: there should be one, but it could not be loaded, or its engines are lost.
         """
         found = self._find(name, version)
+        if digest and not version and found.sha256 != digest:
+            found = next((m for m in self._models[name] if m.sha256 == digest), found)
         if found.trouble:
             raise Unavailable(f"model {name!r} cannot answer: {found.trouble}")
         return found

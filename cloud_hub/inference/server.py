@@ -216,7 +216,9 @@ class HubServer:
     async def _counted(
         self, caller: Caller, request: InferRequest, deadline: float | None
     ) -> InferResponse:
-        model = self._repository.find(request.model, request.version)
+        wish = request.parameters.get(DIGEST, "")
+        digest = wish if isinstance(wish, str) else ""
+        model = self._repository.find(request.model, request.version, digest)
         started = time.monotonic()
         trace = None
         if self.tracer is not None:

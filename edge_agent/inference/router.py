@@ -132,6 +132,15 @@ class _Served:
             return self.uncertified
         return self.terms
 
+    def asking(self, parameters: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+        """Return what the hub is told with a request that carried ``parameters``.
+
+        A hub that serves several versions answers with the one that the certificate compares with.
+        """
+        certificate = self.release.choice.certificate
+        forwarded = _forwarded(parameters)
+        return forwarded if certificate is None else {**forwarded, DIGEST: certificate.hub_sha256}
+
     def learn_digest(self, digest: Parameter | None) -> None:
         """Hold the hub's model against the one that the certificate compares with.
 
@@ -403,7 +412,7 @@ class Router:
                 inputs=_select(request.inputs, group, len(decisions)),
                 rows=len(group) if has_rows else 0,
                 outputs=list(local),
-                parameters=_forwarded(request.parameters),
+                parameters=served.asking(request.parameters),
             )
             for group in groups
         ]
@@ -460,6 +469,7 @@ class Router:
         served = self._served.get(request.model)
         model, version, rows = request.model, request.version, 0
         names: Sequence[str] = request.outputs
+        parameters = _forwarded(request.parameters)
         if served is not None:
             served = self._find(request.model, request.version)
             bundle = served.release.bundle
@@ -468,6 +478,7 @@ class Router:
             rows = _rows(request.inputs) if bundle.max_batch else 0
             if bundle.escalates_to is not None:
                 model, version = bundle.escalates_to.model, ""
+                parameters = served.asking(request.parameters)
         if pause_s := uplink.pause_s:
             raise Unavailable(
                 f"the hub asked not to be asked for {pause_s:.3f} s", retry_after_s=pause_s
@@ -475,9 +486,7 @@ class Router:
         if not uplink.link_up:
             raise Unavailable("the hub cannot be reached at the moment")
         finish = deadline if deadline is not None else started + self._deadline_s
-        question = Question(
-            model, request.inputs, rows, names, version, _forwarded(request.parameters)
-        )
+        question = Question(model, request.inputs, rows, names, version, parameters)
         try:
             answer = await uplink.ask(question, finish - time.monotonic())
         except HubLate as error:
@@ -489,7 +498,7 @@ class Router:
         except HubRefused as error:
             raise error.refusal from None
         decisions = [_HUB_ONLY] * (rows or 1)
-        parameters: dict[str, Parameter] = {
+        told: dict[str, Parameter] = {
             "fogline.tier": HUB,
             "fogline.quality": Quality.HUB.value,
             "fogline.reason": Reason.MODE.value,
@@ -498,18 +507,18 @@ class Router:
         outputs = dict(answer.outputs)
         if served is not None:
             served.learn_digest(answer.parameters.get(DIGEST))
-            parameters["fogline.release"] = served.label
+            told["fogline.release"] = served.label
             if options.per_row:
                 outputs |= _per_row(decisions, None)
         self._observer.answered(
             request.model,
-            str(parameters["fogline.release"]),
+            str(told["fogline.release"]),
             HUB,
             time.monotonic() - started,
             decisions,
         )
         version = answer.version if served is None else served.version
-        return InferResponse(request.model, version, outputs, request.id, parameters)
+        return InferResponse(request.model, version, outputs, request.id, told)
 
 
 _HUB_ONLY = Decision(True, Quality.HUB, Reason.MODE)

@@ -48,11 +48,13 @@ async def hub(tmp_path):
         yield hub
 
 
-async def ask(hub):
+async def ask(hub, **parameters):
     client = Client(hub.grpc_address)
     try:
         image = np.zeros((2, 1, 8, 8), np.float32)
-        return await client.infer(InferRequest("digits-hub", {"image": image}), 5.0)
+        return await client.infer(
+            InferRequest("digits-hub", {"image": image}, parameters=parameters), 5.0
+        )
     finally:
         await client.close()
 
@@ -92,3 +94,27 @@ async def test_the_directory_takes_precedence(tmp_path, triton_directory, digits
         await hub.fleet.releases.accept(digits / "bundles" / "digits-hub-1.0.0")
         await Registry(hub.fleet.releases, hub.repository, tmp_path / "hub" / "again").serve()
         assert (await ask(hub)).version == "3"
+
+
+async def test_a_device_is_answered_by_the_release_that_its_certificate_compares_with(
+    tmp_path, triton_directory
+):
+    newer = triton_directory / "digits-hub" / "4"
+    newer.mkdir()
+    first = (triton_directory / "digits-hub" / "3" / "model.onnx").read_bytes()
+    # Other bytes of the same model: a field that no reader knows (number 1000, a varint).
+    (newer / "model.onnx").write_bytes(first + b"\xc0\x3e\x01")
+    (triton_directory / "digits-hub" / "config.pbtxt").write_text("version_policy { all { } }")
+    config = HubConfig(
+        data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off", threads=1,
+        models=triton_directory,
+    )  # fmt: skip
+    async with Hub(config) as hub:
+        served = {model.version: model.sha256 for model in hub.repository.find_all("", "")}
+        assert len(set(served.values())) == 2
+        for version, wish in (("3", served["3"]), ("4", served["4"]), ("4", "unknown"), ("4", 7)):
+            answer = await ask(hub, **{"fogline.digest": wish})
+            assert (answer.version, answer.parameters["fogline.digest"]) == (
+                version,
+                served[version],
+            )

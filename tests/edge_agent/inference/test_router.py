@@ -30,7 +30,7 @@ from fogline_protocol.tensors import Array
 from tests.edge_agent import bundles
 from tests.edge_agent.bundles import SURE, UNSURE, rows
 from tests.edge_agent.polling import until
-from tests.fakes import FakeHub, Serving
+from tests.fakes import HUB_DIGEST, FakeHub, Serving
 
 
 class Noted:
@@ -439,7 +439,7 @@ async def test_parameters_nobody_knows_are_refused(
             await r.ask(SURE, **parameters)  # type: ignore[arg-type]
 
 
-async def test_the_hub_is_told_foreign_parameters_and_none_of_ours(
+async def test_the_hub_is_told_foreign_parameters_and_of_ours_the_file_to_compare_with(
     hub: FakeHub, door: Serving, release: Release
 ) -> None:
     async with routed(door.address, release) as r:
@@ -450,7 +450,7 @@ async def test_the_hub_is_told_foreign_parameters_and_none_of_ours(
             "triton_enable_empty_final_response": False,
         }
         await r.router.infer(InferRequest("double", rows(UNSURE), parameters=parameters), None)
-    assert hub.requests[0].parameters == {"priority": 3}
+    assert hub.requests[0].parameters == {"priority": 3, "fogline.digest": HUB_DIGEST}
 
 
 @pytest.mark.parametrize(
