@@ -84,16 +84,26 @@ class Hub:
             self._acceleration,
         )
         defaults = CallerLimits(config.caller_rate, 0, config.caller_concurrency)
+        cache = (
+            ResponseCache(config.cache_bytes, config.cache_ttl_s) if config.cache_bytes else None
+        )
+        if cache is not None:
+            self.metrics.watch_cache(lambda: cache.bytes)
         self.server = HubServer(
             config.name,
             self.repository,
             self.metrics,
             admission.Admission(defaults, self.metrics),
-            ResponseCache(config.cache_bytes, config.cache_ttl_s) if config.cache_bytes else None,
+            cache,
         )
         self.metrics.watch(
             lambda: [
-                Served(model.statistics, model.batcher.engines, *model.batcher.depth)
+                Served(
+                    model.statistics,
+                    model.batcher.engines,
+                    *model.batcher.depth,
+                    sum(engine.memory_bytes for engine in model.engines),
+                )
                 for model in self.repository.find_all("", "")
             ]
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -39,6 +39,7 @@ class Served(NamedTuple):
     engines: int
     waiting_requests: int
     waiting_rows: int
+    memory_bytes: int  # of the engines' own processes
 
 
 class Metrics:
@@ -91,6 +92,13 @@ class Metrics:
     def watch(self, models: Callable[[], Iterable[Served]]) -> None:
         """Read what ``models`` returns at every scrape."""
         self.registry.register(_AtScrape(models))
+
+    def watch_cache(self, bytes_kept: Callable[[], int]) -> None:
+        """Read at every scrape how many bytes of answers are kept."""
+        gauge = Gauge(
+            "fogline_hub_cache_bytes", "Bytes of answers that are kept", registry=self.registry
+        )
+        gauge.set_function(bytes_kept)
 
     def request_done(self, model: str, version: str, outcome: str, seconds: float) -> None:
         """Count one request that found its model."""
@@ -255,6 +263,11 @@ _GAUGES: Sequence[tuple[str, str, Callable[[Served], int]]] = (
     ("fogline_hub_queue_requests", "Requests waiting for an engine", lambda m: m.waiting_requests),
     ("fogline_hub_queue_rows", "Rows waiting for an engine", lambda m: m.waiting_rows),
     ("fogline_hub_engines", "Engines that serve the model", lambda m: m.engines),
+    (
+        "fogline_hub_engine_memory_bytes",
+        "Resident memory of the child processes that run the model",
+        lambda m: m.memory_bytes,
+    ),
     (
         "nv_inference_pending_request_count",
         "Requests waiting for an engine",

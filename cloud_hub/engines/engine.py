@@ -76,6 +76,10 @@ class Engine(Contract, Protocol):
     def digest(self) -> str:
         """What computes, where only the engine can know: a SHA-256 it was told; else empty."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """What a process of its own holds resident; 0 if it has none."""
+
     async def ready(self) -> None:
         """Return when a run could start at once: not while it is being replaced.
 

@@ -19,6 +19,7 @@ class InlineEngine:
 
     trouble = ""
     digest = ""
+    memory_bytes = 0
 
     def __init__(self, session: Session, expected_s: float) -> None:
         """Take over a loaded session.

@@ -136,6 +136,19 @@ class ProcessEngine:
         """The child's process, for figures about it; None while it is being replaced."""
         return self._process.pid if self._process is not None else None
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the child holds resident; 0 while there is none."""
+        if self._process is None:
+            return 0
+        try:
+            resident = (
+                Path(f"/proc/{self._process.pid}/statm").read_text(encoding="ascii").split()[1]
+            )
+        except OSError:
+            return 0
+        return int(resident) * os.sysconf("SC_PAGE_SIZE")
+
     async def ready(self) -> None:
         """Return when a run could start at once; see ``Engine``.
 

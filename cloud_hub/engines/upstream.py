@@ -209,6 +209,7 @@ class UpstreamEngine:
         self.trouble = ""
         self._told = False  # whoever waits to run knows of the trouble
         self.digest = ""
+        self.memory_bytes = 0
         self.retries = 0
 
     def __repr__(self) -> str:

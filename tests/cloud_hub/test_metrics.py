@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 import time
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -158,7 +159,7 @@ def test_busy_seconds_outlive_a_reload_and_count_failed_batches():
 def test_two_models_never_share_a_series():
     metrics = Metrics()
     models = [metrics.of_model(name, "1") for name in ("a", "b")]
-    metrics.watch(lambda: [Served(model.statistics, 1, 0, 0) for model in models])
+    metrics.watch(lambda: [Served(model.statistics, 1, 0, 0, 0) for model in models])
     models[0].batch_ran(1, [0.25], (0.0, 0.5, 0.0))
     text = metrics.render().decode()
     assert 'nv_inference_queue_duration_us{model="a",version="1"} 250000.0' in text
@@ -179,3 +180,26 @@ def test_counting_a_request_costs_little():
             metrics.request_done("m", "1", "ok", 0.002)
         best = min(best, (time.process_time() - started) / 500)
     assert best < 40e-6
+
+
+async def test_the_memory_of_engines_and_kept_answers_can_be_charted(tmp_path):
+    text = Path(__file__).parents[1] / "edge_agent" / "data" / "text.onnx"  # nothing tells its time
+    folder = tmp_path / "models" / "text"
+    (folder / "1").mkdir(parents=True)
+    (folder / "1" / "model.onnx").write_bytes(text.read_bytes())
+    (folder / "config.pbtxt").write_text("response_cache { enable: true }")
+    config = HubConfig(
+        data=tmp_path / "hub", models=tmp_path / "models", grpc="127.0.0.1:0", http="127.0.0.1:0",
+        mqtt="off", cache_bytes=1 << 20,
+    )  # fmt: skip
+    async with Hub(config) as hub:
+        before = await scraped(hub)
+        client = Client(hub.grpc_address)
+        texts = np.array([[b"kept"]], dtype=object)
+        await client.infer(InferRequest("text", {"s": texts}), 10.0)
+        await client.close()
+        after = await scraped(hub)
+    labels = '{model="text",version="1"}'
+    assert before[f"fogline_hub_engine_memory_bytes{labels}"] > 10e6  # a process with a runtime
+    assert before["fogline_hub_cache_bytes"] == 0
+    assert after["fogline_hub_cache_bytes"] > 0
