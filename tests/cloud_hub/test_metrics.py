@@ -98,7 +98,7 @@ async def test_engines_queues_and_rejections_are_told(hub, client):
     gate, entered = asyncio.Event(), asyncio.Event()
     run = model.engine.run
 
-    async def held(inputs):
+    async def held(inputs, deadline=None):
         entered.set()
         await gate.wait()
         return await run(inputs)

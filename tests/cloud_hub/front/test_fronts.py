@@ -95,7 +95,7 @@ async def test_a_deadline_holds_through_a_front(hub, client):
     held = asyncio.Event()
     run = model.engine.run
 
-    async def hold(inputs):
+    async def hold(inputs, deadline=None):
         await held.wait()
         return await run(inputs)
 
@@ -146,7 +146,7 @@ async def test_fronts_end_with_their_hub_and_answer_what_they_had_taken(tmp_path
         held, running = asyncio.Event(), asyncio.Event()
         run = model.engine.run
 
-        async def hold(inputs):
+        async def hold(inputs, deadline=None):
             running.set()
             await held.wait()
             return await run(inputs)
