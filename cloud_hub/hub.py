@@ -113,8 +113,12 @@ class Hub:
             else None,
             trace=self.server if config.trace_dir is not None else None,
             trace_refusal=tracing.REFUSAL,
-            logs=LogSettings(),
+            # Whoever may call from elsewhere may not mute what the operator reads.
+            logs=LogSettings("fogline", "cloud_hub")
+            if is_loopback(config.grpc) and is_loopback(config.http)
+            else None,
         )
+        self._ended: list[str] = []  # parts that should run as long as the hub
         self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -194,6 +198,13 @@ class Hub:
         """Run ``work`` until the hub stops."""
         task = asyncio.create_task(work, name=name)
 
+        def ended(done: asyncio.Task[None]) -> None:
+            if not done.cancelled():  # it should never: a mistake of our own
+                log.error("a part of the hub has ended", exc_info=done.exception())
+                self._ended.append(name)
+
+        task.add_done_callback(ended)
+
         async def end() -> None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -212,8 +223,8 @@ class Hub:
         if self.config.front_processes:
             answer = admission.passed_on(methods, self._callers(guarded))
             self.fronts = Fronts(self.config, answer)
-            await self.fronts.start(self.config.front_processes)
             self._parts.push_async_callback(self.fronts.stop, min(CLOSE_S, self.config.drain_s))
+            await self.fronts.start(self.config.front_processes)
             return _joined(host, self.fronts.port)
         server = grpc_service.new_server(
             max_message_bytes=self.config.max_message_bytes,
@@ -314,6 +325,7 @@ class Hub:
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         reasons = [f"model {status.name}: {status.reason}" for status in self.repository.refused]
+        reasons += [f"the part {name!r} of the hub has failed, see its log" for name in self._ended]
         if self.server.draining:
             reasons.append("the hub is shutting down")
         return web.json_response(

@@ -82,7 +82,7 @@ class Agent:
             shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)
             if config.allow_shared_memory
             else None,
-            logs=LogSettings(),
+            logs=LogSettings("fogline", "edge_agent"),
         )
         self._parts = contextlib.AsyncExitStack()
 

@@ -6,8 +6,9 @@ model's memory returns only with its process.
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cloud_hub.engines.inline import ON_LOOP_BELOW_S, InlineEngine
 from cloud_hub.engines.onnx_runtime import CPU, OnnxRuntimeSession, usable_providers
 from cloud_hub.engines.process import Job, ProcessEngine
 from cloud_hub.errors import ModelRefused
+from fogline_protocol import documents
 
 # A file of this size loads in a tenth of a second, so that little is lost if it turns out slow.
 INLINE_MAX_BYTES = 16 << 20
@@ -41,6 +43,29 @@ class Launcher:
             if engine is not None:
                 return engine
         return await self._apart(path, threads)
+
+    async def open_all(self, path: Path, sha256: str, count: int) -> list[Engine]:
+        """Return ``count`` engines of the file with this digest, all of them or none.
+
+        Raises:
+            ModelRefused: one cannot be loaded, or the file at ``path`` is another one by now.
+        """
+        before = _identity(path)
+        if await asyncio.to_thread(documents.sha256_of_file, path) != sha256:
+            raise ModelRefused(f"{path} is another file than before: load the model anew")
+        engines = await _all_or_none(lambda: self.open(path, instances=count), count)
+        if _identity(path) != before:
+            await asyncio.gather(*(engine.close() for engine in engines))
+            raise ModelRefused(f"{path} changed while it was loaded: load the model anew")
+        return engines
+
+    async def open_plans(self, plan: Path, count: int) -> list[Engine]:
+        """Return ``count`` engines that run a TensorRT plan, all of them or none.
+
+        Raises:
+            ModelRefused: no GPU, not enough of its memory, or a plan of something else.
+        """
+        return await _all_or_none(lambda: self.open_plan(plan), count)
 
     async def open_apart(self, path: Path) -> Engine:
         """Return an engine in a process of its own, for a file that nothing is known of.
@@ -68,6 +93,26 @@ class Launcher:
             environment=self.environment,
         )
         return await ProcessEngine.start(job)
+
+
+async def _all_or_none(open_one: Callable[[], Awaitable[Engine]], count: int) -> list[Engine]:
+    async with contextlib.AsyncExitStack() as opened:
+        engines: list[Engine] = []
+        for _ in range(count):
+            engine = await open_one()
+            opened.push_async_callback(engine.close)
+            engines.append(engine)
+        opened.pop_all()
+    return engines
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what changes when another file takes the place of this one, or it is written to."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ModelRefused(f"{path}: {error.strerror}") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _small(path: Path) -> bool:

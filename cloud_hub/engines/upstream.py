@@ -361,6 +361,8 @@ class UpstreamEngine:
 
     def _doubt(self) -> None:
         """A run has failed: have the upstream checked before the next one."""
+        if self.trouble:
+            return  # it is being watched for its return
         self._settled.clear()
         self._doubted.set()
 

@@ -64,11 +64,16 @@ class Fronts:
             StartRefused: the port is in use, or a front cannot listen.
         """
         self._reserve()
-        try:
-            await asyncio.gather(*(self._start(number) for number in range(count)))
-        except Unavailable as error:
-            await self.stop(0.0)
-            raise StartRefused(f"a front process cannot listen: {error}") from None
+        started = await asyncio.gather(
+            *(self._start(number) for number in range(count)), return_exceptions=True
+        )
+        for error in started:
+            if isinstance(error, BaseException):
+                await self.stop(0.0)
+                if isinstance(error, Unavailable | OSError | TimeoutError):
+                    text = str(error) or f"not ready after {START_LIMIT_S:.0f} s"
+                    raise StartRefused(f"a front process cannot start: {text}")
+                raise error
         self._keeping = [
             asyncio.create_task(self._keep(number), name=f"front-{number}")
             for number in range(count)
@@ -123,6 +128,9 @@ class Fronts:
                 str(theirs.fileno()), str(memory),
                 pass_fds=(theirs.fileno(), memory), stdin=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
             os.close(memory)

@@ -71,13 +71,14 @@ class _Everything(grpc.GenericRpcHandler):
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
         path = details.method
 
-        async def hand_on(data: bytes, context: Context) -> bytes:
+        async def hand_on(data: bytes, context: Context, *, admit: bool = False) -> bytes:
             metadata = context.invocation_metadata() or ()
             passed_on = {key: str(value) for key, value in metadata if key in PASSED_ON}
-            return await self._hub.ask(path, data, context.time_remaining(), passed_on)
+            left = context.time_remaining()
+            return await self._hub.ask(path, data, left, passed_on, admit=admit)
 
         async def admit(context: Context) -> None:
-            await hand_on(b"", context)  # the hub knows that this is no request yet
+            await hand_on(b"", context, admit=True)
 
         if path == grpc_service.STREAM:
             return grpc_calls.stream(path, hand_on, admit)

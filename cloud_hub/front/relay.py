@@ -1,6 +1,6 @@
 """What a front and the hub say to each other: frames on a stream socket.
 
-    front ─ CALL, CANCEL ─► hub        hub ─ SETUP, ANSWER, FAILURE, STOP ─► front
+    front ─ CALL, ADMIT, CANCEL ─► hub        hub ─ SETUP, ANSWER, FAILURE, STOP ─► front
     front ─ READY, REFUSED ─► hub
 
 Every frame is ``length, kind, call id`` and a body. A call's request lies in the body, or, if it
@@ -28,7 +28,7 @@ INLINE_BELOW = 1 << 15  # bytes of a request; below it copying is cheaper than p
 MAX_CALLS = 4096  # of one front at a time
 
 _HEAD = struct.Struct("<IBQ")  # length of the body, kind, call id
-_CALL = struct.Struct("<dqIHH")  # seconds left, offset or -1, lengths of request, path, metadata
+_CALL = struct.Struct("<dqIII")  # seconds left, offset or -1, lengths of request, path, metadata
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     READY = 2  # it listens
     REFUSED = 3  # JSON: why it cannot listen
     CALL = 4
+    ADMIT = 9  # as a call without a request: may this caller open this stream?
     CANCEL = 5  # its caller has left
     ANSWER = 6
     FAILURE = 7  # JSON: status, text, when to come back
@@ -54,6 +55,7 @@ class Call:
     request: bytes
     seconds_left: float | None
     metadata: Mapping[str, str]
+    admit: bool = False  # only whether its caller may is asked, not for an answer
 
     def time_remaining(self) -> float | None:
         """Return how long its caller still waits, in seconds."""
@@ -133,9 +135,15 @@ class FrontEnd(_End):
         self.stop: asyncio.Future[float] = self._loop.create_future()  # seconds of grace
 
     async def ask(
-        self, path: str, request: bytes, seconds_left: float | None, metadata: Mapping[str, str]
+        self,
+        path: str,
+        request: bytes,
+        seconds_left: float | None,
+        metadata: Mapping[str, str],
+        *,
+        admit: bool = False,
     ) -> bytes:
-        """Return the hub's answer to a call.
+        """Return the hub's answer to a call; with ``admit`` whether its caller may call.
 
         Raises:
             InferenceError: the hub's refusal; Overloaded and Unavailable are this end's too.
@@ -144,6 +152,7 @@ class FrontEnd(_End):
             raise Unavailable("the hub is gone")
         if len(self._waiting) >= MAX_CALLS:
             raise Overloaded(f"{MAX_CALLS} calls are waiting at this front: come back later")
+        name, extra = path.encode(), json.dumps(metadata).encode() if metadata else b""
         self._last_id += 1
         call_id = self._last_id
         offset = -1
@@ -153,12 +162,12 @@ class FrontEnd(_End):
             self._placed[call_id] = offset, len(request)
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._waiting[call_id] = answer
-        name, extra = path.encode(), json.dumps(metadata).encode() if metadata else b""
         head = _CALL.pack(
             math.nan if seconds_left is None else seconds_left,
             offset, len(request), len(name), len(extra),
         )  # fmt: skip
-        self.send(Kind.CALL, call_id, head, name, extra, b"" if offset >= 0 else request)
+        kind = Kind.ADMIT if admit else Kind.CALL
+        self.send(kind, call_id, head, name, extra, b"" if offset >= 0 else request)
         try:
             return await answer
         finally:
@@ -228,8 +237,9 @@ class HubEnd(_End):
 
     def _frame(self, kind: Kind, call_id: int, body: bytes) -> None:
         match kind:
-            case Kind.CALL:
-                task = self._loop.create_task(self._answer(self._read(body)))
+            case Kind.CALL | Kind.ADMIT:
+                call = self._read(body, admit=kind is Kind.ADMIT)
+                task = self._loop.create_task(self._answer(call))
                 self._calls[call_id] = task
                 task.add_done_callback(lambda done: self._done(call_id, done))
             case Kind.CANCEL:
@@ -242,7 +252,7 @@ class HubEnd(_End):
             case _:
                 raise ValueError(f"a front never says {kind.name}")
 
-    def _read(self, body: bytes) -> Call:
+    def _read(self, body: bytes, *, admit: bool) -> Call:
         left, offset, size, path_size, metadata_size = _CALL.unpack_from(body)
         at = _CALL.size
         path = body[at : at + path_size].decode()
@@ -250,7 +260,7 @@ class HubEnd(_End):
         metadata = json.loads(body[at : at + metadata_size]) if metadata_size else {}
         at += metadata_size
         request = body[at:] if offset < 0 else self._memory[offset : offset + size]
-        return Call(path, request, None if math.isnan(left) else left, metadata)
+        return Call(path, request, None if math.isnan(left) else left, metadata, admit)
 
     def _done(self, call_id: int, task: asyncio.Task[bytes]) -> None:
         # Not in the task: one that is cancelled before its first step runs none of its lines.

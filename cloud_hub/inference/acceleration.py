@@ -117,11 +117,8 @@ class Acceleration:
                         plan = await builder.plan(file, model.sha256, profile)
                         situation = replace(situation, plan_is_kept=True)
                     case Action.SWITCH if plan is not None:
-                        engines = [
-                            await self._launcher.open_plan(plan)
-                            for _ in range(model.config.instances)
-                        ]
-                        await _switch(model, engines, warm)
+                        count = model.config.instances
+                        await _switch(model, await self._launcher.open_plans(plan, count), warm)
                         situation = replace(situation, serving="tensorrt")
                         log.info("TensorRT serves", model=model.name, plan=plan.name)
                     case Action.STAY if situation.serving == "tensorrt":
@@ -137,15 +134,21 @@ class Acceleration:
             except ModelRefused as error:
                 if isinstance(error, PlanUnusable) and plan is not None:
                     builder.plans.drop(plan)
-                if situation.serving == "tensorrt":
-                    await self._go_back(model, file, warm)
+                    plan = None
+                if situation.serving == "tensorrt" and not await self._go_back(model, file, warm):
+                    continue  # the next look tries again
                 situation = _failed(situation, error)
 
-    async def _go_back(self, model: Served, file: Path, warm: Warm) -> None:
+    async def _go_back(self, model: Served, file: Path, warm: Warm) -> bool:
+        """Return whether ONNX Runtime has taken over."""
         log.error("TensorRT is lost, ONNX Runtime takes over", model=model.name, why=model.trouble)
-        instances = model.config.instances
-        engines = [await self._launcher.open(file, instances=instances) for _ in range(instances)]
-        await _switch(model, engines, warm)
+        count = model.config.instances
+        try:
+            await _switch(model, await self._launcher.open_all(file, model.sha256, count), warm)
+        except ModelRefused as error:
+            log.error("ONNX Runtime cannot take over", model=model.name, why=str(error))
+            return False
+        return True
 
 
 def _profile(config: ModelConfig, parameters: Mapping[str, str]) -> Profile:

@@ -151,8 +151,8 @@ def passed_on(methods: Mapping[str, grpc_calls.Method], callers: Callers) -> Ans
         if not call.path.startswith(f"/{grpc_service.HEALTH}/"):
             # In the task of this call alone.
             CALLER.set(await callers.who(call.metadata.get("authorization", "")))
-        if call.path == grpc_service.STREAM and not call.request:
-            return b""  # a stream was opened: its caller may, that is all
+        if call.admit:
+            return b""
         return await grpc_calls.translating(call.path, method, call.request, call)
 
     return answer

@@ -223,6 +223,8 @@ class Batcher:
         """
         if self._closed:
             raise Unavailable("the model is being unloaded")
+        if all(engine.trouble for engine in self._engines):
+            raise Unavailable(self._engines[0].trouble)
         rows = len(next(iter(inputs.values()))) if self._batches else 1
         level = self.level(priority)
         self._admit(rows, level)

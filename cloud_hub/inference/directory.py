@@ -138,5 +138,9 @@ def _read(folder: Path, name: Path, limit: int) -> bytes:
 
 def _held_inside(folder: Path, file: Path) -> None:
     root = folder.parent
-    if not file.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in a name
+        raise ModelRefused(f"{str(file)!r} cannot be found: {error}") from None
+    if not inside:
         raise ModelRefused(f"{file} is a link that leaves {root}")

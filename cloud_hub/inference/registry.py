@@ -38,8 +38,8 @@ class Registry:
         for model, releases in on_the_hub(await self._releases.list()).items():
             try:
                 files = await asyncio.to_thread(self._lay_out, model, releases)
-            except ModelRefused as error:
-                log.error("release is not served", model=model, why=str(error))
+            except (ModelRefused, OSError) as error:
+                await self._repository.refuse_release(model, ModelRefused(str(error)))
                 continue
             await self._repository.serve_release(model, files)
 
@@ -54,7 +54,8 @@ class Registry:
         """Give the files of the variants to run their names beside each other again.
 
         Raises:
-            ModelRefused: no variant of a release is meant for this hub's providers.
+            ModelRefused: no variant of the newest one is meant for this hub's providers.
+            OSError: the disk is full or fails, or a blob is missing.
         """
         folder = self._directory / model
         versions = []
@@ -64,9 +65,13 @@ class Registry:
                 (v for v in bundle.variants if set(v.providers) & set(usable_providers())), None
             )
             if variant is None:
-                raise ModelRefused(
+                problem = (
                     f"{model}@{release.number} has no variant for {', '.join(usable_providers())}"
                 )
+                if release is releases[-1]:
+                    raise ModelRefused(problem)
+                log.error("release is not served", why=problem)
+                continue
             place = folder / str(release.number)
             for name in bundle.files_for({variant.name}):
                 target = place / name
@@ -81,7 +86,7 @@ class Registry:
             Wanted(
                 name=model,
                 max_batch_size=min(newest.max_batch, self._repository.limits.max_batch),
-                versions=VersionPolicy(specific=tuple(release.number for release in releases)),
+                versions=VersionPolicy(specific=tuple(int(number) for number, _ in versions)),
             ),
             versions,
             {decisive: newest.labels} if newest.labels else {},

@@ -140,7 +140,9 @@ class Repository:
         self._refused: dict[str, ModelStatus] = {}  # should be served and cannot be
         self._unloaded: dict[str, ModelStatus] = {}
         self._objections: dict[str, str] = {}  # to newer files of a model that is served
-        self._fingerprints: dict[str, Hashable] = {}  # of the folders as they were last read
+        self._claimed: set[str] = set()  # names that the directory has
+        self._fingerprints: dict[str, Hashable] = {}  # of its folders as they were last read
+        self._releases: dict[str, ModelFiles] = {}  # what the registry wants served, by name
         self._retiring: set[asyncio.Task[None]] = set()
         self._awaiting: dict[str, asyncio.Task[None]] = {}  # by name: for upstreams that are down
         self._changing = asyncio.Lock()  # one load or unload at a time
@@ -149,6 +151,7 @@ class Repository:
         """Serve every model below ``root``; those that cannot be are kept with their reason."""
         self._root = root
         found = await asyncio.to_thread(directory.folders, root)
+        self._claimed |= found.keys()
         if self._control == "explicit":
             for name in found:
                 self._unloaded[name] = ModelStatus(name, "", UNAVAILABLE, "not loaded")
@@ -172,13 +175,21 @@ class Repository:
                     await self._follow(found[name])
             for name in self._fingerprints.keys() - now.keys():
                 log.info("model is gone from the directory", model=name)
-                del self._fingerprints[name]
-                self._refused.pop(name, None)
-                self._objections.pop(name, None)
-                if name in self._awaiting:
-                    self._awaiting.pop(name).cancel()
-                await self._retire_all(self._models.pop(name, ()))
+                await self._forget(name)
         return now
+
+    async def _forget(self, name: str) -> None:
+        """Serve a model of the directory no longer, but the registry's of that name if there is one."""
+        self._claimed.discard(name)
+        self._fingerprints.pop(name, None)
+        self._refused.pop(name, None)
+        self._objections.pop(name, None)
+        if name in self._awaiting:
+            self._awaiting.pop(name).cancel()
+        if name in self._releases:
+            await self._attempt(name, self._releases[name], keep=True)
+        else:
+            self._retire(name, self._models.pop(name, ()))
 
     async def keep_polling(self, every_s: float) -> None:
         """Poll until cancelled."""
@@ -205,9 +216,10 @@ class Repository:
             found = await asyncio.to_thread(directory.folders, root)
             if name not in found:
                 raise NotFound(f"{name!r} is no model of the repository: {list(found)}")
+            self._claimed.add(name)
             try:
                 await self._serve(name, await asyncio.to_thread(directory.read, found[name]))
-            except ModelRefused as error:
+            except (ModelRefused, OSError) as error:
                 if name not in self._models:
                     self._unloaded[name] = ModelStatus(name, "", UNAVAILABLE, str(error))
                 raise Unavailable(f"model {name!r} cannot be loaded: {error}") from None
@@ -222,11 +234,13 @@ class Repository:
         """
         self._explicit("unload")
         async with self._changing:
-            versions = self._models.pop(name, None)
-            if versions is None:
-                raise NotFound(f"model {name!r} is not loaded, loaded are {sorted(self._models)}")
+            loaded = sorted(self._models.keys() & self._claimed)
+            if name not in loaded:
+                raise NotFound(f"model {name!r} is not loaded, loaded are {loaded}")
+            versions = self._models.pop(name)
             self._unloaded[name] = ModelStatus(name, versions[-1].version, UNAVAILABLE, "unloaded")
-            await self._retire_all(versions)
+            # They go on retiring when the caller leaves.
+            await asyncio.wait(self._retire(name, versions))
 
     async def serve_release(self, name: str, files: ModelFiles) -> None:
         """Serve these versions of a model of the registry from now on, and no others.
@@ -235,10 +249,17 @@ class Repository:
         directory names is left alone.
         """
         async with self._changing:
-            if name in self._fingerprints or name in self._unloaded:
+            self._releases[name] = files
+            if name in self._claimed:
                 log.warning("the directory's model is served, the registry's is not", model=name)
                 return
             await self._attempt(name, files, keep=True)
+
+    async def refuse_release(self, name: str, error: ModelRefused) -> None:
+        """Say why a model of the registry is not served as it should be."""
+        async with self._changing:
+            if name not in self._claimed:
+                self._object(name, error)
 
     def find(self, name: str, version: str = "", digest: str = "") -> ServedModel:
         """Return the model that answers for ``name`` and ``version`` (empty: the newest).
@@ -335,13 +356,14 @@ class Repository:
     async def _follow(self, folder: Path) -> None:
         """Serve a folder of the directory as it is, or keep why not."""
         name = folder.name
+        self._claimed.add(name)
         # Before it is read: what changes meanwhile is seen by the next look.
         self._fingerprints[name] = await asyncio.to_thread(directory.fingerprint, folder)
         if name in self._awaiting:
             self._awaiting.pop(name).cancel()
         try:
             files = await asyncio.to_thread(directory.read, folder)
-        except ModelRefused as error:
+        except (ModelRefused, OSError) as error:
             self._object(name, error)
             return
         await self._attempt(name, files, keep=False)
@@ -372,10 +394,10 @@ class Repository:
             self._object(name, error)
             task = asyncio.create_task(self._await_upstream(name, files), name=f"await-{name}")
             self._awaiting[name] = task
-        except ModelRefused as error:
+        except (ModelRefused, OSError) as error:
             self._object(name, error)
 
-    def _object(self, name: str, error: ModelRefused) -> None:
+    def _object(self, name: str, error: Exception) -> None:
         log.error("model is not served", model=name, why=str(error))
         if name in self._models:
             self._objections[name] = f"newer files of it are not served: {error}"
@@ -413,10 +435,15 @@ class Repository:
         self._models[name] = served
         self._refused.pop(name, None)
         self._objections.pop(name, None)
-        for model in old:
-            task = asyncio.create_task(model.retire(), name=f"retire-{name}")
+        self._retire(name, old)
+
+    def _retire(self, name: str, models: Sequence[ServedModel]) -> Sequence[asyncio.Task[None]]:
+        """Let models finish what they took, then close them, whatever becomes of the caller."""
+        tasks = [asyncio.create_task(m.retire(), name=f"retire-{name}") for m in models]
+        for task in tasks:
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
+        return tasks
 
     def _same(self, name: str, version: str, sha256: str) -> ServedModel | None:
         for model in self._models.get(name, ()):
@@ -430,11 +457,9 @@ class Repository:
         """Load and warm one version and start its batcher."""
         wanted = files.wanted
         async with contextlib.AsyncExitStack() as opened:
-            engines: list[Engine] = []
-            for _ in range(wanted.instances):
-                engine = await self._launcher.open(file, instances=wanted.instances)
+            engines = await self._launcher.open_all(file, sha256, wanted.instances)
+            for engine in engines:
                 opened.push_async_callback(engine.close)
-                engines.append(engine)
             config = _completed(name, files, engines[0], self.limits.max_batch)
             for engine in engines:
                 await _warm_up(engine, config, files)
@@ -498,9 +523,6 @@ class Repository:
         return ServedModel(
             name, version, sha256, engines, config, metrics.statistics, batcher, task
         )
-
-    async def _retire_all(self, models: Sequence[ServedModel]) -> None:
-        await asyncio.gather(*(model.retire() for model in models))
 
 
 def _completed(name: str, files: ModelFiles, engine: Engine, max_batch: int) -> ModelConfig:

@@ -63,6 +63,7 @@ log = logging.getLogger("fogline.rest")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+MAX_DOCUMENT_BYTES = 1 << 16  # of a body that is no inference request
 COMPRESS_FROM = 1024  # bytes; below it the headers cost more than compression saves
 COMPRESS_BESIDE_FROM = 1 << 16  # bytes; compressed in a thread, with the interpreter free
 LARGE_AT_ONCE = 8  # bodies of large JSON that are read, written, or wait for it
@@ -409,6 +410,10 @@ def _answer(request: web.Request, body: bytes, json_length: int | None) -> web.R
 async def _document(request: web.Request) -> dict[str, Any]:
     """Return the JSON object that a body is; clients may leave it out."""
     body = await _body(request)
+    if len(body) > MAX_DOCUMENT_BYTES:  # it is parsed on the loop
+        raise TooLarge(
+            f"the body has {len(body)} bytes, at most {MAX_DOCUMENT_BYTES} are read here"
+        )
     document = rest_codec.parse(body) if body else {}
     if not isinstance(document, dict):
         raise BadRequest(f"the body must be an object, got {type(document).__name__}")

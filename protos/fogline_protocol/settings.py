@@ -73,8 +73,10 @@ class LogSettings:
     value. Logging belongs to the process, so all servers in it share one state.
     """
 
-    def __init__(self, root: str = "fogline") -> None:
+    def __init__(self, root: str = "fogline", *others: str) -> None:
+        """Act on these loggers and those below them; the settings shown are those of ``root``."""
         self._logger = logging.getLogger(root)
+        self._others = [LogSettings(other) for other in others]
 
     def get(self) -> Mapping[str, LogValue]:
         """Return what holds now."""
@@ -117,6 +119,8 @@ class LogSettings:
         gate.passes |= {name: value for name, value in changes.items() if name in gate.passes}
         if level is not None:
             self._logger.setLevel(logging.DEBUG if level else logging.NOTSET)
+        for other in self._others:
+            other.change(changes)
         return self.get()
 
     def _gate(self) -> "_Gate":

@@ -250,3 +250,11 @@ async def test_a_request_that_cannot_be_is_refused_by_name(http, change, text):
     async with http.post("/v2/models/echo/infer", data=json.dumps(body)) as answer:
         assert answer.status in (400, 501)
         assert text in (await answer.json())["error"]
+
+
+async def test_only_inference_may_have_a_large_body(http):
+    large = b'{"settings": {"a": "' + b"x" * 100_000 + b'"}}'
+    for path in ("/v2/repository/index", "/v2/repository/models/echo/load"):
+        async with http.post(path, data=large) as answer:
+            assert answer.status == 413
+            assert "at most 65536" in json.loads(await answer.read())["error"]

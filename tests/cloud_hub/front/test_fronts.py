@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton
@@ -22,6 +23,7 @@ from fogline_protocol.inference import (
     Unavailable,
     Unsupported,
 )
+from fogline_protocol.v1 import inference_pb2 as pb
 
 DOUBLE = Path(__file__).parents[2] / "edge_agent" / "data" / "double.onnx"  # x FP32 [n, 3]
 
@@ -190,3 +192,12 @@ async def test_callers_who_leave_by_the_hundred_leave_nothing_behind(hub, client
     async with asyncio.timeout(10):
         while any(front.end.calls for front in hub.fronts._fronts.values()):
             await asyncio.sleep(0.01)
+
+
+async def test_an_empty_message_of_a_stream_is_a_faulty_request_and_not_a_question(hub):
+    async with grpc.aio.insecure_channel(hub.grpc_address) as channel:
+        stream = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")()
+        await stream.write(b"")
+        answer = pb.ModelStreamInferResponse.FromString(await stream.read())
+        stream.cancel()
+    assert "unknown model ''" in answer.error_message

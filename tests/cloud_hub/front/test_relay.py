@@ -170,3 +170,16 @@ async def test_why_a_front_cannot_listen_is_told(ends):
     ends.front.send_document(Kind.REFUSED, "the port is in use")
     with pytest.raises(Unavailable, match="the port is in use"):
         await ends.hub.ready
+
+
+async def test_a_header_of_any_length_arrives_and_frees_its_place(ends):
+    long = {"authorization": "\xff" * 16_000}  # 96 KB of JSON
+    assert await ends.ask(bytes(INLINE_BELOW), metadata=long) == bytes(INLINE_BELOW)
+    assert ends.calls[0].metadata == long
+    assert ends.free == ROOM
+
+
+async def test_whether_a_caller_may_is_asked_apart_from_any_request(ends):
+    await ends.ask(b"", admit=True)
+    await ends.ask(b"")
+    assert [call.admit for call in ends.calls] == [True, False]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cloud_hub.engines.launch import Launcher
+from cloud_hub.inference.directory import ModelFiles
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
@@ -21,6 +22,7 @@ from fogline_protocol.inference import (
     Unavailable,
     Unsupported,
 )
+from fogline_protocol.model_config import Wanted
 
 
 @pytest.fixture
@@ -470,3 +472,73 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
     assert server.server_ready()
     assert (await server.infer(InferRequest("digits-hub", images(1)), None)).outputs
     await repository.close()
+
+
+async def test_a_caller_who_leaves_an_unload_leaves_nothing_running(explicit, triton_directory):
+    await explicit.load_model("digits-hub", ())
+    model = explicit._repository.find("digits-hub")
+    held = asyncio.Event()
+    drain = model.batcher.drain
+
+    async def slowly():
+        await held.wait()
+        await drain()
+
+    model.batcher.drain = slowly
+    unloading = asyncio.create_task(explicit.unload_model("digits-hub"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    unloading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await unloading
+    held.set()
+    await explicit._repository.close()
+    assert model.task.done()
+
+
+@pytest.mark.parametrize("label", ["a\\000b", "loop"])
+async def test_a_label_file_that_cannot_be_looked_for_stops_only_its_model(
+    polled, triton_directory, label
+):
+    folder = triton_directory / "strange"
+    add_version(triton_directory, "strange/1")
+    os.symlink("loop", folder / "loop")
+    (folder / "config.pbtxt").write_text(
+        f'output {{ name: "logits" data_type: TYPE_FP32 dims: 10 label_filename: "{label}" }}'
+    )
+    add_version(triton_directory, "later/1")
+    await looks(polled)
+    with pytest.raises(Unavailable, match="cannot be found"):
+        polled.find("strange")
+    assert polled.find("later").version == "1"
+
+
+def registered(triton_directory, version):
+    file = triton_directory / "digits-hub" / "3" / "model.onnx"
+    return ModelFiles(file.parent, Wanted(), [(version, file)], {})
+
+
+async def test_a_release_does_not_take_the_place_of_a_model_that_a_caller_loaded(
+    explicit, triton_directory
+):
+    repository = explicit._repository
+    await explicit.load_model("digits-hub", ())
+    await repository.serve_release("digits-hub", registered(triton_directory, "7"))
+    assert repository.versions("digits-hub") == ["3"]
+    await repository.serve_release("other", registered(triton_directory, "7"))
+    with pytest.raises(NotFound, match="is not loaded"):
+        await explicit.unload_model("other")  # it is not the directory's to unload
+    assert repository.versions("other") == ["7"]
+
+
+async def test_a_folder_that_comes_and_goes_gives_a_release_its_place_back(
+    polled, triton_directory
+):
+    await polled.serve_release("judge", registered(triton_directory, "7"))
+    add_version(triton_directory, "judge/2")
+    seen = await looks(polled)
+    assert polled.versions("judge") == ["2"]
+    shutil.rmtree(triton_directory / "judge")
+    await polled.poll(seen)
+    assert polled.versions("judge") == ["7"]
+    assert polled.ready
