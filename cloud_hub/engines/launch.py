@@ -27,18 +27,27 @@ class Launcher:
     threads: int = 0  # per run; 0: as many as there are cores
     run_limit_s: float = 30.0  # then an engine counts as hung
 
-    async def open(self, path: Path, *, instances: int = 1) -> Engine:
+    async def open(self, path: Path, *, instances: int = 1, threads: int = 0) -> Engine:
         """Return one of ``instances`` engines that has loaded the file and run it once.
+
+        Args:
+            path: an ONNX file.
+            instances: how many share the machine.
+            threads: per run, as the model's settings say; 0: nothing, this hub's count.
 
         Raises:
             ModelRefused: it cannot be loaded.
         """
-        threads = self.threads or max(1, (os.cpu_count() or 1) // instances)
+        threads = threads or self.threads_of_one(instances)
         if _small(path) and usable_providers() == [CPU]:
             engine = await asyncio.to_thread(_inline, path, threads)
             if engine is not None:
                 return engine
         return await self._apart(path, threads)
+
+    def threads_of_one(self, instances: int) -> int:
+        """Return how many threads each of ``instances`` engines gets unless its model says so."""
+        return self.threads or max(1, (os.cpu_count() or 1) // instances)
 
     async def open_apart(self, path: Path) -> Engine:
         """Return an engine in a process of its own, for a file that nothing is known of.

@@ -409,7 +409,9 @@ class Repository:
         async with contextlib.AsyncExitStack() as opened:
             engines: list[Engine] = []
             for _ in range(wanted.instances):
-                engine = await self._launcher.open(file, instances=wanted.instances)
+                engine = await self._launcher.open(
+                    file, instances=wanted.instances, threads=wanted.threads
+                )
                 opened.push_async_callback(engine.close)
                 engines.append(engine)
             config = _completed(name, files, engines[0], self.limits.max_batch)

@@ -450,7 +450,7 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
     triton_directory,
 ):
     class Apart(Launcher):
-        async def open(self, path, *, instances=1):
+        async def open(self, path, *, instances=1, threads=0):
             return await self.open_apart(path)
 
     repository = Repository(Metrics(), Apart(threads=1), Limits(max_batch=16))
@@ -469,4 +469,23 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
     await repository.load_directory(triton_directory)
     assert server.server_ready()
     assert (await server.infer(InferRequest("digits-hub", images(1)), None)).outputs
+    await repository.close()
+
+
+async def test_a_model_is_served_with_the_threads_that_its_settings_say(triton_directory):
+    asked = []
+
+    class Recording(Launcher):
+        async def open(self, path, *, instances=1, threads=0):
+            asked.append((instances, threads))
+            return await super().open(path, instances=instances, threads=threads)
+
+    (triton_directory / "digits-hub" / "config.pbtxt").write_text(
+        'parameters { key: "fogline.threads" value { string_value: "1" } } '
+        "instance_group { count: 2 }"
+    )
+    repository = Repository(Metrics(), Recording(threads=2), Limits())
+    await repository.load_directory(triton_directory)
+    assert asked == [(2, 1), (2, 1)]
+    assert repository.find("digits-hub").config.threads == 1
     await repository.close()
