@@ -3,6 +3,7 @@
 cli.py          the command `fogline`
 operate.py      the operator's commands, over the hub's API
 doctor.py       what a hub would find on this machine
+tuning/         which batch, instances and threads suit a model on this machine
 hub.py          the composition root: the only file that knows all sides
 config.py       options from flags, environment and TOML
 errors.py       what may go wrong before or beside a request

@@ -190,6 +190,80 @@ def doctor(config_file: Path | None, data: Path | None, gpu: bool, as_json: bool
 
 
 @main.group()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@bench.command("tune")
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="The Triton-style directory that MODEL is a name in; without it MODEL is an ONNX file.",
+)
+@click.option(
+    "--latency-ms",
+    type=click.FloatRange(0, min_open=True),
+    default=100.0,
+    show_default=True,
+    help="What 99 % of all batches must keep on a busy hub, their wait behind another included.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="For everything.",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(1, 4096), default=64, show_default=True, help="To try."
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=3x224x224",
+    help="Sizes, without the batch, of an input that leaves others than the batch open.",
+)
+@click.option("--dry-run", is_flag=True, help="Write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.argument("model")
+def bench_tune(models: Path | None, dry_run: bool, as_json: bool, model: str, **asked: Any) -> None:
+    """Find batch, instances and threads for MODEL, and write them into its config.pbtxt.
+
+    Measures, without a hub, on the engines and the batcher that serve. The setting with the most
+    samples/s within --latency-ms is taken; of those that differ by less than 3 % the one with
+    the least CPU time, then the smallest batch. The rest of config.pbtxt stays, but for its
+    comments; the old file is kept as config.pbtxt.bak. Ctrl-C leaves all as it was.
+
+    Inputs are the first warm-up request of the model's configuration, or zeros.
+    """
+
+    async def work() -> None:
+        from cloud_hub.tuning import report, tune
+        from cloud_hub.tuning.settings import Target, shape_option
+
+        _log_to_stderr(logging.CRITICAL)  # an engine that is lost stands in the table
+        wish = tune.Wish(
+            limit_s=asked["latency_ms"] / 1e3,
+            seconds=asked["seconds"],
+            largest_batch=asked["max_batch"],
+            shapes=dict(shape_option(text) for text in asked["shapes"]),
+        )
+        target = await asyncio.to_thread(Target.find, model, models)
+        if not dry_run:
+            target.check_rewritable()
+        with report.Progress(wish.seconds) as progress:
+            found = await tune.tune(target, wish, progress)
+        written = None
+        if found.chosen is not None and not dry_run and target.config is not None:
+            written = await asyncio.to_thread(target.write, target.rewritten(found.tuning()))
+        report.show(found, target, written, as_json=as_json, dry_run=dry_run)
+        found.check()
+
+    _run(work)
+
+
+@main.group()
 def token() -> None:
     """Bearer tokens for callers from other machines."""
 
@@ -318,7 +392,7 @@ def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         raise SystemExit(error.exit_code) from None
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(level: int = logging.INFO) -> None:
     """JSON lines for machines, plain lines for a terminal; the standard library's too."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
@@ -341,7 +415,7 @@ def _log_to_stderr() -> None:
             ],
         )
     )
-    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.basicConfig(handlers=[handler], level=level, force=True)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -31,20 +31,27 @@ class Launcher:
     run_limit_s: float = 30.0  # then an engine counts as hung
     environment: Mapping[str, str] | None = None  # of child processes; None: this one's
 
-    async def open(self, path: Path, *, instances: int = 1) -> Engine:
+    async def open(self, path: Path, *, instances: int = 1, threads: int = 0) -> Engine:
         """Return one of ``instances`` engines that has loaded the file and run it once.
+
+        Args:
+            path: an ONNX file.
+            instances: how many share the machine.
+            threads: per run, as the model's settings say; 0: nothing, this hub's count.
 
         Raises:
             ModelRefused: it cannot be loaded.
         """
-        threads = self.threads or max(1, (os.cpu_count() or 1) // instances)
+        threads = threads or self.threads_of_one(instances)
         if _small(path) and usable_providers() == [CPU]:
             engine = await asyncio.to_thread(_inline, path, threads)
             if engine is not None:
                 return engine
         return await self._apart(path, threads)
 
-    async def open_all(self, path: Path, sha256: str, count: int) -> list[Engine]:
+    async def open_all(
+        self, path: Path, sha256: str, count: int, *, threads: int = 0
+    ) -> list[Engine]:
         """Return ``count`` engines of the file with this digest, all of them or none.
 
         Raises:
@@ -53,7 +60,9 @@ class Launcher:
         before = _identity(path)
         if await asyncio.to_thread(documents.sha256_of_file, path) != sha256:
             raise ModelRefused(f"{path} is another file than before: load the model anew")
-        engines = await _all_or_none(lambda: self.open(path, instances=count), count)
+        engines = await _all_or_none(
+            lambda: self.open(path, instances=count, threads=threads), count
+        )
         if _identity(path) != before:
             await asyncio.gather(*(engine.close() for engine in engines))
             raise ModelRefused(f"{path} changed while it was loaded: load the model anew")
@@ -66,6 +75,10 @@ class Launcher:
             ModelRefused: no GPU, not enough of its memory, or a plan of something else.
         """
         return await _all_or_none(lambda: self.open_plan(plan), count)
+
+    def threads_of_one(self, instances: int) -> int:
+        """Return how many threads each of ``instances`` engines gets unless its model says so."""
+        return self.threads or max(1, (os.cpu_count() or 1) // instances)
 
     async def open_apart(self, path: Path) -> Engine:
         """Return an engine in a process of its own, for a file that nothing is known of.

@@ -457,7 +457,9 @@ class Repository:
         """Load and warm one version and start its batcher."""
         wanted = files.wanted
         async with contextlib.AsyncExitStack() as opened:
-            engines = await self._launcher.open_all(file, sha256, wanted.instances)
+            engines = await self._launcher.open_all(
+                file, sha256, wanted.instances, threads=wanted.threads
+            )
             for engine in engines:
                 opened.push_async_callback(engine.close)
             config = _completed(name, files, engines[0], self.limits.max_batch)

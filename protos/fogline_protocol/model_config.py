@@ -25,6 +25,8 @@ from fogline_protocol.v1 import model_config_pb2 as mc
 BACKEND = "onnxruntime"
 PLATFORM = "onnxruntime_onnx"
 UPSTREAM = "upstream"  # backend and platform of a model that another server runs
+THREADS = "fogline.threads"  # a parameter: threads of one run, for models that run here
+MAX_THREADS = 256
 
 log = logging.getLogger("fogline.model_config")
 
@@ -141,6 +143,7 @@ class ModelConfig:
     versions: VersionPolicy = VersionPolicy()
     batching: DynamicBatching = DynamicBatching()
     instances: int = 1
+    threads: int = 0  # of one run; 0: as the server is told
     label_files: Mapping[str, str] = field(default_factory=dict)  # by output
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by output, read from them
     response_cache: bool = False  # whether the same request may get the same answer again
@@ -167,6 +170,7 @@ class Wanted:
     backend: str = BACKEND
     parameters: Mapping[str, str] = field(default_factory=dict)
     response_cache: bool = False
+    threads: int = 0
 
     def completed(
         self, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], limit: int
@@ -203,6 +207,7 @@ class Wanted:
             versions=self.versions,
             batching=self.batching,
             instances=self.instances,
+            threads=self.threads,
             label_files=self.label_files,
             platform=UPSTREAM if self.backend == UPSTREAM else PLATFORM,
             backend=self.backend,
@@ -240,12 +245,10 @@ def parse_pbtxt(text: str) -> Wanted:
             raise ConfigError(
                 f"input {tensor.name!r}: reshape and allow_ragged_batch are not offered here"
             )
-    # proto3 cannot tell 0 from absent, a text can.
-    says_size = "max_batch_size" in re.sub(r"#.*", "", text)
     groups = message.instance_group
     return Wanted(
         name=message.name,
-        max_batch_size=message.max_batch_size if says_size else None,
+        max_batch_size=message.max_batch_size if _says_size(text) else None,
         inputs=[(t.name, _datatype(t.data_type), tuple(t.dims)) for t in message.input],
         outputs=[(t.name, _datatype(t.data_type), tuple(t.dims)) for t in message.output],
         versions=_policy(message.version_policy),
@@ -256,7 +259,51 @@ def parse_pbtxt(text: str) -> Wanted:
         backend=UPSTREAM if backend == UPSTREAM else BACKEND,
         parameters={key: value.string_value for key, value in message.parameters.items()},
         response_cache=message.response_cache.enable,
+        threads=_threads(message),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a ``config.pbtxt`` is to say from now on about how a model is run; None: as before."""
+
+    max_batch_size: int | None
+    instances: int
+    threads: int | None
+    preferred_batch_sizes: tuple[int, ...]
+
+
+def tuned(text: str, tuning: Tuning) -> str:
+    """Return a ``config.pbtxt`` with everything it said but for what ``tuning`` decides.
+
+    Comments are lost, and the order of fields is that of their numbers.
+
+    Raises:
+        ConfigError: it is no configuration, or has fields that only other servers know, which
+            would be lost.
+    """
+    message = mc.ModelConfig()
+    try:
+        text_format.Parse(text, message)
+    except text_format.ParseError as error:
+        raise ConfigError(
+            f"config.pbtxt cannot be rewritten without losing what is not understood here: {error}"
+        ) from None
+    says_size = _says_size(text)
+    if tuning.max_batch_size is not None:
+        message.max_batch_size, says_size = tuning.max_batch_size, True
+    if not message.instance_group:
+        message.instance_group.add()
+    del message.instance_group[1:]  # their counts were added up
+    message.instance_group[0].count = tuning.instances
+    if tuning.threads is not None:
+        message.parameters[THREADS].string_value = str(tuning.threads)
+    if message.dynamic_batching.preferred_batch_size or tuning.preferred_batch_sizes:
+        message.dynamic_batching.preferred_batch_size[:] = tuning.preferred_batch_sizes
+    written = text_format.MessageToString(message, as_utf8=True)
+    if says_size and not message.max_batch_size:
+        written = "max_batch_size: 0\n" + written  # a plain 0 is not printed, and means something
+    return written
 
 
 def encode(config: ModelConfig) -> bytes:
@@ -267,6 +314,24 @@ def encode(config: ModelConfig) -> bytes:
 def document(config: ModelConfig) -> dict[str, Any]:
     """Return the configuration as a JSON-ready document: Triton's names, numbers as numbers."""
     return _json(_message(config))
+
+
+def _says_size(text: str) -> bool:
+    # proto3 cannot tell 0 from absent, a text can.
+    return "max_batch_size" in re.sub(r"#.*", "", text)
+
+
+def _threads(message: mc.ModelConfig) -> int:
+    if THREADS not in message.parameters:
+        return 0
+    value = message.parameters[THREADS].string_value
+    if not (
+        value.isascii() and value.isdecimal() and len(value) <= 3 and 1 <= int(value) <= MAX_THREADS
+    ):
+        raise ConfigError(
+            f"parameter {THREADS!r} must be a string_value from 1 to {MAX_THREADS}, got {value!r}"
+        )
+    return int(value)
 
 
 def _message(config: ModelConfig) -> mc.ModelConfig:
@@ -307,6 +372,8 @@ def _message(config: ModelConfig) -> mc.ModelConfig:
         response_cache=mc.ModelResponseCache(enable=config.response_cache),
         model_transaction_policy=mc.ModelTransactionPolicy(decoupled=False),
     )
+    if config.threads:
+        message.parameters[THREADS].string_value = str(config.threads)
     batching = config.batching
     if config.batches or batching != DynamicBatching():
         message.dynamic_batching.CopyFrom(

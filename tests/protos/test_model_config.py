@@ -1,6 +1,7 @@
 """Configurations: completed from the graph, read from config.pbtxt, and told to clients."""
 
 import contextlib
+import dataclasses
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from fogline_protocol import model_config
 from fogline_protocol.model_config import (
     ConfigError,
+    ModelConfig,
     QueuePolicy,
     VersionPolicy,
     Wanted,
@@ -194,3 +196,53 @@ def test_a_model_of_another_server_is_configured_by_parameters():
 def test_the_response_cache_is_off_unless_a_model_asks_for_it():
     config = parse_pbtxt("").completed("m", (X,), (Y,), 64)
     assert model_config.document(config)["response_cache"] == {"enable": False}
+
+
+TUNING = model_config.Tuning(max_batch_size=8, instances=2, threads=3, preferred_batch_sizes=(4, 8))
+
+
+def test_tuning_changes_what_it_decides_and_keeps_the_rest():
+    text = """
+        name: "m"  # a comment
+        max_batch_size: 32
+        instance_group [ { count: 3 kind: KIND_CPU name: "a" }, { count: 4 } ]
+        dynamic_batching { preferred_batch_size: 32 max_queue_delay_microseconds: 7 }
+        parameters { key: "mine" value { string_value: "kept" } }
+        output { name: "y" data_type: TYPE_FP32 dims: 3 label_filename: "läbels.txt" }
+    """
+    before, after = (parse_pbtxt(text), parse_pbtxt(model_config.tuned(text, TUNING)))
+    assert after == dataclasses.replace(
+        before,
+        max_batch_size=8,
+        instances=2,
+        threads=3,
+        parameters={"mine": "kept", "fogline.threads": "3"},
+        batching=dataclasses.replace(before.batching, preferred_batch_sizes=(4, 8)),
+    )
+    assert "kind: KIND_CPU" in model_config.tuned(text, TUNING)
+    assert "läbels.txt" in model_config.tuned(text, TUNING)
+
+
+def test_tuning_does_not_lose_that_a_model_is_not_to_batch():
+    tuning = dataclasses.replace(TUNING, max_batch_size=None, preferred_batch_sizes=())
+    assert parse_pbtxt(model_config.tuned("max_batch_size: 0", tuning)).max_batch_size == 0
+    assert parse_pbtxt(model_config.tuned("", tuning)).max_batch_size is None
+
+
+def test_tuning_refuses_to_lose_what_only_other_servers_know():
+    with pytest.raises(ConfigError, match=r"without losing .*optimization"):
+        model_config.tuned("optimization { priority: PRIORITY_MAX }", TUNING)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "257", "two", "", "1.5", "9999999"])
+def test_threads_that_are_no_count_are_refused(value):
+    with pytest.raises(
+        ConfigError, match=r"'fogline\.threads' must be a string_value from 1 to 256"
+    ):
+        parse_pbtxt(f'parameters {{ key: "fogline.threads" value {{ string_value: "{value}" }} }}')
+
+
+def test_threads_of_a_model_are_reported_like_any_parameter():
+    config = ModelConfig("m", 4, threads=3)
+    assert model_config.document(config)["parameters"]["fogline.threads"] == {"string_value": "3"}
+    assert model_config.document(ModelConfig("m", 4))["parameters"] == {}

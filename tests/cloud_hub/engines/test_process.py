@@ -245,3 +245,13 @@ async def test_short_runs_stay_in_the_hub_and_others_do_not(tmp_path):
         await launcher.open(large)
     await short.close()
     await unknown.close()
+
+
+async def test_an_engine_has_the_threads_that_its_settings_say():
+    counts = []
+    for threads in (1, 3):
+        engine = await Launcher(threads=1).open(TEXT, threads=threads)
+        assert isinstance(engine, ProcessEngine)
+        counts.append(len(os.listdir(f"/proc/{engine.pid}/task")))
+        await engine.close()
+    assert counts[1] - counts[0] == 2

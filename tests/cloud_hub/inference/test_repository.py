@@ -452,7 +452,7 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
     triton_directory,
 ):
     class Apart(Launcher):
-        async def open(self, path, *, instances=1):
+        async def open(self, path, *, instances=1, threads=0):
             return await self.open_apart(path)
 
     repository = Repository(Metrics(), Apart(threads=1), Limits(max_batch=16))
@@ -542,3 +542,22 @@ async def test_a_folder_that_comes_and_goes_gives_a_release_its_place_back(
     await polled.poll(seen)
     assert polled.versions("judge") == ["7"]
     assert polled.ready
+
+
+async def test_a_model_is_served_with_the_threads_that_its_settings_say(triton_directory):
+    asked = []
+
+    class Recording(Launcher):
+        async def open(self, path, *, instances=1, threads=0):
+            asked.append((instances, threads))
+            return await super().open(path, instances=instances, threads=threads)
+
+    (triton_directory / "digits-hub" / "config.pbtxt").write_text(
+        'parameters { key: "fogline.threads" value { string_value: "1" } } '
+        "instance_group { count: 2 }"
+    )
+    repository = Repository(Metrics(), Recording(threads=2), Limits())
+    await repository.load_directory(triton_directory)
+    assert asked == [(2, 1), (2, 1)]
+    assert repository.find("digits-hub").config.threads == 1
+    await repository.close()
