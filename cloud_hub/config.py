@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cloud_hub.errors import ConfigRefused
-from fogline_protocol.mqtt import BrokerAddress
 
 ENV_PREFIX = "FOGLINE_HUB_"
 MIN_RATE = 0.001  # requests a second of one caller: what is rarer is no rate
@@ -69,6 +68,8 @@ class HubConfig(BaseSettings):
     @classmethod
     def _a_broker(cls, value: str) -> str:
         if value not in ("", "off"):
+            from fogline_protocol.mqtt import BrokerAddress  # with it comes an MQTT client
+
             BrokerAddress.parse(value)
         return value
 

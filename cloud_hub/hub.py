@@ -6,64 +6,75 @@ Start                                           Stop
   1 TLS files; lock the data directory            not ready, endpoints.json goes; serving on for
   2 database: open, migrate                         drain_notice_s: load balancers turn elsewhere
   3 models of the directory: load, warm           new inference is refused with a hint, at open
-  4 fleet: sign what is due, start the broker;      doors; what is in flight has drain_s
-    models of the registry: load, warm            HTTP door: the console's and devices' calls finish
-  5 gRPC door, or front processes                 gRPC door: streams that lie idle are ended
-  6 HTTP door: REST, console, files, metrics      broker, links; then engines, which nobody uses
+  4 gRPC door, or front processes: it answers       doors; what is in flight has drain_s
+    for these models, and is not ready            HTTP door: the console's and devices' calls finish
+  5 fleet: sign what is due, start the broker;    broker, links
+    models of the registry: load, warm; ready     gRPC door: streams that lie idle are ended
+  6 HTTP door: REST, console, files, metrics      engines, which nobody uses
   7 endpoints.json names them all                 history is written, database closes
                                                   the lock goes with the process
+
+From 4 on the hub answers while it does the rest, most of which is importing it. So what only 5 and
+6 need is imported there, on a thread.
 """
 
 import asyncio
 import contextlib
 import errno
 import fcntl
+import importlib
 import json
 import logging
 import os
 import ssl
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
-from aiohttp import web
 
 from cloud_hub import metrics as metrics_module
 from cloud_hub.config import ENDPOINTS, HubConfig, is_loopback, split_address
-from cloud_hub.console.app import add_console
 from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
 from cloud_hub.fleet.devices import Devices
-from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.identity import CallerLimits, Identity
 from cloud_hub.front.fronts import Fronts
 from cloud_hub.inference import admission, tracing
 from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.cache import ResponseCache
-from cloud_hub.inference.registry import Registry
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics, Served
 from cloud_hub.store.store import Store
-from fogline_protocol import grpc_calls, grpc_service, rest_service
+from fogline_protocol import grpc_calls, grpc_service
 from fogline_protocol.doors import Extras
 from fogline_protocol.settings import LogSettings
 from fogline_protocol.shared_memory import SharedMemory
 
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from cloud_hub.fleet.fleet import Fleet
+
 DATABASE = "hub.sqlite"
 CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
+
+# What the models of the directory are answered without; it imports most of the rest.
+_LATER = ("cloud_hub.console.app", "cloud_hub.fleet.fleet", "cloud_hub.inference.registry")
 
 log = logging.getLogger("fogline.hub")
 
 
 class Hub:
     """One running hub: ``async with Hub(config) as hub: await hub.wait_stopped()``."""
+
+    fleet: "Fleet"  # from step 5 on
 
     def __init__(self, config: HubConfig) -> None:
         self.config = config
@@ -165,6 +176,7 @@ class Hub:
         self._parts.push_async_callback(self.repository.close)
         if self._acceleration is not None:
             await self._acceleration.find()
+        self.repository.complete = False
         if self.config.models is not None:
             await self.repository.load_directory(self.config.models)
 
@@ -173,6 +185,12 @@ class Hub:
         if self.config.trace_dir is not None:
             self.server.tracer = tracing.Tracer(self.config.trace_dir)
             self._parts.push_async_callback(asyncio.to_thread, self.server.tracer.close)
+        self.grpc_address = await self._open_grpc()
+
+        await asyncio.to_thread(_import_later)
+        from cloud_hub.fleet.fleet import Fleet
+        from cloud_hub.inference.registry import Registry
+
         self.fleet = Fleet(
             self.store,
             data,
@@ -183,10 +201,10 @@ class Hub:
         await self._parts.enter_async_context(self.fleet.running(self.config.mqtt))
         registry = Registry(self.fleet.releases, self.repository, data / "serving")
         await registry.serve()
+        self.repository.complete = True
         self._keep("registry", registry.follow())
         if self.config.models is not None and self.config.model_control == "poll":
             self._keep("poll", self.repository.keep_polling(self.config.poll_s))
-        self.grpc_address = await self._open_grpc()
         self.http_address = await self._open_http(tls)
         endpoints = {"grpc": self.grpc_address, "http": self.http_address}
         if self.fleet.broker:
@@ -217,7 +235,11 @@ class Hub:
         methods = {
             **grpc_service.methods(self.server, self.server, self._extras),
             **grpc_service.health_methods(self.server),
-            **reports.methods(self._count, lambda: self.fleet.contact(self.url)),
+            # Until the HTTP door is open there is nothing to tell: devices ask again.
+            **reports.methods(
+                self._count,
+                lambda: self.fleet.contact(self.url) if self.http_address else reports.NOT_YET,
+            ),
         }
         host, _ = split_address(address)
         if self.config.front_processes:
@@ -249,6 +271,11 @@ class Hub:
         return _joined(host, port)
 
     async def _open_http(self, tls: ssl.SSLContext | None) -> str:
+        from aiohttp import web
+
+        from cloud_hub.console.app import add_console
+        from fogline_protocol import rest_service
+
         address = self.config.http
         guarded = await self._is_guarded(address)
         app = web.Application(
@@ -320,22 +347,33 @@ class Hub:
             ) from None
         return context
 
-    async def _healthz(self, _request: web.Request) -> web.Response:
-        return web.json_response({"alive": True})
+    async def _healthz(self, _request: "web.Request") -> "web.Response":
+        return _json_response({"alive": True})
 
-    async def _readyz(self, _request: web.Request) -> web.Response:
+    async def _readyz(self, _request: "web.Request") -> "web.Response":
         reasons = [f"model {status.name}: {status.reason}" for status in self.repository.refused]
         reasons += [f"the part {name!r} of the hub has failed, see its log" for name in self._ended]
         if self.server.draining:
             reasons.append("the hub is shutting down")
-        return web.json_response(
-            {"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200
-        )
+        return _json_response({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
-    async def _render_metrics(self, _request: web.Request) -> web.Response:
+    async def _render_metrics(self, _request: "web.Request") -> "web.Response":
+        from aiohttp import web
+
         return web.Response(
             body=self.metrics.render(), headers={"Content-Type": metrics_module.CONTENT_TYPE}
         )
+
+
+def _import_later() -> None:
+    for name in _LATER:
+        importlib.import_module(name)
+
+
+def _json_response(document: Mapping[str, object], status: int = 200) -> "web.Response":
+    from aiohttp import web
+
+    return web.json_response(document, status=status)
 
 
 def _joined(host: str, port: int) -> str:

@@ -442,7 +442,7 @@ class _Soak:
         found = []
         for child in psutil.Process(self._hub.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "cloud_hub.engines.worker" in child.cmdline():
+                if "cloud_hub.engines.child" in child.cmdline():
                     found.append(child.pid)
         return found
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cloud_hub.errors import ModelRefused
 from fogline_protocol import tensors
-from fogline_protocol.inference import Unavailable
+from fogline_protocol.errors import Unavailable
 from fogline_protocol.tensors import Array, TensorSpec
 
 Arrays = Mapping[str, Array]

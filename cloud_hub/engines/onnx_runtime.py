@@ -8,9 +8,10 @@ import numpy as np
 import onnxruntime
 
 from cloud_hub.engines.engine import Arrays
+from cloud_hub.engines.priority import at_low_priority
 from cloud_hub.errors import ModelRefused
 from fogline_protocol import tensors
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.tensors import Array, TensorSpec
 
 CPU = "CPUExecutionProvider"
@@ -56,10 +57,15 @@ class OnnxRuntimeSession:
         # Spinning threads burn the cores that the doors need (model-workshop.md 9).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        providers = usable_providers()
+
+        def load() -> onnxruntime.InferenceSession:
+            return onnxruntime.InferenceSession(path, options, providers=providers)
+
+        # Threads of its own, or of CUDA, would stay at the priority that they are started at.
+        alone = options.intra_op_num_threads == 1 and providers == [CPU]
         try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=usable_providers()
-            )
+            self._session = at_low_priority(load) if alone else load()
         except Exception as error:  # onnxruntime raises its own classes without a common base
             raise ModelRefused(f"{path}: ONNX Runtime cannot load it: {error}") from None
         self.provider: str = self._session.get_providers()[0]

@@ -223,7 +223,7 @@ class ProcessEngine:
         self._channel = channel
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "cloud_hub.engines.worker",
+                sys.executable, "-P", "-m", "cloud_hub.engines.child",
                 str(theirs.fileno()), str(os.getpid()),
                 pass_fds=(theirs.fileno(), self._file.descriptor), stdin=asyncio.subprocess.DEVNULL,
                 env=self._job.environment,

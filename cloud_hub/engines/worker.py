@@ -6,6 +6,7 @@ parent's to notice (``process.py``).
 
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import socket
@@ -16,8 +17,9 @@ from typing import Any
 
 from cloud_hub.engines.channel import Channel, Gone
 from cloud_hub.engines.engine import EngineLost, Session, seconds_per_row
+from cloud_hub.engines.priority import at_low_priority
 from cloud_hub.errors import ModelRefused
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 
 MAX_TEXT = 4096  # of an error: a datagram holds more, a caller's patience does not
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -69,9 +71,9 @@ def _serve(channel: Channel) -> None:
 
 
 def _onnx_runtime(job: Mapping[str, Any]) -> Session:
-    from cloud_hub.engines.onnx_runtime import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(Path(job["path"]), threads=job["threads"])
+    runtime = at_low_priority(lambda: importlib.import_module("cloud_hub.engines.onnx_runtime"))
+    session: Session = runtime.OnnxRuntimeSession(Path(job["path"]), threads=job["threads"])
+    return session
 
 
 def _tensorrt(job: Mapping[str, Any]) -> Session:
@@ -95,7 +97,3 @@ def _depend_on_parent(parent: int) -> None:
         sys.exit(1)
     with contextlib.suppress(OSError):  # not allowed here: then the kernel chooses by size
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, encoding="ascii")
-
-
-if __name__ == "__main__":
-    main()

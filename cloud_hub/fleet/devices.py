@@ -7,9 +7,10 @@ with the counts of the same reports.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
@@ -91,7 +92,11 @@ def save(connection: Connection, devices: Sequence[Device]) -> None:
     if not devices:
         return
     rows = [{name: getattr(device, name) for name in Device.__slots__} for device in devices]
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    dialect: Any = sqlite
+    if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql  # large, and most hubs have no use for it
+
+        dialect = postgresql
     insert = dialect.insert(schema.device)
     updated = {name: insert.excluded[name] for name in Device.__slots__ if name != "name"}
     connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=updated), rows)

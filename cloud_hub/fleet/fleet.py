@@ -112,7 +112,7 @@ class Fleet:
     def contact(self, http: str) -> pb.ContactResponse:
         """Return where a device finds broker and files; ``http`` is the hub's own URL."""
         if not urlsplit(http).netloc:
-            return pb.ContactResponse()  # that door opens in a moment: devices ask again
+            return reports.NOT_YET  # that door opens in a moment
         return pb.ContactResponse(mqtt=self.broker, http=http)
 
     async def _keep_in_touch(self, address: BrokerAddress) -> None:

@@ -35,6 +35,8 @@ log = logging.getLogger("fogline.reports")
 Accept = Callable[[Telemetry], None]
 Contact = Callable[[], ContactResponse]
 
+NOT_YET = ContactResponse()  # ask again in a moment
+
 
 def methods(accept: Accept, contact: Contact) -> Mapping[str, Method]:
     """Return the gRPC methods that take reports and tell devices where the rest is."""

@@ -13,17 +13,21 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
-from aiohttp import web
 
 from cloud_hub.fleet.identity import NO_LIMITS, Caller, CallerLimits
 from cloud_hub.front.relay import Answer, Call
 from cloud_hub.inference.limits import Account
 from cloud_hub.metrics import Metrics
-from fogline_protocol import grpc_calls, grpc_service, rest_service
+from fogline_protocol import grpc_calls, grpc_service
 from fogline_protocol.inference import Overloaded, Unauthenticated, Unsupported
+
+if TYPE_CHECKING:  # the gRPC door opens before aiohttp is imported
+    from aiohttp import web
+
+    from fogline_protocol import rest_service
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Authenticate = Callable[[str], Awaitable[Caller | None]]
@@ -160,9 +164,14 @@ def passed_on(methods: Mapping[str, grpc_calls.Method], callers: Callers) -> Ans
 
 def rest_middleware(callers: Callers) -> Any:
     """Return aiohttp middleware that notes who calls the inference routes or reads the metrics."""
+    from aiohttp import web
+
+    from fogline_protocol import rest_service
 
     @web.middleware
-    async def check(request: web.Request, handler: rest_service.Handler) -> web.StreamResponse:
+    async def check(
+        request: "web.Request", handler: "rest_service.Handler"
+    ) -> "web.StreamResponse":
         inference = request.path.startswith("/v2") and not request.path.startswith("/v2/health")
         if not inference and request.path != "/metrics":
             return await handler(request)

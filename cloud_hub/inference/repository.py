@@ -146,6 +146,7 @@ class Repository:
         self._retiring: set[asyncio.Task[None]] = set()
         self._awaiting: dict[str, asyncio.Task[None]] = {}  # by name: for upstreams that are down
         self._changing = asyncio.Lock()  # one load or unload at a time
+        self.complete = True  # False: more may come before the hub has started
 
     async def load_directory(self, root: Path) -> None:
         """Serve every model below ``root``; those that cannot be are kept with their reason."""
@@ -283,6 +284,8 @@ class Repository:
         if versions is None:
             if name in self._refused:
                 raise Unavailable(f"model {name!r} is not served: {self._refused[name].reason}")
+            if not self.complete:
+                raise Unavailable(f"model {name!r} is not served yet: the hub is starting")
             raise NotFound(f"unknown model {name!r}, served are {sorted(self._models)}")
         if not version:
             return versions[-1]
@@ -313,7 +316,7 @@ class Repository:
     @property
     def ready(self) -> bool:
         """Whether every model that should be served is."""
-        return not self.refused
+        return self.complete and not self.refused
 
     @property
     def refused(self) -> Sequence[ModelStatus]:

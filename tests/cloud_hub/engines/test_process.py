@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from cloud_hub.engines.engine import EngineLost
 from cloud_hub.engines.inline import InlineEngine
 from cloud_hub.engines.launch import INLINE_MAX_BYTES, Launcher
+from cloud_hub.engines.priority import NICE, at_low_priority
 from cloud_hub.engines.process import Job, ProcessEngine
 from cloud_hub.errors import ModelRefused
 from fogline_protocol.inference import BadRequest, ServerFault
@@ -39,6 +41,12 @@ def is_alive(pid):
         return False
 
 
+def priorities(pid):
+    """The nice value of every thread of a process."""
+    threads = map(int, os.listdir(f"/proc/{pid}/task"))
+    return {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+
+
 def children():
     return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
 
@@ -55,6 +63,38 @@ async def test_it_knows_the_contract_of_its_model(engine):
     assert engine.platform == "onnxruntime_onnx"
     assert engine.provider == "CPUExecutionProvider"
     assert 0 < engine.row_s < 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_it_serves_at_the_priority_of_its_hub_though_it_loaded_at_a_lower_one(threads):
+    engine = await ProcessEngine.start(Job("onnxruntime", DOUBLE, threads=threads))
+    nice = priorities(engine.pid)
+    assert nice.pop(engine.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+    await engine.close()
+    # Those of numpy and of the runtime itself, which no run waits for, keep what they began with.
+    pool = [value for value in nice.values() if value == os.getpriority(os.PRIO_PROCESS, 0)]
+    assert len(pool) == threads - 1
+
+
+def test_work_at_low_priority_is_done_at_one_and_its_outcome_is_told():
+    def work():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    assert at_low_priority(work) == NICE
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    with pytest.raises(ZeroDivisionError):
+        at_low_priority(lambda: 1 // 0)
+
+
+def test_a_worker_imports_nothing_that_only_doors_need():
+    program = """
+import sys
+import cloud_hub.engines.worker, cloud_hub.engines.onnx_runtime
+heavy = {"asyncio", "google.protobuf", "grpc", "structlog"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 async def test_answers_stay_what_they_were_when_the_next_run_is_over(engine):
