@@ -71,7 +71,8 @@ def main() -> None:
 @click.option(
     "--front-processes",
     type=int,
-    help="Processes that speak gRPC for the hub, for small models under load; 0: none [default: 0].",
+    help="Processes that speak gRPC for the hub, for small models under load with --door grpcio; "
+    "0: none [default: 0].",
 )
 @click.option(
     "--allow-shared-memory",

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fogline_protocol import grpc_door, header_blocks, http2
+from fogline_protocol.grpc_calls import STREAM_IN_FLIGHT
 from fogline_protocol.grpc_door import GrpcDoor
 from fogline_protocol.http2 import Code, Kind, frame
 from fogline_protocol.inference import BadRequest, Unauthenticated
@@ -492,6 +493,10 @@ async def test_a_stream_whose_reader_is_slow_is_not_read_on(door, methods):
         raw.ask(3, "/t/Told", data=message(b""))
         raw.send(frame(Kind.WINDOW_UPDATE, 0, 3, (1000).to_bytes(4, "big")))
         assert (await raw.status(3))[0] == 0  # others pass
+        await until(lambda: len(methods.asked) >= STREAM_IN_FLIGHT)
+        for _ in range(100):  # turns of the loop in which it could go on
+            raw.send(frame(Kind.PING, 0, 0, b"12345678"))
+            await raw.next(Kind.PING)
         assert len(methods.asked) < 100
         raw.send(frame(Kind.WINDOW_UPDATE, 0, 1, (1 << 29).to_bytes(4, "big")))
         for _ in range(200):

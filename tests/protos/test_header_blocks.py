@@ -35,6 +35,14 @@ def test_a_block_that_changed_the_table_means_something_else_the_next_time():
         assert reader.read(indexed) == reader.read(indexed) == [(b"a", value)]
 
 
+def test_a_block_that_changes_the_table_changes_it_every_time():
+    reader = BlockReader(list, 1 << 16)
+    for value in b"1122":
+        reader.read(b"\x40\x01a\x01" + bytes([value]))
+    newest = [reader.read(bytes([0x80 | index]))[0][1] for index in (62, 63, 64, 65)]
+    assert newest == [b"2", b"2", b"1", b"1"]
+
+
 def test_a_block_is_interpreted_once_as_long_as_the_table_stays():
     found = []
     reader = BlockReader(lambda headers: found.append(headers) or len(found), 1 << 16)

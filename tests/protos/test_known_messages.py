@@ -62,7 +62,11 @@ def usual(draw):
     key = draw(st.sampled_from([None, "triton_enable_empty_final_response", "priority"]))
     if key:
         message.parameters[key].int64_param = draw(st.sampled_from([0, 1]))
-    return message.SerializeToString()
+    data = message.SerializeToString()
+    if draw(st.integers(0, 3)):
+        return data
+    # What comes behind the tensors counts as well: the last of a field wins.
+    return data + draw(st.sampled_from([b"\x0a\x01z", b"\x1a\x01z", b"\x32\x03\x0a\x01y"]))
 
 
 @MANY
