@@ -80,9 +80,16 @@ def main() -> None:
 )
 @click.option("--poll-s", type=float, help="Between two looks at --models, with poll [default: 5].")
 @click.option(
+    "--door",
+    type=click.Choice(["http2", "grpcio"]),
+    help="What speaks gRPC: our own HTTP/2, which costs a small request least, or Google's library "
+    "[default: http2].",
+)
+@click.option(
     "--front-processes",
     type=int,
-    help="Processes that speak gRPC for the hub, for small models under load; 0: none [default: 0].",
+    help="Processes that speak gRPC for the hub, for small models under load with --door grpcio; "
+    "0: none [default: 0].",
 )
 @click.option(
     "--allow-shared-memory",

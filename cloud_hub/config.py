@@ -30,6 +30,7 @@ class HubConfig(BaseSettings):
     data: Path = Path("fogline-hub")  # database, keys, endpoints.json
     grpc: str = "127.0.0.1:8001"  # Triton's ports, so that existing clients find us
     http: str = "127.0.0.1:8000"
+    door: Literal["http2", "grpcio"] = "http2"  # what speaks gRPC: our own code, or Google's
     models: Path | None = None  # a Triton-style directory: name/1/model.onnx
     model_control: Literal["none", "poll", "explicit"] = "none"  # explicit: callers load and unload
     poll_s: float = Field(5.0, gt=0)  # between two looks at the directory, with poll

@@ -34,8 +34,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import grpc
-
 from cloud_hub import metrics as metrics_module
 from cloud_hub.config import ENDPOINTS, HubConfig, is_loopback, split_address
 from cloud_hub.engines.launch import Launcher
@@ -52,7 +50,7 @@ from cloud_hub.inference.server import HubServer
 from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics, Served
 from cloud_hub.store.store import Store
-from fogline_protocol import grpc_calls, grpc_service
+from fogline_protocol import grpc_service, grpc_transport
 from fogline_protocol.doors import Extras
 from fogline_protocol.settings import LogSettings
 from fogline_protocol.shared_memory import SharedMemory
@@ -241,34 +239,32 @@ class Hub:
                 lambda: self.fleet.contact(self.url) if self.http_address else reports.NOT_YET,
             ),
         }
-        host, _ = split_address(address)
+        host, port = split_address(address)
+        # Inference has been drained by the time it ends.
+        grace_s = min(CLOSE_S, self.config.drain_s)
         if self.config.front_processes:
             answer = admission.passed_on(methods, self._callers(guarded))
             self.fronts = Fronts(self.config, answer)
-            self._parts.push_async_callback(self.fronts.stop, min(CLOSE_S, self.config.drain_s))
+            self._parts.push_async_callback(self.fronts.stop, grace_s)
             await self.fronts.start(self.config.front_processes)
             return _joined(host, self.fronts.port)
-        server = grpc_service.new_server(
+        door = grpc_transport.new_door(
+            self.config.door,
+            methods,
             max_message_bytes=self.config.max_message_bytes,
-            interceptors=[admission.CallerInterceptor(self._callers(guarded))],
+            admit=admission.admitting(self._callers(guarded)),
         )
-        server.add_generic_rpc_handlers((grpc_calls.handler(methods, {grpc_service.STREAM}),))
+        self._parts.push_async_callback(door.stop, grace_s)
+        tls = None
+        if self.config.tls_cert is not None and self.config.tls_key is not None:
+            tls = grpc_transport.Pair(self.config.tls_cert, self.config.tls_key)
         try:
-            if self.config.tls_cert is not None and self.config.tls_key is not None:
-                pair = (self.config.tls_key.read_bytes(), self.config.tls_cert.read_bytes())
-                port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-            else:
-                port = server.add_insecure_port(address)
-        except RuntimeError:
+            return _joined(host, await door.listen(host, port, tls))
+        except OSError:
             raise StartRefused(
                 f"cannot listen on {address} (gRPC): the port is in use or the address is not "
                 "this machine's; choose another with --grpc HOST:PORT"
             ) from None
-        await server.start()
-        # Inference has been drained by then.
-        grace_s = min(CLOSE_S, self.config.drain_s)
-        self._parts.push_async_callback(grpc_service.stop, server, grace_s)
-        return _joined(host, port)
 
     async def _open_http(self, tls: ssl.SSLContext | None) -> str:
         from aiohttp import web

@@ -43,7 +43,7 @@ from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed
 from edge_agent.runtime import providers
 from edge_agent.runtime import release as releases
-from fogline_protocol import grpc_service, rest_service
+from fogline_protocol import grpc_service, grpc_transport, rest_service
 from fogline_protocol.client import Client, Credentials
 from fogline_protocol.doors import Extras
 from fogline_protocol.inference import InferRequest, InferResponse
@@ -171,31 +171,30 @@ class Agent:
         config = self.config
         if config.grpc == OFF and config.unix == OFF:
             return
-        server = grpc_service.new_server(max_message_bytes=config.max_message_bytes)
-        server.add_generic_rpc_handlers(
-            (
-                grpc_service.handler(self.router, extras=self._extras),
-                grpc_service.health_handler(self.router),
-            )
+        methods = {
+            **grpc_service.methods(self.router, extras=self._extras),
+            **grpc_service.health_methods(self.router),
+        }
+        door = grpc_transport.new_door(
+            config.door, methods, max_message_bytes=config.max_message_bytes
         )
+        self._parts.push_async_callback(door.stop, config.drain_s)
         try:
             if config.grpc != OFF:
                 what, flag = config.grpc, "--grpc HOST:PORT"
-                host, _ = options.split_address(config.grpc)
-                self.endpoints["grpc"] = _joined(host, server.add_insecure_port(config.grpc))
+                host, port = options.split_address(config.grpc)
+                self.endpoints["grpc"] = _joined(host, await door.listen(host, port))
             if config.unix != OFF:
                 what, flag = config.unix, "--unix PATH"
                 path = _free_socket(config.unix)
-                server.add_insecure_port(f"unix:{path}")
+                await door.listen_unix(path)
                 self.endpoints["unix"] = str(path)
                 self._parts.callback(path.unlink, missing_ok=True)
-        except RuntimeError:
+        except OSError:
             raise StartRefused(
                 f"cannot listen on {what} (gRPC): it is in use, or this process may not; "
                 f"choose another with {flag}"
             ) from None
-        await server.start()
-        self._parts.push_async_callback(grpc_service.stop, server, config.drain_s)
 
     async def _open_http(self) -> None:
         config = self.config

@@ -69,6 +69,12 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @_common
 @click.option("--grpc", metavar="HOST:PORT", help="Open Inference gRPC [default: 127.0.0.1:8101].")
 @click.option("--http", metavar="HOST:PORT", help="Open Inference REST [default: 127.0.0.1:8100].")
+@click.option(
+    "--door",
+    type=click.Choice(config_module.TRANSPORTS),
+    help="What speaks gRPC: our own HTTP/2, which costs a small request least, or Google's library "
+    "[default: http2].",
+)
 @click.option("--unix", metavar="PATH", help="Open Inference gRPC on a Unix socket [default: off].")
 @click.option(
     "--private/--no-private",

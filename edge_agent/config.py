@@ -14,9 +14,12 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edge_agent.errors import ConfigRefused
+
+Transport = Literal["http2", "grpcio"]  # see ``fogline_protocol.grpc_transport``
+TRANSPORTS: tuple[Transport, ...] = ("http2", "grpcio")
 
 ENV_PREFIX = "FOGLINE_AGENT_"
 OFF = "off"  # the word that closes a door: grpc = "off"
@@ -48,6 +51,7 @@ class AgentConfig:
     grpc: str = "127.0.0.1:8101"  # beside the hub's 8001 and 8000, so both fit on one machine
     http: str = "127.0.0.1:8100"
     unix: str = OFF  # path of a Unix socket for gRPC
+    door: Transport = "http2"  # what speaks gRPC: our own code, or Google's (grpcio)
 
     bundle: tuple[Path, ...] = ()  # releases installed by hand
     provider: str = ""  # serve on this execution provider or not at all; empty: the best one
@@ -83,6 +87,9 @@ class AgentConfig:
                 f"device: a name is 1 to 63 lower-case letters, digits, '_' and '-', starting "
                 f"with a letter or digit, got {self.device!r}"
             )
+        if self.door not in TRANSPORTS:
+            known = " or ".join(TRANSPORTS)
+            raise ConfigRefused(f"door: must be {known}, got {self.door!r}")
         for door in ("grpc", "http"):
             _check_door(door, getattr(self, door))
         if self.unix != OFF and len(os.fsencode(self.unix)) > MAX_UNIX_PATH_BYTES:
@@ -260,6 +267,7 @@ _READERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     int: (_int, "a whole number"),
     float: (_float, "a number"),
     str: (_text, "a text"),
+    Transport: (_text, "a text"),
     Path: (_path, "a path"),
     Path | None: (_path, "a path"),
     tuple[Path, ...]: (_paths, "a list of paths"),

@@ -39,8 +39,9 @@ class Fronts:
 
     def __init__(self, config: HubConfig, answer: Answer) -> None:
         """Prepare; ``answer`` answers a call."""
+        self._address = config.grpc
         self._setup: dict[str, Any] = {
-            "address": config.grpc,
+            "door": config.door,
             "tls_cert": config.tls_cert and str(config.tls_cert),
             "tls_key": config.tls_key and str(config.tls_key),
             "max_message_bytes": config.max_message_bytes,
@@ -91,8 +92,7 @@ class Fronts:
 
     def _reserve(self) -> None:
         """Hold the port for the fronts alone; another hub that wants it is refused."""
-        address = self._setup["address"]
-        host, port = split_address(address)
+        host, port = split_address(self._address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Without SO_REUSEPORT first: with it a second hub would silently share the port.
         for shared in (False, True):
@@ -105,7 +105,7 @@ class Fronts:
             except OSError as error:
                 held.close()
                 raise StartRefused(
-                    f"cannot listen on {address} (gRPC): {error.strerror}; choose another with "
+                    f"cannot listen on {self._address} (gRPC): {error.strerror}; choose another with "
                     "--grpc HOST:PORT"
                 ) from None
             port = held.getsockname()[1]
@@ -113,7 +113,7 @@ class Fronts:
                 held.close()
         self._reserved = held
         self.port = port
-        self._setup["address"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._setup |= {"host": host, "port": port}
 
     async def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()

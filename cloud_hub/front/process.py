@@ -7,14 +7,12 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import grpc
 
 from cloud_hub.front.relay import FrontEnd, Kind
-from fogline_protocol import grpc_calls, grpc_service
-from fogline_protocol.grpc_calls import Context
+from fogline_protocol import grpc_service, grpc_transport
+from fogline_protocol.grpc_calls import Context, Metadata, Method
 
 # What the hub needs to know of a call beside its bytes.
 PASSED_ON = ("authorization",)
@@ -33,56 +31,54 @@ async def _serve(end: socket.socket, memory: mmap.mmap) -> None:
     _, hub = await loop.create_connection(lambda: FrontEnd(memory), sock=end)
     with contextlib.suppress(asyncio.CancelledError):  # the hub hung up
         setup = await hub.setup
-        server = grpc_service.new_server(
-            max_message_bytes=setup["max_message_bytes"], share_port=True
+        calls = _Everything(hub)
+        door = grpc_transport.new_door(
+            setup["door"],
+            calls,
+            max_message_bytes=setup["max_message_bytes"],
+            admit=calls.admit,
+            share_port=True,
         )
-        server.add_generic_rpc_handlers((_Everything(hub),))
+        tls = None
+        if setup["tls_key"]:
+            tls = grpc_transport.Pair(Path(setup["tls_cert"]), Path(setup["tls_key"]))
         try:
-            _listen(server, setup)
-        except (RuntimeError, OSError) as error:
+            await door.listen(setup["host"], setup["port"], tls)
+        except OSError as error:
             hub.send_document(Kind.REFUSED, str(error))
             hub.close()
             return
-        await server.start()
         hub.send(Kind.READY)
         try:
             grace_s = await hub.stop
         except asyncio.CancelledError:
-            await server.stop(None)
+            await door.stop(None)
             return
-        await grpc_service.stop(server, grace_s)
+        await door.stop(grace_s)
         hub.close()
 
 
-def _listen(server: grpc.aio.Server, setup: dict[str, Any]) -> None:
-    if setup["tls_key"]:
-        pair = (Path(setup["tls_key"]).read_bytes(), Path(setup["tls_cert"]).read_bytes())
-        server.add_secure_port(setup["address"], grpc.ssl_server_credentials([pair]))
-    else:
-        server.add_insecure_port(setup["address"])
-
-
-class _Everything(grpc.GenericRpcHandler):
-    """Hands on whatever is asked: what there is, the hub knows."""
+class _Everything:
+    """Hands on whatever is asked (``grpc_calls.Methods``): what there is, the hub knows."""
 
     def __init__(self, hub: FrontEnd) -> None:
         self._hub = hub
 
-    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        path = details.method
+    def get(self, path: str, /) -> Method:
+        async def hand_on(data: bytes, context: Context) -> bytes:
+            passed_on = _passed_on(context.invocation_metadata() or ())
+            return await self._hub.ask(path, data, context.time_remaining(), passed_on)
 
-        async def hand_on(data: bytes, context: Context, *, admit: bool = False) -> bytes:
-            metadata = context.invocation_metadata() or ()
-            passed_on = {key: str(value) for key, value in metadata if key in PASSED_ON}
-            left = context.time_remaining()
-            return await self._hub.ask(path, data, left, passed_on, admit=admit)
+        return hand_on
 
-        async def admit(context: Context) -> None:
-            await hand_on(b"", context, admit=True)
-
+    async def admit(self, path: str, metadata: Metadata) -> None:
+        """Ask the hub whether a stream may be opened; about other calls it decides with the call."""
         if path == grpc_service.STREAM:
-            return grpc_calls.stream(path, hand_on, admit)
-        return grpc_calls.unary(path, hand_on)
+            await self._hub.ask(path, b"", None, _passed_on(metadata), admit=True)
+
+
+def _passed_on(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, str]:
+    return {key: str(value) for key, value in metadata if key in PASSED_ON}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Who calls, and how much of it is let in: on gRPC, its streams and HTTP alike.
 
-The doors ask who calls (``CallerInterceptor``, ``passed_on``, ``rest_middleware``) and note it in
+The doors ask who calls (``admitting``, ``passed_on``, ``rest_middleware``) and note it in
 ``CALLER``, which every task that serves the call inherits: that of a unary call, one per request
 of a stream or passed on by a front, and aiohttp's. ``HubServer.infer`` reads it, and ``Admission``
 applies the limits there, once for every request, whatever door it came by.
@@ -13,15 +13,14 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-import grpc
+from typing import TYPE_CHECKING, Any
 
 from cloud_hub.fleet.identity import NO_LIMITS, Caller, CallerLimits
 from cloud_hub.front.relay import Answer, Call
 from cloud_hub.inference.limits import Account
 from cloud_hub.metrics import Metrics
 from fogline_protocol import grpc_calls, grpc_service
+from fogline_protocol.grpc_calls import Admit, Metadata
 from fogline_protocol.inference import Overloaded, Unauthenticated, Unsupported
 
 if TYPE_CHECKING:  # the gRPC door opens before aiohttp is imported
@@ -29,7 +28,6 @@ if TYPE_CHECKING:  # the gRPC door opens before aiohttp is imported
 
     from fogline_protocol import rest_service
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Authenticate = Callable[[str], Awaitable[Caller | None]]
 
 LOCAL = Caller(tenant="default", label="local", token_id="local")
@@ -113,36 +111,15 @@ class Callers:
         return caller
 
 
-class CallerInterceptor(grpc.aio.ServerInterceptor):
-    """Notes who makes a call, and lets nobody else through to any method."""
+def admitting(callers: Callers) -> Admit:
+    """Return what notes who makes a call at a gRPC door, and lets nobody else through."""
 
-    def __init__(self, callers: Callers) -> None:
-        self._callers = callers
+    async def admit(path: str, metadata: Metadata) -> None:
+        if not path.startswith(f"/{grpc_service.HEALTH}/"):  # probes have no tokens
+            header = next((value for key, value in metadata if key == "authorization"), "")
+            CALLER.set(await callers.who(str(header)))
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Refuse before a byte of the request is parsed."""
-        if details.method.startswith(f"/{grpc_service.HEALTH}/"):  # probes have no tokens
-            return await continuation(details)
-        header = next(
-            (value for key, value in details.invocation_metadata or () if key == "authorization"),
-            "",
-        )
-        try:
-            # The handler runs in this very task (test_admission.py holds grpcio to that).
-            CALLER.set(await self._callers.who(str(header)))
-        except Unauthenticated as error:
-            problem = error  # the name of an except clause ends with it
-
-            # As a stream, so that nothing is waited for: it suits unary calls as well.
-            async def refuse(_requests: Any, context: grpc_calls.Carrier) -> None:
-                await grpc_calls.abort(context, problem)
-
-            return grpc.stream_stream_rpc_method_handler(refuse)
-        return await continuation(details)
+    return admit
 
 
 def passed_on(methods: Mapping[str, grpc_calls.Method], callers: Callers) -> Answer:

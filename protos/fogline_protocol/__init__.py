@@ -13,8 +13,12 @@ have to agree on this?
     shared_memory.py   tensors in memory that callers on this machine lend
     settings.py        what a server traces and logs, asked for and changed by callers
     doors.py           what both doors do with a request, and offer beside inference
+    known_messages.py  quick ways through requests and answers that look like earlier ones
     grpc_calls.py      calls and streams over bytes, errors translated
     grpc_service.py    serves any InferenceServer over gRPC
+    grpc_transport.py  the two ways to carry those calls: grpcio, and our own:
+    grpc_door.py         sockets, tasks, time; grpc_headers.py: gRPC in the headers of HTTP/2
+    http2.py             one connection of HTTP/2, pure; header_blocks.py: its headers
     rest_codec.py      requests and responses as JSON and raw bytes
     big_json.py        large JSON in pieces, so that others are answered meanwhile
     rest_service.py    serves any InferenceServer over HTTP

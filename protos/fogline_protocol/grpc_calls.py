@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
-from typing import Any, Never, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from typing import Any, Never, Protocol, TypeAlias
 
 import grpc
 
@@ -38,32 +38,70 @@ class Context(Protocol):
 
 
 Method = Callable[[bytes, Context], Awaitable[bytes]]
+
+
+class Methods(Protocol):
+    """What a door serves; a mapping is one, and so is whoever hands every call on."""
+
+    def get(self, path: str, /) -> Method | None:
+        """Return the method of a path, e.g. ``/package.Service/Method``; None: there is none."""
+        ...
+
+
+Metadata = tuple[tuple[str, str | bytes], ...]  # bytes where the name ends in ``-bin``
+Admit = Callable[[str, Metadata], Awaitable[None]]  # by the path; InferenceError refuses the call
 Carrier = grpc.aio.ServicerContext[bytes, bytes]  # grpcio's own
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
 STREAM_IN_FLIGHT = 64  # requests of one stream; the next ones wait unread, on the caller's side
 
 log = logging.getLogger("fogline.grpc")
 
 
-def handler(methods: Mapping[str, Method], streams: Collection[str] = ()) -> grpc.GenericRpcHandler:
-    """Return a handler for methods over bytes, by their paths; ``streams`` are streams of them.
+def handler(methods: Methods, streams: Collection[str] = ()) -> grpc.GenericRpcHandler:
+    """Return grpcio's handler for methods over bytes; ``streams`` are paths of streams of them.
 
     It translates errors at the door.
     """
-    return _Handler(
-        {
-            path: stream(path, method) if path in streams else unary(path, method)
-            for path, method in methods.items()
-        }
-    )
+    return _Handler(methods, streams)
 
 
 class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]") -> None:
-        self._handlers = handlers
+    def __init__(self, methods: Methods, streams: Collection[str]) -> None:
+        self._methods = methods
+        self._streams = streams
 
-    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        return self._handlers.get(details.method)
+    def service(self, details: grpc.HandlerCallDetails) -> Handler:
+        path = details.method
+        method = self._methods.get(path)
+        if method is None:
+            return None
+        return stream(path, method) if path in self._streams else unary(path, method)
+
+
+class Admitting(grpc.aio.ServerInterceptor):
+    """Lets grpcio ask ``admit`` before a byte of a request is parsed."""
+
+    def __init__(self, admit: Admit) -> None:
+        self._admit = admit
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """Refuse, or go on; the handler runs in this very task (test_admission.py checks that)."""
+        try:
+            await self._admit(details.method, tuple(details.invocation_metadata or ()))
+        except InferenceError as error:
+            problem = error  # the name of an except clause ends with it
+
+            # As a stream, so that nothing is waited for: it suits unary calls as well.
+            async def refuse(_requests: Any, context: Carrier) -> None:
+                await abort(context, problem)
+
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return await continuation(details)
 
 
 def pushback(error: InferenceError) -> tuple[tuple[str, str], ...]:
@@ -88,13 +126,19 @@ def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None) -> float |
     return None
 
 
-async def abort(context: Carrier, error: InferenceError) -> Never:
-    """End a call with the status and the text of ``error``: the only place that aborts."""
+def text_of(error: InferenceError) -> str:
+    """Return the text of ``error`` in a length that its callers take."""
     text = str(error)
     encoded = text.encode(errors="replace")
     if len(encoded) > MAX_ERROR_BYTES:
-        text = encoded[:MAX_ERROR_BYTES].decode(errors="ignore") + "..."
-    await context.abort(getattr(grpc.StatusCode, error.grpc_code), text, pushback(error))
+        return encoded[:MAX_ERROR_BYTES].decode(errors="ignore") + "..."
+    return text
+
+
+async def abort(context: Carrier, error: InferenceError) -> Never:
+    """End a call of grpcio with the status and the text of ``error``; nothing else aborts one."""
+    code = getattr(grpc.StatusCode, error.grpc_code)
+    await context.abort(code, text_of(error), pushback(error))
 
 
 def unary(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -127,56 +171,75 @@ async def translating(path: str, method: Method, data: bytes, context: Context) 
         raise ServerFault(f"{path} failed, see the server's log") from error
 
 
-def stream(
-    path: str, method: Method, admit: Callable[[Context], Awaitable[None]] | None = None
-) -> "grpc.RpcMethodHandler[Any, Any]":
+def stream(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
     """Return the handler of a stream of inference requests, answered in their order.
 
     ``method`` answers one of them with a ``ModelStreamInferResponse``. Requests of one stream run
-    side by side, up to ``STREAM_IN_FLIGHT``. ``admit`` may refuse a stream before it is read.
+    side by side, up to ``STREAM_IN_FLIGHT``.
     """
 
     async def call(requests: AsyncIterator[bytes], context: Carrier) -> None:
-        if admit is not None:
-            try:
-                await admit(context)
-            except InferenceError as error:
-                await abort(context, error)
-        by_status = _wants_status(context)
-        # In order of arrival; None: the caller sends no more.
-        answers: asyncio.Queue[asyncio.Task[bytes | InferenceError] | None]
-        answers = asyncio.Queue(STREAM_IN_FLIGHT)
-        # Owned by this call: whatever ends it takes everything below along.
-        running: set[asyncio.Task[Any]] = set()
-
-        def start(work: Any) -> asyncio.Task[Any]:
-            task = asyncio.create_task(work)
-            running.add(task)
-            task.add_done_callback(running.discard)
-            return task
-
-        async def read() -> None:
+        async def arriving() -> AsyncIterator[bytes]:
             with contextlib.suppress(grpc.aio.BaseError):  # the caller broke off
                 async for data in requests:
-                    await answers.put(start(_streamed(path, method, data, context, by_status)))
-            await answers.put(None)
+                    yield data
 
-        start(read())
         try:
-            while (task := await answers.get()) is not None:
-                found = await task
-                if isinstance(found, InferenceError):
-                    await abort(context, found)
-                await context.write(found)
-        finally:
-            for task in tuple(running):
-                task.cancel()
+            await answer_stream(path, method, arriving(), context, context.write)
+        except InferenceError as error:
+            await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(call)
 
 
+async def answer_stream(
+    path: str,
+    method: Method,
+    requests: AsyncIterator[bytes],
+    context: Context,
+    write: Callable[[bytes], Awaitable[None]],
+) -> None:
+    """Answer a stream of inference requests, whatever carries it, as ``stream`` says.
+
+    Raises:
+        InferenceError: the stream is to end with its status.
+    """
+    by_status = _wants_status(context)
+    # In order of arrival; None: the caller sends no more; an error: what it sends is no stream.
+    answers: asyncio.Queue[asyncio.Task[bytes | InferenceError] | InferenceError | None]
+    answers = asyncio.Queue(STREAM_IN_FLIGHT)
+    # Owned by this call: whatever ends it takes everything below along.
+    running: set[asyncio.Task[Any]] = set()
+
+    def start(work: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return task
+
+    async def read() -> None:
+        end = None
+        try:
+            async for data in requests:
+                await answers.put(start(_streamed(path, method, data, context, by_status)))
+        except InferenceError as error:
+            end = error
+        await answers.put(end)
+
+    start(read())
+    try:
+        while (task := await answers.get()) is not None:
+            found = task if isinstance(task, InferenceError) else await task
+            if isinstance(found, InferenceError):
+                raise found
+            await write(found)
+    finally:
+        for task in tuple(running):
+            task.cancel()
+
+
 async def _streamed(
-    path: str, method: Method, data: bytes, context: Carrier, by_status: bool
+    path: str, method: Method, data: bytes, context: Context, by_status: bool
 ) -> bytes | InferenceError:
     """Return the message that answers one request of a stream, or what must end the stream."""
     try:
@@ -187,7 +250,7 @@ async def _streamed(
         return inference.encode_stream_error(inference.request_id(data), error)
 
 
-def _wants_status(context: Carrier) -> bool:
+def _wants_status(context: Context) -> bool:
     return any(
         key == "triton_grpc_error" and value in ("true", b"true")
         for key, value in context.invocation_metadata() or ()

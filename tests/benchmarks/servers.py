@@ -97,6 +97,7 @@ class Server:
                 if load:
                     self.load(model)
                 self.check(model)
+                self.answered(model)  # its HTTP door may open after the other one
                 return
             time.sleep(0.01)
 

@@ -77,14 +77,14 @@ class Staged:
         ]
 
 
-@pytest.fixture
-async def stage(tmp_path, triton_directory):
+@pytest.fixture(params=["http2", "grpcio"])
+async def stage(request, tmp_path, triton_directory):
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(**options):
             config = HubConfig(
                 data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off",
-                models=triton_directory, threads=1, **options,
+                models=triton_directory, threads=1, door=request.param, **options,
             )  # fmt: skip
             parts = contextlib.AsyncExitStack()
             stack.push_async_callback(parts.aclose)

@@ -6,6 +6,7 @@ import pytest
 from cloud_hub.config import HubConfig
 from cloud_hub.hub import Hub
 from edge_agent import Agent, AgentConfig
+from edge_agent.config import Transport
 from tests.contracts.open_inference import OpenInferenceContract, Target
 from tests.edge_agent import bundles
 from tests.fakes import HUB_MODEL, FakeHub, Serving
@@ -18,28 +19,32 @@ class TestTheFakeHub(OpenInferenceContract):
             yield Target(door.address, HUB_MODEL)
 
 
+@pytest.mark.parametrize("door", ["http2", "grpcio"])
 @pytest.mark.parametrize("front_processes", [0, 1])
 class TestTheHub(OpenInferenceContract):
     @pytest.fixture
-    async def target(self, tmp_path: Path, front_processes: int) -> AsyncIterator[Target]:
+    async def target(
+        self, tmp_path: Path, front_processes: int, door: str
+    ) -> AsyncIterator[Target]:
         version = tmp_path / "models" / "double" / "1"
         version.mkdir(parents=True)
         (version / "model.onnx").write_bytes((bundles.DATA / "double.onnx").read_bytes())
         config = HubConfig(
             data=tmp_path / "hub", models=tmp_path / "models", grpc="127.0.0.1:0",
-            http="127.0.0.1:0", mqtt="off", front_processes=front_processes,
+            http="127.0.0.1:0", mqtt="off", front_processes=front_processes, door=door,
         )  # fmt: skip
         async with Hub(config) as hub:
             output = hub.repository.find("double").engine.outputs[0].name
             yield Target(hub.grpc_address, "double", output=output)
 
 
+@pytest.mark.parametrize("door", ["http2", "grpcio"])
 class TestTheAgent(OpenInferenceContract):
     @pytest.fixture
-    async def target(self, tmp_path: Path) -> AsyncIterator[Target]:
+    async def target(self, tmp_path: Path, door: Transport) -> AsyncIterator[Target]:
         made = bundles.make(tmp_path / "bundle")
         config = AgentConfig(
-            data=tmp_path / "data", bundle=(made.path,), grpc="127.0.0.1:0", http="off"
+            data=tmp_path / "data", bundle=(made.path,), grpc="127.0.0.1:0", http="off", door=door
         )
         async with Agent(config) as agent:
             yield Target(agent.endpoints["grpc"], "double")

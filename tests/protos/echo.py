@@ -4,7 +4,7 @@ import contextlib
 
 from aiohttp import web
 
-from fogline_protocol import grpc_service, rest_service
+from fogline_protocol import grpc_service, grpc_transport, rest_service
 from fogline_protocol.doors import NOTHING_EXTRA
 from fogline_protocol.inference import (
     BadRequest,
@@ -84,13 +84,13 @@ class EchoServer:
 
 
 @contextlib.asynccontextmanager
-async def grpc_door(server, control=None, extras=NOTHING_EXTRA):
-    door = grpc_service.new_server()
-    door.add_generic_rpc_handlers(
-        (grpc_service.handler(server, control, extras), grpc_service.health_handler(server))
-    )
-    port = door.add_insecure_port("127.0.0.1:0")
-    await door.start()
+async def grpc_door(server, control=None, extras=NOTHING_EXTRA, *, kind="http2", **options):
+    methods = {
+        **grpc_service.methods(server, control, extras),
+        **grpc_service.health_methods(server),
+    }
+    door = grpc_transport.new_door(kind, methods, **options)
+    port = await door.listen("127.0.0.1", 0)
     try:
         yield f"127.0.0.1:{port}"
     finally:

@@ -13,7 +13,7 @@ import tritonclient.grpc.aio as triton
 from aiohttp import web
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from fogline_protocol import client, grpc_service, inference, rest_service
+from fogline_protocol import client, grpc_service, grpc_transport, inference, rest_service
 from fogline_protocol.inference import (
     BadRequest,
     DeadlineExceeded,
@@ -25,6 +25,7 @@ from fogline_protocol.inference import (
     ServerMetadata,
 )
 from fogline_protocol.tensors import TensorSpec
+from tests.protos.echo import grpc_door
 
 IN = TensorSpec("image", "FP32", (-1, 4))
 
@@ -72,14 +73,15 @@ def echo():
     return Echo()
 
 
+@pytest.fixture(params=["http2", "grpcio"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
-async def grpc_address(echo):
-    server = grpc_service.new_server(max_message_bytes=1 << 20)
-    server.add_generic_rpc_handlers((grpc_service.handler(echo),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield f"127.0.0.1:{port}"
-    await server.stop(None)
+async def grpc_address(echo, kind):
+    async with grpc_door(echo, kind=kind, max_message_bytes=1 << 20) as address:
+        yield address
 
 
 @pytest.fixture
@@ -237,11 +239,13 @@ async def test_a_caller_with_all_the_time_in_the_world_is_not_late_at_once(grpc_
     await ours.close()
 
 
-async def test_two_servers_never_share_a_port(grpc_address):
-    second = grpc_service.new_server()
-    with pytest.raises(RuntimeError, match="Failed to bind"):
-        second.add_insecure_port(grpc_address)
-    await second.stop(None)
+async def test_two_servers_never_share_a_port(grpc_address, kind):
+    host, _, port = grpc_address.rpartition(":")
+    for other in ("http2", "grpcio"):
+        second = grpc_transport.new_door(other, {})
+        with pytest.raises(OSError, match=r"Failed to bind|address already in use"):
+            await second.listen(host, int(port))
+        await second.stop(None)
 
 
 async def test_rest_answers_json(http):

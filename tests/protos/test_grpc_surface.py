@@ -24,9 +24,14 @@ def echo():
     return EchoServer()
 
 
+@pytest.fixture(params=["http2", "grpcio"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
-async def address(echo):
-    async with grpc_door(echo, echo) as address:
+async def address(echo, kind):
+    async with grpc_door(echo, echo, kind=kind) as address:
         yield address
 
 
@@ -115,8 +120,11 @@ async def test_the_repository_is_listed_and_asked(client, echo):
     assert echo.calls == [("load", "echo", ("config",)), ("unload", "echo")]
 
 
-async def test_whatever_is_not_offered_is_unimplemented_with_a_text():
-    async with grpc_door(EchoServer()) as bare, triton.InferenceServerClient(bare) as client:
+async def test_whatever_is_not_offered_is_unimplemented_with_a_text(kind):
+    async with (
+        grpc_door(EchoServer(), kind=kind) as bare,
+        triton.InferenceServerClient(bare) as client,
+    ):
         for call in (
             client.get_model_repository_index,
             client.get_system_shared_memory_status,

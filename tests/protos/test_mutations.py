@@ -162,7 +162,8 @@ def test_any_json_and_any_bytes_behind_it_are_answered_or_refused(document, tail
     inference.encode_request(request)
 
 
-async def test_the_live_doors_survive_a_storm_of_damaged_requests():
+@pytest.mark.parametrize("kind", ["http2", "grpcio"])
+async def test_the_live_doors_survive_a_storm_of_damaged_requests(kind):
     """1,000 requests per door, each damaged in some way; then both still answer."""
     draw = random.Random(7)
     whole = pb.ModelInferRequest(model_name="echo", id="1", raw_input_contents=[bytes(16)])
@@ -188,7 +189,7 @@ async def test_the_live_doors_survive_a_storm_of_damaged_requests():
     server = EchoServer()
     outcomes = {"answered": 0, "refused": 0}
     async with (
-        grpc_door(server) as grpc_address,
+        grpc_door(server, kind=kind) as grpc_address,
         rest_door(server) as rest_address,
         grpc.aio.insecure_channel(grpc_address) as channel,
         aiohttp.ClientSession(f"http://{rest_address}") as session,

@@ -14,11 +14,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-async def doors(make_hub, make_agent):
+@pytest.fixture(params=["http2", "grpcio"])
+async def doors(request, make_hub, make_agent):
     """Addresses by protocol of both halves, and the model each serves."""
-    hub = await make_hub()
-    agent = await make_agent("device", hub.endpoints["grpc"])
+    hub = await make_hub("--door", request.param)
+    agent = await make_agent("device", hub.endpoints["grpc"], "--door", request.param)
     return {"hub": (hub.endpoints, "digits-hub"), "agent": (agent.endpoints, "digits")}
 
 

@@ -19,7 +19,7 @@ from cloud_hub.inference.admission import CALLER, LOCAL, Admission
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
-from fogline_protocol import grpc_service, inference, rest_service
+from fogline_protocol import grpc_service, grpc_transport, inference, rest_service
 from fogline_protocol.client import Client
 from fogline_protocol.inference import InferRequest, Overloaded
 
@@ -48,7 +48,8 @@ def bearer(token):
 class Doors:
     """A hub's inference behind both doors; notes which caller every request had."""
 
-    def __init__(self, repository, metrics, default):
+    def __init__(self, kind, repository, metrics, default):
+        self.kind = kind
         self.metrics = metrics
         self.server = HubServer("hub", repository, metrics, Admission(default, metrics))
         self.callers = []
@@ -69,15 +70,12 @@ class Doors:
     @contextlib.asynccontextmanager
     async def open(self, *, required):
         callers = admission.Callers(authenticate, required=required, metrics=self.metrics)
-        server = grpc_service.new_server(interceptors=[admission.CallerInterceptor(callers)])
-        server.add_generic_rpc_handlers(
-            (
-                grpc_service.handler(self.server, self.server),
-                grpc_service.health_handler(self.server),
-            )
-        )
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        methods = {
+            **grpc_service.methods(self.server, self.server),
+            **grpc_service.health_methods(self.server),
+        }
+        door = grpc_transport.new_door(self.kind, methods, admit=admission.admitting(callers))
+        port = await door.listen("127.0.0.1", 0)
         app = web.Application(middlewares=[admission.rest_middleware(callers)])
         rest_service.add_routes(app, self.server, self.server)
         runner = web.AppRunner(app)
@@ -93,7 +91,7 @@ class Doors:
         finally:
             self.gate.set()
             await runner.cleanup()
-            await server.stop(None)
+            await door.stop(None)
 
     async def unary(self, token=""):
         data = inference.encode_request(InferRequest("digits-hub", IMAGE))
@@ -110,6 +108,11 @@ class Doors:
             return answer
 
 
+@pytest.fixture(params=["http2", "grpcio"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
 async def repository(triton_directory):
     repository = Repository(Metrics(), Launcher(threads=1), Limits(max_batch=16))
@@ -119,8 +122,8 @@ async def repository(triton_directory):
 
 
 @pytest.fixture
-async def doors(repository):
-    async with Doors(repository, Metrics(), CallerLimits()).open(required=False) as doors:
+async def doors(kind, repository):
+    async with Doors(kind, repository, Metrics(), CallerLimits()).open(required=False) as doors:
         yield doors
 
 
@@ -170,8 +173,8 @@ async def test_a_wrong_token_is_refused_even_where_none_is_needed(doors):
     assert 'fogline_hub_rejections_total{reason="unauthenticated"} 2.0' in text
 
 
-async def test_where_a_token_is_needed_nobody_else_gets_in(repository):
-    async with Doors(repository, Metrics(), CallerLimits()).open(required=True) as doors:
+async def test_where_a_token_is_needed_nobody_else_gets_in(kind, repository):
+    async with Doors(kind, repository, Metrics(), CallerLimits()).open(required=True) as doors:
         with pytest.raises(grpc.aio.AioRpcError, match="wants to know its callers"):
             await doors.unary()
         assert (await doors.post()).status == 401
@@ -251,9 +254,9 @@ async def doors_free(doors, call):
         await asyncio.sleep(0.001)
 
 
-async def test_limits_of_the_hub_hold_for_whoever_has_none_of_its_own(repository):
+async def test_limits_of_the_hub_hold_for_whoever_has_none_of_its_own(kind, repository):
     default = CallerLimits(rate=0.01)
-    async with Doors(repository, Metrics(), default).open(required=False) as doors:
+    async with Doors(kind, repository, Metrics(), default).open(required=False) as doors:
         for token in ("", "fgl_shop"):
             await doors.unary(token)
             with pytest.raises(grpc.aio.AioRpcError, match=r"0\.01 requests a second"):
