@@ -274,7 +274,7 @@ async def _examine(config: AgentConfig) -> bool:
 
 async def _hub_answers(config: AgentConfig) -> tuple[bool, str, str]:
     from edge_agent.agent import connection
-    from fogline_protocol.inference import InferenceError
+    from fogline_protocol.errors import InferenceError
 
     client = connection(config)()
     try:

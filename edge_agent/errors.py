@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a command that only prints its help need not wait for numpy
-    from fogline_protocol.inference import InferenceError
+    from fogline_protocol.errors import InferenceError
 
 
 class AgentError(Exception):

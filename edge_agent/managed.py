@@ -40,7 +40,7 @@ from edge_agent.update.slots import Desired, Target
 from edge_agent.update.surroundings import Progress, Timings
 from edge_agent.update.trust import Trust
 from edge_agent.update.updater import DesiredRefused, Updater
-from fogline_protocol.inference import InferenceError
+from fogline_protocol.errors import InferenceError
 from fogline_protocol.mqtt import Backoff
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.tensors import Array

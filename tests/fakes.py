@@ -13,13 +13,12 @@ from typing import Self
 import numpy as np
 
 from fogline_protocol import grpc_service, inference
+from fogline_protocol.errors import BadRequest, InferenceError, NotFound
 from fogline_protocol.inference import (
-    InferenceError,
     InferenceServer,
     InferRequest,
     InferResponse,
     ModelMetadata,
-    NotFound,
     ServerMetadata,
 )
 from fogline_protocol.model_config import ModelConfig
@@ -91,7 +90,7 @@ class FakeHub:
         inference.check_inputs(contract.inputs, request.inputs)
         names = inference.check_outputs(contract.outputs, request.outputs)
         if len(request.inputs["x"]) > self.max_rows:
-            raise inference.BadRequest(f"at most {self.max_rows} rows")
+            raise BadRequest(f"at most {self.max_rows} rows")
         outputs = self.answer(request.inputs)
         self.statistics.executed(len(request.inputs["x"]), (0,), 0, 0, 0)
         self.statistics.success.add(0)

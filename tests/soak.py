@@ -37,15 +37,15 @@ import psutil
 from deploy.demo.fleet import Process, script
 from fogline_protocol import documents, inference
 from fogline_protocol.client import Client
-from fogline_protocol.grpc_service import SERVICE
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     DeadlineExceeded,
     InferenceError,
-    InferRequest,
-    InferResponse,
     Overloaded,
+    ServerFault,
     Unavailable,
 )
+from fogline_protocol.grpc_service import SERVICE
+from fogline_protocol.inference import InferRequest, InferResponse
 from fogline_protocol.tensors import Array
 from fogline_protocol.v1 import inference_pb2 as pb
 
@@ -523,4 +523,4 @@ def _by_text(text: str) -> InferenceError:
     ):  # fmt: skip
         if mark in text:
             return kind(text)
-    return inference.ServerFault(text)
+    return ServerFault(text)

@@ -19,7 +19,7 @@ from cloud_hub.engines.tensorrt.plan_key import profile_for
 from cloud_hub.engines.tensorrt.plans import PlanBuilder, find_platform
 from cloud_hub.engines.tensorrt.session import TensorRtSession
 from cloud_hub.errors import ModelRefused
-from fogline_protocol.inference import InferenceError
+from fogline_protocol.errors import InferenceError
 from fogline_protocol.tensors import Array, TensorSpec
 
 CPU = "CPUExecutionProvider"

@@ -25,7 +25,7 @@ from cloud_hub.engines.channel import Channel, Gone, Message
 from cloud_hub.engines.engine import Arrays, EngineLost
 from cloud_hub.engines.tensorrt.errors import GpuUnavailable, OutOfDeviceMemory, PlanUnusable
 from cloud_hub.errors import ModelRefused
-from fogline_protocol.inference import BadRequest, ServerFault
+from fogline_protocol.errors import BadRequest, ServerFault
 from fogline_protocol.tensors import TensorSpec
 
 RETRY_S = 0.5  # before the second start in a row; doubles

@@ -40,18 +40,17 @@ from cloud_hub.engines.retry_budget import RetryBudget
 from cloud_hub.errors import ModelRefused
 from fogline_protocol import tensors
 from fogline_protocol.client import Client, Credentials
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     DeadlineExceeded,
     Forbidden,
     InferenceError,
-    InferRequest,
-    InferResponse,
     NotFound,
     ServerFault,
     Unauthenticated,
     Unavailable,
     Unsupported,
 )
+from fogline_protocol.inference import InferRequest, InferResponse
 from fogline_protocol.tensors import TensorError, TensorSpec
 
 CHECK_S = 5.0  # between two checks of an upstream that answers

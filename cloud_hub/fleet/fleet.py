@@ -33,7 +33,7 @@ from cloud_hub.fleet.trust import Repository, keep_fresh
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import release_index
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.mqtt import Backoff, BrokerAddress
 from fogline_protocol.v1 import fleet_pb2 as pb
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 from google.protobuf.message import DecodeError
 
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.grpc_calls import Context, Method
-from fogline_protocol.inference import BadRequest
 from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.v1.fleet_pb2 import (
     ContactRequest,

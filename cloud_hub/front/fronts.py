@@ -19,7 +19,7 @@ import structlog
 from cloud_hub.config import HubConfig, split_address
 from cloud_hub.errors import StartRefused
 from cloud_hub.front.relay import Answer, HubEnd, Kind
-from fogline_protocol.inference import Unavailable
+from fogline_protocol.errors import Unavailable
 
 ARENA_MESSAGES = 4  # the largest ones that lie in shared memory at a time; pages cost when used
 START_LIMIT_S = 30.0

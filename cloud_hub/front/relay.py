@@ -21,8 +21,7 @@ from typing import Any
 import structlog
 
 from cloud_hub.front.arena import Arena
-from fogline_protocol import inference
-from fogline_protocol.inference import InferenceError, Overloaded, ServerFault, Unavailable
+from fogline_protocol.errors import ERRORS, InferenceError, Overloaded, ServerFault, Unavailable
 
 INLINE_BELOW = 1 << 15  # bytes of a request; below it copying is cheaper than placing
 MAX_CALLS = 4096  # of one front at a time
@@ -284,5 +283,5 @@ def _document(error: InferenceError) -> Mapping[str, Any]:
 
 
 def _error(document: Mapping[str, Any]) -> InferenceError:
-    kind = inference.ERRORS.get(document["code"], ServerFault)
+    kind = ERRORS.get(document["code"], ServerFault)
     return kind(document["text"], retry_after_s=document["retry_after_s"])

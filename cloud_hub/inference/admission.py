@@ -20,8 +20,8 @@ from cloud_hub.front.relay import Answer, Call
 from cloud_hub.inference.limits import Account
 from cloud_hub.metrics import Metrics
 from fogline_protocol import grpc_calls, grpc_service
+from fogline_protocol.errors import Overloaded, Unauthenticated, Unsupported
 from fogline_protocol.grpc_calls import Admit, Metadata
-from fogline_protocol.inference import Overloaded, Unauthenticated, Unsupported
 
 if TYPE_CHECKING:  # the gRPC door opens before aiohttp is imported
     from aiohttp import web

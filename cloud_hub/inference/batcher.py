@@ -16,7 +16,7 @@ import numpy as np
 from cloud_hub.engines.engine import Arrays, EngineLost
 from cloud_hub.inference.queue import HIGHEST, Policy, Queue, Rules, Ticket
 from cloud_hub.inference.tracing import CURRENT, Trace
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     InferenceError,

@@ -34,7 +34,7 @@ from cloud_hub.inference.batcher import Batcher
 from cloud_hub.inference.directory import ModelFiles
 from cloud_hub.metrics import Metrics
 from fogline_protocol import documents, model_config
-from fogline_protocol.inference import NotFound, Unavailable, Unsupported
+from fogline_protocol.errors import NotFound, Unavailable, Unsupported
 from fogline_protocol.model_config import ConfigError, ModelConfig
 from fogline_protocol.repository import READY, UNAVAILABLE
 from fogline_protocol.statistics import ModelStatistics

@@ -21,16 +21,13 @@ from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.inference.tracing import CURRENT, Tracer
 from cloud_hub.metrics import Metrics
 from fogline_protocol import inference
+from fogline_protocol.errors import BadRequest, Forbidden, InferenceError, Unavailable, Unsupported
 from fogline_protocol.inference import (
-    Forbidden,
-    InferenceError,
     InferRequest,
     InferResponse,
     ModelMetadata,
     Parameter,
     ServerMetadata,
-    Unavailable,
-    Unsupported,
 )
 from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.repository import ModelIndex
@@ -257,9 +254,9 @@ class HubServer:
         names = inference.check_outputs(model.engine.outputs, request.outputs)
         rows = {len(array) for array in request.inputs.values()} if model.config.batches else {1}
         if len(rows) != 1:
-            raise inference.BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
+            raise BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:
-            raise inference.BadRequest("the inputs have no rows")
+            raise BadRequest("the inputs have no rows")
         outputs, cached = await self._outputs(model, caller, request, deadline)
         parameters: dict[str, Parameter] = {
             "fogline.tier": "hub",
@@ -330,7 +327,7 @@ class HubServer:
 def _flag(parameters: Mapping[str, Parameter], key: str, default: bool) -> bool:
     value = parameters.get(key, default)
     if not isinstance(value, bool):  # "true" would be a promise broken in silence
-        raise inference.BadRequest(f"{key} must be true or false, got {value!r}")
+        raise BadRequest(f"{key} must be true or false, got {value!r}")
     return value
 
 

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fogline_protocol.inference import BadRequest, Unsupported
+from fogline_protocol.errors import BadRequest, Unsupported
 from fogline_protocol.settings import TraceChanges, TraceSettings
 
 log = logging.getLogger("fogline.tracing")

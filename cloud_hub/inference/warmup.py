@@ -13,7 +13,7 @@ import numpy as np
 from cloud_hub.engines.engine import Arrays
 from cloud_hub.errors import ModelRefused
 from fogline_protocol import inference, tensors
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.model_config import ModelConfig, WarmUp
 from fogline_protocol.tensors import Array, TensorError
 

@@ -30,7 +30,7 @@ from cloud_hub.tuning.choice import (
     slice_s,
 )
 from cloud_hub.tuning.settings import rows
-from fogline_protocol.inference import InferenceError
+from fogline_protocol.errors import InferenceError
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

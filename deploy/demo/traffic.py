@@ -17,7 +17,8 @@ import numpy as np
 
 from deploy.demo.fleet import Process
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferenceError, InferRequest
+from fogline_protocol.errors import InferenceError
+from fogline_protocol.inference import InferRequest
 from fogline_protocol.tensors import Array
 
 MODEL = "digits"

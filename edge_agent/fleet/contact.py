@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
 
-from fogline_protocol.inference import ServerFault
+from fogline_protocol.errors import ServerFault
 from fogline_protocol.mqtt import BrokerAddress
 from fogline_protocol.v1.fleet_pb2 import ContactRequest, ContactResponse
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-from fogline_protocol.inference import InferenceError
+from fogline_protocol.errors import InferenceError
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 log = logging.getLogger("fogline.agent.telemetry")

@@ -28,18 +28,20 @@ from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situati
 from edge_agent.inference.uplink import Answer, Question, Uplink
 from edge_agent.runtime.release import Release
 from fogline_protocol import inference, tensors
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     Forbidden,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
+from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
     ModelMetadata,
-    NotFound,
-    Overloaded,
     Parameter,
     ServerMetadata,
-    Unavailable,
 )
 from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.statistics import ModelStatistics

@@ -31,17 +31,16 @@ from edge_agent.inference import breaker as breaker_module
 from edge_agent.inference.breaker import Breaker, Event
 from fogline_protocol import inference
 from fogline_protocol.client import Client
-from fogline_protocol.grpc_service import SERVICE
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     InferenceError,
-    InferRequest,
     Overloaded,
-    Parameter,
     ServerFault,
     Unavailable,
 )
+from fogline_protocol.grpc_service import SERVICE
+from fogline_protocol.inference import InferRequest, Parameter
 from fogline_protocol.tensors import Array
 
 log = logging.getLogger("fogline.agent.uplink")

@@ -16,7 +16,7 @@ import onnxruntime
 from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.providers import strict_session
 from fogline_protocol import tensors
-from fogline_protocol.inference import BadRequest, DeadlineExceeded, ServerFault, Unavailable
+from fogline_protocol.errors import BadRequest, DeadlineExceeded, ServerFault, Unavailable
 from fogline_protocol.tensors import Array, TensorSpec
 
 INLINE_BELOW_S = 0.0015  # below it a hand-over costs more than it frees (performance.md)

@@ -12,14 +12,9 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from fogline_protocol import grpc_calls, inference
+from fogline_protocol.errors import ERRORS, ServerFault, Unavailable
 from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
-from fogline_protocol.inference import (
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    ServerFault,
-    Unavailable,
-)
+from fogline_protocol.inference import InferRequest, InferResponse, ModelMetadata
 from fogline_protocol.v1 import inference_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -137,9 +132,7 @@ class Client:
             # Not by us, who would see a CancelledError: by a server that stops (see
             # ``grpc_service.stop``). Another one, or the next start of this one, may answer.
             cancelled = error.code() is grpc.StatusCode.CANCELLED
-            kind = (
-                Unavailable if cancelled else inference.ERRORS.get(error.code().name, ServerFault)
-            )
+            kind = Unavailable if cancelled else ERRORS.get(error.code().name, ServerFault)
             raise kind(
                 error.details() or error.code().name,
                 retry_after_s=grpc_calls.retry_after_s(error.trailing_metadata()),

@@ -1,7 +1,6 @@
 """What may go wrong with a request, named by what its caller does next.
 
-Every door translates these to its own status codes; ``inference`` gives them on, so whoever
-knows requests knows these too.
+Every door translates these to its own status codes, and the client translates them back.
 """
 
 from collections.abc import Mapping

@@ -15,7 +15,7 @@ from typing import Any, Never, Protocol, TypeAlias
 import grpc
 
 from fogline_protocol import inference
-from fogline_protocol.inference import InferenceError, ServerFault
+from fogline_protocol.errors import InferenceError, ServerFault
 
 # The text of an error travels as a header, of which clients take 8 KiB in all by default, and
 # non-ASCII bytes are three there. A text that quotes a long name would take its status along.

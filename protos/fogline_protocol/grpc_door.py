@@ -22,10 +22,7 @@ from collections import deque
 from collections.abc import Collection
 
 from fogline_protocol import grpc_calls, grpc_headers, http2
-from fogline_protocol.grpc_calls import Admit, Metadata, Method, Methods
-from fogline_protocol.grpc_headers import Head
-from fogline_protocol.http2 import Code, Data, Request, Reset
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     InferenceError,
@@ -33,6 +30,9 @@ from fogline_protocol.inference import (
     Unavailable,
     Unsupported,
 )
+from fogline_protocol.grpc_calls import Admit, Metadata, Method, Methods
+from fogline_protocol.grpc_headers import Head
+from fogline_protocol.http2 import Code, Data, Request, Reset
 
 GRANTED_MESSAGES = 4  # of the largest size that may arrive side by side on one connection
 TURN_BYTES = 1 << 18  # of answers in one write, so that none holds up the others

@@ -23,14 +23,9 @@ from fogline_protocol import (
     statistics,
 )
 from fogline_protocol.doors import NOTHING_EXTRA, Extras, answer
+from fogline_protocol.errors import BadRequest, NotFound, Unsupported
 from fogline_protocol.grpc_calls import Context, Method
-from fogline_protocol.inference import (
-    BadRequest,
-    InferenceServer,
-    InferResponse,
-    NotFound,
-    Unsupported,
-)
+from fogline_protocol.inference import InferenceServer, InferResponse
 from fogline_protocol.repository import ModelControl
 from fogline_protocol.shared_memory import RegionStatus, SharedMemory
 from fogline_protocol.v1 import inference_pb2 as pb

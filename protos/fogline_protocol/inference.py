@@ -1,7 +1,7 @@
-"""Open Inference requests and responses as values, and what may go wrong with them.
+"""Open Inference requests and responses as values.
 
 No transport here: doors (``grpc_service``, ``rest_service``) and the client translate bytes
-to these values and these errors to status codes. Whatever stands behind a door, hub or
+to these values. Whatever stands behind a door, hub or
 agent, is an ``InferenceServer``.
 
 Source: Open Inference Protocol v2 and Triton's protocol documents; the raw-contents rules
@@ -17,45 +17,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from fogline_protocol import known_messages, shared_memory, tensors
-from fogline_protocol.errors import (
-    ERRORS as ERRORS,
-)
-from fogline_protocol.errors import (
-    AlreadyExists as AlreadyExists,
-)
-from fogline_protocol.errors import (
-    BadRequest as BadRequest,
-)
-from fogline_protocol.errors import (
-    DeadlineExceeded as DeadlineExceeded,
-)
-from fogline_protocol.errors import (
-    Forbidden as Forbidden,
-)
-from fogline_protocol.errors import (
-    InferenceError as InferenceError,
-)
-from fogline_protocol.errors import (
-    NotFound as NotFound,
-)
-from fogline_protocol.errors import (
-    Overloaded as Overloaded,
-)
-from fogline_protocol.errors import (
-    ServerFault as ServerFault,
-)
-from fogline_protocol.errors import (
-    TooLarge as TooLarge,
-)
-from fogline_protocol.errors import (
-    Unauthenticated as Unauthenticated,
-)
-from fogline_protocol.errors import (
-    Unavailable as Unavailable,
-)
-from fogline_protocol.errors import (
-    Unsupported as Unsupported,
-)
+from fogline_protocol.errors import BadRequest, InferenceError, ServerFault
 from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.shared_memory import Place, SharedMemory
 from fogline_protocol.statistics import ModelStatistics

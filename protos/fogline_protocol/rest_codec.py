@@ -16,14 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fogline_protocol import big_json, inference, shared_memory, tensors
-from fogline_protocol.inference import (
-    BadRequest,
-    InferRequest,
-    InferResponse,
-    Parameter,
-    Unsupported,
-    Wanted,
-)
+from fogline_protocol.errors import BadRequest, Unsupported
+from fogline_protocol.inference import InferRequest, InferResponse, Parameter, Wanted
 from fogline_protocol.shared_memory import SharedMemory
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 

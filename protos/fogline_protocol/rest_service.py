@@ -45,16 +45,16 @@ from fogline_protocol import (
     tensors,
 )
 from fogline_protocol.doors import NOTHING_EXTRA, Extras
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     InferenceError,
-    InferenceServer,
-    ModelMetadata,
     NotFound,
     Overloaded,
+    ServerFault,
     TooLarge,
     Unsupported,
 )
+from fogline_protocol.inference import InferenceServer, ModelMetadata
 from fogline_protocol.repository import ModelControl
 from fogline_protocol.rest_codec import HEADER_LENGTH
 from fogline_protocol.shared_memory import RegionStatus, SharedMemory
@@ -353,9 +353,7 @@ def translating(handler: Handler) -> Handler:
         except Exception:
             # The last door: a fault of ours ends this call, never the process.
             log.exception("%s %s failed", request.method, request.path)
-            return error_response(
-                inference.ServerFault(f"{request.path} failed, see the server's log")
-            )
+            return error_response(ServerFault(f"{request.path} failed, see the server's log"))
 
     return call
 

@@ -11,7 +11,8 @@ from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
 from edge_agent.runtime import release as releases
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferenceError, InferRequest
+from fogline_protocol.errors import InferenceError
+from fogline_protocol.inference import InferRequest
 
 BUNDLES = Path("models/digits/bundles")
 SECONDS = 4.0

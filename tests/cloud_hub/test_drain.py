@@ -13,8 +13,9 @@ from cloud_hub.config import HubConfig
 from cloud_hub.hub import Hub
 from fogline_protocol import inference
 from fogline_protocol.client import Client
+from fogline_protocol.errors import Unavailable
 from fogline_protocol.grpc_service import SERVICE
-from fogline_protocol.inference import InferRequest, Unavailable
+from fogline_protocol.inference import InferRequest
 from tests.edge_agent.polling import until
 
 REQUEST = InferRequest("digits-hub", {"image": np.zeros((1, 1, 8, 8), np.float32)}, id="x")

@@ -13,7 +13,8 @@ from cloud_hub.fleet import reports
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.hub import Hub
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferRequest, NotFound, Unavailable
+from fogline_protocol.errors import NotFound, Unavailable
+from fogline_protocol.inference import InferRequest
 from tests.edge_agent.polling import until
 
 IMAGE = {"image": np.zeros((1, 1, 8, 8), np.float32)}

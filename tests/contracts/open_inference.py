@@ -13,7 +13,8 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from fogline_protocol.client import Client
-from fogline_protocol.inference import BadRequest, InferRequest, NotFound
+from fogline_protocol.errors import BadRequest, NotFound
+from fogline_protocol.inference import InferRequest
 
 
 @dataclass(frozen=True, slots=True)

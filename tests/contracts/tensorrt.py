@@ -13,7 +13,7 @@ from cloud_hub.engines.tensorrt.errors import PlanRefused, PlanUnusable
 from cloud_hub.engines.tensorrt.plan_key import BuildOptions, Profile, profile_for
 from cloud_hub.engines.tensorrt.session import TensorRtSession
 from fogline_protocol import tensors
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.tensors import TensorSpec
 from tests import onnx_bytes
 

@@ -9,7 +9,7 @@ from edge_agent.fleet.telemetry import REPORT
 from edge_agent.inference.uplink import Uplink
 from fogline_protocol import grpc_calls, grpc_service
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferenceError
+from fogline_protocol.errors import InferenceError
 from fogline_protocol.v1 import fleet_pb2 as pb
 from tests.edge_agent.fleet.test_telemetry import Hub
 from tests.edge_agent.test_agent import FleetDoor

@@ -17,7 +17,7 @@ from edge_agent import Agent, AgentConfig, InferRequest
 from edge_agent.errors import ConfigRefused, ReleaseRefused, StartRefused
 from fogline_protocol import grpc_calls
 from fogline_protocol.client import Client
-from fogline_protocol.inference import BadRequest, Overloaded
+from fogline_protocol.errors import BadRequest, Overloaded
 from fogline_protocol.v1 import fleet_pb2
 from fogline_protocol.v1 import inference_pb2 as pb
 from tests.edge_agent import bundles

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferenceError, InferRequest
+from fogline_protocol.errors import InferenceError
+from fogline_protocol.inference import InferRequest
 from tests.edge_agent import bundles
 from tests.edge_agent.polling import until
 from tests.fakes import FakeHub, Serving

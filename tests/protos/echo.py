@@ -6,13 +6,8 @@ from aiohttp import web
 
 from fogline_protocol import grpc_service, grpc_transport, rest_service
 from fogline_protocol.doors import NOTHING_EXTRA
-from fogline_protocol.inference import (
-    BadRequest,
-    InferResponse,
-    ModelMetadata,
-    NotFound,
-    ServerMetadata,
-)
+from fogline_protocol.errors import BadRequest, NotFound
+from fogline_protocol.inference import InferResponse, ModelMetadata, ServerMetadata
 from fogline_protocol.model_config import ModelConfig
 from fogline_protocol.repository import ModelIndex
 from fogline_protocol.statistics import ModelStatistics

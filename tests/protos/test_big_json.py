@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fogline_protocol import big_json, rest_codec
-from fogline_protocol.inference import BadRequest, InferenceError, InferResponse
+from fogline_protocol.errors import BadRequest, InferenceError
+from fogline_protocol.inference import InferResponse
 from fogline_protocol.rest_codec import Wish
 from tests.protos.echo import EchoServer, rest_door
 

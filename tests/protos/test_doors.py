@@ -13,17 +13,9 @@ import tritonclient.grpc.aio as triton
 from aiohttp import web
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from fogline_protocol import client, grpc_service, grpc_transport, inference, rest_service
-from fogline_protocol.inference import (
-    BadRequest,
-    DeadlineExceeded,
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    NotFound,
-    Overloaded,
-    ServerMetadata,
-)
+from fogline_protocol import client, grpc_service, grpc_transport, rest_service
+from fogline_protocol.errors import BadRequest, DeadlineExceeded, NotFound, Overloaded, Unavailable
+from fogline_protocol.inference import InferRequest, InferResponse, ModelMetadata, ServerMetadata
 from fogline_protocol.tensors import TensorSpec
 from tests.protos.echo import grpc_door
 
@@ -170,7 +162,7 @@ async def test_a_call_that_the_server_cancels_as_it_stops_is_worth_another_try(e
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     ours = client.Client(f"127.0.0.1:{port}")
-    with pytest.raises(inference.Unavailable, match="CANCELLED"):
+    with pytest.raises(Unavailable, match="CANCELLED"):
         await ours.infer(InferRequest("echo", {}))
     await ours.close()
     await grpc_service.stop(server, 1.0)
@@ -179,7 +171,7 @@ async def test_a_call_that_the_server_cancels_as_it_stops_is_worth_another_try(e
 async def test_a_closed_connection_is_no_answer_of_the_server(grpc_address):
     ours = client.Client(grpc_address)
     await ours.close()
-    with pytest.raises(inference.Unavailable, match="closed"):
+    with pytest.raises(Unavailable, match="closed"):
         await ours.infer(InferRequest("echo", {}))
 
 
@@ -227,7 +219,7 @@ async def test_our_client_counts_bytes_and_keeps_parameters(grpc_address):
 
 async def test_our_client_names_an_absent_server(unused_tcp_port):
     ours = client.Client(f"127.0.0.1:{unused_tcp_port}")
-    with pytest.raises(inference.Unavailable):
+    with pytest.raises(Unavailable):
         await ours.infer(InferRequest("echo", {}), timeout_s=5)
     await ours.close()
 

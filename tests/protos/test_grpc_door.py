@@ -22,10 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fogline_protocol import grpc_door, header_blocks, http2
+from fogline_protocol.errors import BadRequest, Unauthenticated
 from fogline_protocol.grpc_calls import STREAM_IN_FLIGHT
 from fogline_protocol.grpc_door import GrpcDoor
 from fogline_protocol.http2 import Code, Kind, frame
-from fogline_protocol.inference import BadRequest, Unauthenticated
 from tests.protos.test_http2 import streams_of_bytes
 
 LIMIT = 1 << 20

@@ -11,9 +11,9 @@ import tritonclient.grpc.service_pb2 as theirs
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fogline_protocol.client import Client
+from fogline_protocol.errors import BadRequest, NotFound
 from fogline_protocol.grpc_calls import STREAM_IN_FLIGHT
 from fogline_protocol.grpc_service import HEALTH, SERVICE
-from fogline_protocol.inference import BadRequest, NotFound
 from fogline_protocol.v1 import inference_pb2 as pb
 from fogline_protocol.v1 import model_config_pb2
 from tests.protos.echo import EchoServer, grpc_door

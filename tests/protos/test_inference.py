@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fogline_protocol import inference
-from fogline_protocol.inference import (
-    BadRequest,
-    InferenceError,
-    InferRequest,
-    InferResponse,
-    ServerFault,
-    Unsupported,
-)
+from fogline_protocol.errors import ERRORS, BadRequest, InferenceError, ServerFault, Unsupported
+from fogline_protocol.inference import InferRequest, InferResponse
 from fogline_protocol.tensors import TensorSpec
 from fogline_protocol.v1 import inference_pb2 as pb
 
@@ -155,7 +149,7 @@ def test_a_contract_names_what_is_missing_unknown_or_different():
 
 
 def test_every_error_has_a_code_a_status_and_a_text():
-    for code, error in inference.ERRORS.items():
+    for code, error in ERRORS.items():
         assert error.grpc_code == code
         assert 400 <= error.http_status < 600
         assert str(error(""))

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fogline_protocol import inference, known_messages, tensors
-from fogline_protocol.inference import InferenceError, InferResponse
+from fogline_protocol.errors import InferenceError
+from fogline_protocol.inference import InferResponse
 from fogline_protocol.tensors import DTYPES
 from fogline_protocol.v1 import inference_pb2 as pb
 from tests.protos.test_mutations import damaged, messages

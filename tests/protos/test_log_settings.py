@@ -9,7 +9,7 @@ import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
 from fogline_protocol.doors import Extras
-from fogline_protocol.inference import BadRequest, Unsupported
+from fogline_protocol.errors import BadRequest, Unsupported
 from fogline_protocol.settings import LogSettings
 from tests.protos.echo import EchoServer, grpc_door, rest_door
 

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fogline_protocol import inference, rest_codec
+from fogline_protocol.errors import InferenceError
 from fogline_protocol.grpc_service import SERVICE
-from fogline_protocol.inference import InferenceError, InferResponse
+from fogline_protocol.inference import InferResponse
 from fogline_protocol.tensors import DTYPES
 from fogline_protocol.v1 import inference_pb2 as pb
 from tests.protos.echo import EchoServer, grpc_door, rest_door

@@ -23,8 +23,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from fogline_protocol import inference, shared_memory
 from fogline_protocol.client import Client
 from fogline_protocol.doors import Extras
-from fogline_protocol.grpc_service import SERVICE
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     AlreadyExists,
     BadRequest,
     InferenceError,
@@ -33,6 +32,7 @@ from fogline_protocol.inference import (
     TooLarge,
     Unsupported,
 )
+from fogline_protocol.grpc_service import SERVICE
 from fogline_protocol.shared_memory import RegionStatus, SharedMemory
 from fogline_protocol.v1 import inference_pb2 as pb
 from tests.protos.echo import EchoServer, grpc_door, rest_door

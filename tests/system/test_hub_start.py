@@ -17,7 +17,8 @@ from cryptography.x509.oid import NameOID
 
 from deploy.demo.fleet import script
 from fogline_protocol.client import Client, Credentials
-from fogline_protocol.inference import InferRequest, Unauthenticated
+from fogline_protocol.errors import Unauthenticated
+from fogline_protocol.inference import InferRequest
 
 pytestmark = pytest.mark.system
 

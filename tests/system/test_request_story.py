@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferenceError, InferRequest
+from fogline_protocol.errors import InferenceError
+from fogline_protocol.inference import InferRequest
 
 pytestmark = pytest.mark.system
 

@@ -30,7 +30,7 @@ from cloud_hub.engines.tensorrt.errors import (
 from cloud_hub.engines.tensorrt.log import Reasons, is_out_of_memory
 from cloud_hub.errors import ModelRefused
 from fogline_protocol import tensors
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.tensors import Array, TensorSpec
 
 PLATFORM = "tensorrt_plan"  # Triton's name

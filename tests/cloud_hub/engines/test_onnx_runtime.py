@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cloud_hub.engines.onnx_runtime import OnnxRuntimeSession
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 
 TEXT = Path(__file__).parents[2] / "edge_agent" / "data" / "text.onnx"  # s BYTES [n, 1] -> t = s
 

@@ -19,7 +19,7 @@ from cloud_hub.engines.launch import INLINE_MAX_BYTES, Launcher
 from cloud_hub.engines.priority import NICE, at_low_priority
 from cloud_hub.engines.process import Job, ProcessEngine
 from cloud_hub.errors import ModelRefused
-from fogline_protocol.inference import BadRequest, ServerFault
+from fogline_protocol.errors import BadRequest, ServerFault
 
 DATA = Path(__file__).parents[2] / "edge_agent" / "data"
 DOUBLE = DATA / "double.onnx"  # x FP32 [n, 3] -> its double

@@ -19,7 +19,7 @@ from cloud_hub.engines.tensorrt.plan_builder import Task, build
 from cloud_hub.engines.tensorrt.plan_key import BuildOptions, Profile
 from cloud_hub.engines.tensorrt.session import TensorRtSession
 from cloud_hub.errors import ModelRefused
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from tests import onnx_bytes
 from tests.contracts.tensorrt import DOUBLE, DOUBLES, TensorRtContract, batches, copies, make_plan
 from tests.fake_gpu import ILLEGAL_ADDRESS, Gpu

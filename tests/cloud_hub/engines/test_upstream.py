@@ -21,7 +21,7 @@ from cloud_hub.fleet.identity import Caller
 from cloud_hub.inference.admission import CallerInterceptor, Callers
 from cloud_hub.metrics import Metrics
 from fogline_protocol import grpc_service
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     Forbidden,

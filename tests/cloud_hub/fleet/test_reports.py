@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_hub.fleet import reports
-from fogline_protocol.inference import BadRequest
+from fogline_protocol.errors import BadRequest
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 

@@ -15,14 +15,14 @@ from cloud_hub.errors import StartRefused
 from cloud_hub.hub import Hub
 from fogline_protocol import grpc_service
 from fogline_protocol.client import Client
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     DeadlineExceeded,
     InferenceError,
-    InferRequest,
     NotFound,
     Unavailable,
     Unsupported,
 )
+from fogline_protocol.inference import InferRequest
 from fogline_protocol.v1 import inference_pb2 as pb
 
 DOUBLE = Path(__file__).parents[2] / "edge_agent" / "data" / "double.onnx"  # x FP32 [n, 3]

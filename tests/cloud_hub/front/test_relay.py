@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cloud_hub.front.arena import ALIGNMENT
 from cloud_hub.front.relay import INLINE_BELOW, FrontEnd, HubEnd, Kind
-from fogline_protocol.inference import NotFound, Overloaded, Unavailable
+from fogline_protocol.errors import NotFound, Overloaded, Unavailable
 
 ROOM = 8 * INLINE_BELOW
 

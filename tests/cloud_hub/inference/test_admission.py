@@ -21,7 +21,8 @@ from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
 from fogline_protocol import grpc_service, grpc_transport, inference, rest_service
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferRequest, Overloaded
+from fogline_protocol.errors import Overloaded
+from fogline_protocol.inference import InferRequest
 
 TOKENS = {
     "fgl_shop": Caller("shop", "till", "1"),

@@ -10,7 +10,7 @@ import pytest
 from cloud_hub.engines.engine import EngineLost
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.metrics import Metrics
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     Overloaded,

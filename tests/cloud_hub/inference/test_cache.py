@@ -21,7 +21,8 @@ from cloud_hub.inference.cache import Key, ResponseCache, hash_of, size_of
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
-from fogline_protocol.inference import BadRequest, InferRequest
+from fogline_protocol.errors import BadRequest
+from fogline_protocol.inference import InferRequest
 from fogline_protocol.tensors import BF16
 from tests.edge_agent.bundles import DATA
 from tests.fakes import HUB_MODEL, FakeHub, Serving

@@ -10,7 +10,8 @@ from cloud_hub.config import HubConfig
 from cloud_hub.hub import Hub
 from cloud_hub.inference.registry import Registry, on_the_hub
 from fogline_protocol.client import Client
-from fogline_protocol.inference import InferRequest, NotFound
+from fogline_protocol.errors import NotFound
+from fogline_protocol.inference import InferRequest
 from fogline_protocol.release import Pairing
 
 

@@ -14,14 +14,8 @@ from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
 from fogline_protocol.documents import sha256_of_file
-from fogline_protocol.inference import (
-    BadRequest,
-    Forbidden,
-    InferRequest,
-    NotFound,
-    Unavailable,
-    Unsupported,
-)
+from fogline_protocol.errors import BadRequest, Forbidden, NotFound, Unavailable, Unsupported
+from fogline_protocol.inference import InferRequest
 from fogline_protocol.model_config import Wanted
 
 

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 from cloud_hub.config import HubConfig
 from cloud_hub.hub import Hub
 from cloud_hub.inference.tracing import Files, Plan, Settings, Tracer
-from fogline_protocol.inference import BadRequest, Unsupported
+from fogline_protocol.errors import BadRequest, Unsupported
 
 ON = {"trace_level": ["TIMESTAMPS"], "trace_rate": ["1"]}
 

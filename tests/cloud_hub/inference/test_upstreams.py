@@ -14,7 +14,8 @@ from cloud_hub.inference import repository as repository_module
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics
-from fogline_protocol.inference import InferenceError, InferRequest, Unavailable
+from fogline_protocol.errors import InferenceError, Unavailable
+from fogline_protocol.inference import InferRequest
 from tests.fakes import HUB_DIGEST, HUB_MODEL, FakeHub, Serving, plus_hundred
 
 pytestmark = pytest.mark.usefixtures("quick")

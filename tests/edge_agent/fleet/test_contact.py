@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_agent.fleet import contact as contacts
 from edge_agent.fleet.contact import Contact
-from fogline_protocol.inference import ServerFault, Unavailable
+from fogline_protocol.errors import ServerFault, Unavailable
 from fogline_protocol.v1.fleet_pb2 import ContactRequest, ContactResponse
 
 GOOD = Contact("mqtt://10.0.0.1:1883", "http://10.0.0.1:8000")

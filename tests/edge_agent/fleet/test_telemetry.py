@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from edge_agent.fleet.telemetry import LATENCY_BOUNDS_S, REPORT, Link, Telemetry
 from edge_agent.inference.policy import Decision, Quality, Reason
-from fogline_protocol.inference import InferenceError, Unavailable
+from fogline_protocol.errors import InferenceError, Unavailable
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 CONFIDENT = Decision(False, Quality.CERTIFIED, Reason.CONFIDENT)

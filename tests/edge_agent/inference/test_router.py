@@ -14,18 +14,16 @@ from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
 from edge_agent.runtime.release import Release, load
 from fogline_protocol.client import Client
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     Forbidden,
-    InferRequest,
-    InferResponse,
     NotFound,
     Overloaded,
-    Parameter,
     ServerFault,
     Unavailable,
 )
+from fogline_protocol.inference import InferRequest, InferResponse, Parameter
 from fogline_protocol.tensors import Array
 from tests.edge_agent import bundles
 from tests.edge_agent.bundles import SURE, UNSURE, rows

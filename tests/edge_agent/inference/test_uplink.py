@@ -10,16 +10,16 @@ import pytest
 from edge_agent.errors import HubLate, HubRefused, HubUnavailable
 from edge_agent.inference.uplink import Question, Uplink
 from fogline_protocol.client import Client
-from fogline_protocol.grpc_service import SERVICE
-from fogline_protocol.inference import (
+from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
     NotFound,
     Overloaded,
-    Parameter,
     ServerFault,
     Unavailable,
 )
+from fogline_protocol.grpc_service import SERVICE
+from fogline_protocol.inference import Parameter
 from fogline_protocol.tensors import Array
 from tests.edge_agent.polling import until
 from tests.fakes import HUB_MODEL, FakeHub, Serving, Valve

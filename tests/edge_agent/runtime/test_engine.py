@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.engine import Engine, RunTimes
 from edge_agent.runtime.providers import CPU
-from fogline_protocol.inference import BadRequest, DeadlineExceeded, ServerFault, Unavailable
+from fogline_protocol.errors import BadRequest, DeadlineExceeded, ServerFault, Unavailable
 from fogline_protocol.tensors import Array, TensorSpec
 from tests.edge_agent.bundles import DATA, SURE, rows
 
