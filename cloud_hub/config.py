@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cloud_hub.errors import ConfigRefused
 
@@ -22,10 +21,10 @@ MIN_RATE = 0.001  # requests a second of one caller: what is rarer is no rate
 ENDPOINTS = "endpoints.json"  # in the data directory: where a running hub can be found
 
 
-class HubConfig(BaseSettings):
+class HubConfig(BaseModel):
     """What one hub process is told."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Path = Path("fogline-hub")  # database, keys, endpoints.json
     grpc: str = "127.0.0.1:8001"  # Triton's ports, so that existing clients find us
