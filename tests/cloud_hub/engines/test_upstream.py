@@ -18,9 +18,9 @@ from cloud_hub.engines.engine import DIGEST, EngineLost
 from cloud_hub.engines.upstream import Upstream, UpstreamDown, UpstreamEngine
 from cloud_hub.errors import ModelRefused
 from cloud_hub.fleet.identity import Caller
-from cloud_hub.inference.admission import CallerInterceptor, Callers
+from cloud_hub.inference.admission import Callers, admitting
 from cloud_hub.metrics import Metrics
-from fogline_protocol import grpc_service
+from fogline_protocol import grpc_service, grpc_transport
 from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -385,12 +385,11 @@ async def test_over_tls_it_shows_its_token_and_reads_a_renewed_one(hub, tmp_path
         return Caller("default", "", "id") if token in valid else None
 
     callers = Callers(authenticate, required=True, metrics=Metrics())
-    server = grpc_service.new_server(interceptors=[CallerInterceptor(callers)])
-    server.add_generic_rpc_handlers((grpc_service.handler(hub),))
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, pem)]))
-    await server.start()
-    token, ca = tmp_path / "token", tmp_path / "ca.pem"
+    token, ca, private = tmp_path / "token", tmp_path / "ca.pem", tmp_path / "key.pem"
     ca.write_bytes(pem)
+    private.write_bytes(key)
+    door = grpc_transport.new_door("http2", grpc_service.methods(hub), admit=admitting(callers))
+    port = await door.listen("127.0.0.1", 0, grpc_transport.Pair(ca, private))
     where = Upstream(
         f"127.0.0.1:{port}", HUB_MODEL, tls=True, token_file=token, ca_file=ca, timeout_s=5
     )
@@ -412,4 +411,4 @@ async def test_over_tls_it_shows_its_token_and_reads_a_renewed_one(hub, tmp_path
     await asyncio.wait_for(returned(engine), 20)
     await engine.run(X)
     await engine.close()
-    await server.stop(None)
+    await door.stop(0.0)
