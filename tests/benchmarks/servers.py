@@ -200,13 +200,6 @@ def pytriton(model: Model) -> Iterator[Server]:
             )
 
 
-def hub_offers(option: str) -> bool:
-    """Return whether ``fogline serve`` knows an option."""
-    command = [script("fogline"), "serve", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return f"{option} " in done.stdout
-
-
 @contextlib.contextmanager
 def _running(
     command: Sequence[str], environment: Mapping[str, str], log: Path
