@@ -1,5 +1,7 @@
 """What tests of several folders share: the committed digits, and nothing else."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,14 @@ def triton_directory(tmp_path: Path, digits: Path) -> Path:
     model = digits / "bundles" / "digits-hub-1.0.0" / "variants" / "fp32.onnx"
     (folder / "model.onnx").write_bytes(model.read_bytes())
     return root
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """Undo what callers of a server in this process had it log, for it belongs to the process."""
+    loggers = [logging.getLogger(name) for name in ("fogline", "cloud_hub", "edge_agent")]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)

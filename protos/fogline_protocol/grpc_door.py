@@ -12,10 +12,13 @@ is ended by the times below.
 
 import asyncio
 import contextlib
+import fcntl
 import math
 import os
 import socket
 import ssl
+import sys
+import termios
 import time
 import zlib
 from collections import deque
@@ -46,6 +49,8 @@ ARRIVAL_S = 60.0  # for the next byte of a frame or of a request
 UNREAD_S = 60.0  # for the peer to take any byte of what waits for it
 IDLE_S = 3600.0  # without a call; clients connect again by themselves
 SETTLE_S = 0.1  # between the first word of the end and the last, for calls on their way in
+GATHERED_BYTES = 1024
+MALFORMED = 100  # requests of one connection that are no requests
 LINGER_S = 1.0  # for the peer to read why a connection ends
 # A method that keeps to the deadline has more to say about it than we, so it is heard first.
 DEADLINE_SLACK_S = 0.1
@@ -185,7 +190,7 @@ class _Call:
 
     __slots__ = (
         "arrival", "deadline", "granted", "have", "head", "method", "number", "task", "timer",
-        "touched",
+        "touched", "unpacked",
     )  # fmt: skip
 
     def __init__(self, number: int, head: Head, method: Method) -> None:
@@ -198,6 +203,7 @@ class _Call:
         self.arrival: _Message | _Messages | None = None  # what has arrived, if not all at once
         self.have = 0  # bytes of the body so far
         self.granted = 0  # bytes that it may send beyond the window of every stream
+        self.unpacked = 0  # bytes of its message, if that arrived compressed
         self.touched = 0.0  # when something of its body arrived
 
     def time_remaining(self) -> float | None:
@@ -215,14 +221,18 @@ class _Message:
     __slots__ = ("compressed", "expected", "have", "pieces")
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []  # without the prefix, once that is known
+        self.pieces: list[bytes | bytearray] = []  # without the prefix, once that is known
         self.have = 0  # bytes in them
         self.expected = -1  # bytes without the prefix; -1: not known yet
         self.compressed = False
 
     def add(self, data: bytes) -> bool:
         """Take bytes; return whether they said how long the message will be."""
-        self.pieces.append(data)
+        last = self.pieces[-1] if self.pieces else None
+        if type(last) is bytearray and len(last) < GATHERED_BYTES:
+            last += data
+        else:  # small pieces are gathered: an object each would be many times their size
+            self.pieces.append(bytearray(data) if len(data) < GATHERED_BYTES else data)
         self.have += len(data)
         if self.expected >= 0 or self.have < 5:
             return False
@@ -293,8 +303,12 @@ class _Connection(asyncio.Protocol):
         self._flushing = False
         self._full = False  # the transport holds as much as it should
         self._leaving = False  # no new calls; it closes after the last one
+        self._ended = False  # nothing more is said; what arrives is dropped
         self._writers: dict[int, asyncio.Future[None]] = {}  # streams whose reader is slow
         self._granted = 0
+        self._unpacked = 0  # bytes of messages that arrived compressed, of calls that go on
+        self._malformed = 0
+        self._stuck: dict[int, tuple[int, float]] = {}  # bytes that wait for a window, since when
         self._asking: deque[tuple[_Call, int]] = deque()
         # What the sweep compares, and when it last was different.
         self._made_at = self._heard_at = self._asked_at = self._read_at = 0.0
@@ -320,8 +334,8 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read frames, start what they complete."""
-        if self._http.closed:
-            return
+        if self._http.closed or self._ended:
+            return  # read and dropped, so that the peer gets to read what it was sent
         now = time.monotonic()
         for event in self._http.receive(data, now):
             kind = type(event)
@@ -349,7 +363,7 @@ class _Connection(asyncio.Protocol):
         """Stop reading too: what is read would be answered."""
         self._full = True
         self._read_at = time.monotonic()
-        if self._transport is not None:
+        if self._transport is not None and not self._ended:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
@@ -366,6 +380,10 @@ class _Connection(asyncio.Protocol):
         number, head, ended = event
         if head.broken:
             self._http.reset(number, Code.PROTOCOL_ERROR)
+            self._malformed += 1
+            if self._malformed > MALFORMED:
+                self._http.go_away(Code.ENHANCE_YOUR_CALM, "too many malformed requests")
+                self._close()
             return
         if head.refusal is not None:
             self._http.end(number, head.refusal)
@@ -477,6 +495,7 @@ class _Connection(asyncio.Protocol):
 
     def _grant(self, call: _Call, more: int) -> None:
         self._granted += more
+        call.touched = time.monotonic()
         self._http.grant(call.number, more)
         self._flush_soon()
 
@@ -527,6 +546,14 @@ class _Connection(asyncio.Protocol):
                 await self._door.admit(call.head.path, call.head.metadata)
             if compressed:
                 message = await _inflated(message, call.head.encoding, self.limit)
+                call.unpacked = len(message)
+                self._unpacked += call.unpacked
+                if self._unpacked > GRANTED_MESSAGES * self.limit:
+                    raise Overloaded(
+                        f"{self._unpacked} bytes of compressed messages are being answered on this "
+                        "connection: come back later",
+                        retry_after_s=1.0,
+                    )
             return await call.method(message, context)
 
         return prepared
@@ -578,6 +605,8 @@ class _Connection(asyncio.Protocol):
             call.timer.cancel()
         if call.granted:
             self._give_back(call)
+        self._unpacked -= call.unpacked
+        call.unpacked = 0
         return True
 
     def _refuse(self, call: _Call, error: InferenceError) -> None:
@@ -617,7 +646,7 @@ class _Connection(asyncio.Protocol):
     def _flush(self) -> None:
         self._flushing = False
         transport = self._transport
-        if transport is None or transport.is_closing() or self._http.closed:
+        if transport is None or transport.is_closing() or self._http.closed or self._ended:
             return
         while not self._full and self._http.sendable:
             transport.write(self._http.take(TURN_BYTES))
@@ -641,17 +670,37 @@ class _Connection(asyncio.Protocol):
         self._close()
 
     def _close(self) -> None:
-        """Close after what is on its way; a peer that still sends gets to read it first."""
+        """Say no more, and close when what was said has arrived.
+
+        A socket that is closed while its peer still sends answers with a reset, which takes along
+        what the peer has not read yet. So it goes on reading until the peer has everything.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._ended:
+            return
+        if self._http.sendable and not self._full and not self._http.closed:
+            transport.write(self._http.take(TURN_BYTES))
+        if not transport.can_write_eof():  # TLS, which says goodbye by itself
+            transport.close()
+            return
+        self._ended = True
+        if self._full:
+            transport.resume_reading()
+        with contextlib.suppress(OSError):  # the peer is gone already
+            transport.write_eof()
+        self._let_go(self._loop.time() + UNREAD_S)
+
+    def _let_go(self, until: float) -> None:
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._http.closed and transport.can_write_eof():
-            transport.write_eof()
+        if self._loop.time() < until and (
+            transport.get_write_buffer_size() or _unacknowledged(transport)
+        ):
+            self._loop.call_later(LINGER_S / 20, self._let_go, until)
+        else:
+            # The peer has all of it; a moment for what it is sending meanwhile.
             self._loop.call_later(LINGER_S, transport.close)
-            return
-        if self._http.sendable and not self._full:
-            transport.write(self._http.take(TURN_BYTES))
-        transport.close()
 
     def go_away(self, *, last: bool) -> None:
         """Say that this connection ends; ``last``: take no calls from here on."""
@@ -690,9 +739,23 @@ class _Connection(asyncio.Protocol):
         elif now - self._read_at > UNREAD_S:
             transport.abort()
             return
+        queued = self._http.waiting()
+        self._stuck = {
+            number: before
+            if (before := self._stuck.get(number)) and before[0] == size
+            else (size, now)
+            for number, size in queued.items()
+        }
+        for number, (_, since) in self._stuck.items():
+            if now - since > UNREAD_S:  # the peer opens no window for it
+                self._http.reset(number, Code.CANCEL)
+                self._dropped(number)
+                self._flush_soon()
         waiting = {id(call) for call, _ in self._asking}  # for us, not for their peer
         for call in tuple(self._calls.values()):
-            arriving = call.task is None and id(call) not in waiting
+            # A stream may rest between its messages, not in the middle of a large one.
+            resting = call.task is not None and not call.granted
+            arriving = not resting and id(call) not in waiting and not self._full
             if arriving and now - call.touched > ARRIVAL_S:
                 text = f"nothing of the call's message arrived for {ARRIVAL_S:g} s"
                 self._break_off(call, DeadlineExceeded(text))
@@ -707,6 +770,19 @@ _NOT_HTTP_1 = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
     b"Content-Length: %d\r\n\r\n%b" % (len(_TEXT), _TEXT)
 )
+
+
+def _unacknowledged(transport: asyncio.Transport) -> int:
+    """Return how many bytes the kernel holds for the peer (Linux: TIOCOUTQ)."""
+    found = transport.get_extra_info("socket")
+    if found is None or found.fileno() < 0:
+        return 0
+    try:
+        return int.from_bytes(
+            fcntl.ioctl(found.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder
+        )
+    except OSError:
+        return 0
 
 
 def _prefix(data: bytes | bytearray) -> tuple[bool, int]:

@@ -480,6 +480,8 @@ class Connection(Generic[Head]):
         if not found.in_turn:
             found.in_turn = True
             self._ready.append(stream)
+            if len(self._ready) > 2 * MAX_STREAMS:  # streams that ended while no window was open
+                self._ready = deque(number for number in self._ready if number in self._streams)
 
     def _settings(self, flags: int, stream: int, payload: bytes) -> None:
         _on_connection(stream, "SETTINGS")
@@ -621,13 +623,17 @@ class Connection(Generic[Head]):
         if last:
             self._refuse_after = min(self._refuse_after, self._last)
         number = self._refuse_after if last else LARGEST
-        payload = _LONG.pack(number) + _LONG.pack(code) + text.encode()
+        payload = _LONG.pack(number) + _LONG.pack(code) + text.encode()[:1024]
         self._out.append(frame(Kind.GOAWAY, 0, 0, payload))
 
     @property
     def sendable(self) -> bool:
         """Whether ``take`` would return something."""
         return bool(self._out) or (bool(self._ready) and self._window > 0)
+
+    def waiting(self) -> dict[int, int]:
+        """Return the bytes of answers that wait for a window or their turn, by stream."""
+        return {number: s.queued for number, s in self._streams.items() if s.queue}
 
     def take(self, limit: int) -> bytes:
         """Return what is to be written now: all control, and about ``limit`` bytes of answers."""

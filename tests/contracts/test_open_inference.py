@@ -19,8 +19,7 @@ class TestTheFakeHub(OpenInferenceContract):
             yield Target(door.address, HUB_MODEL)
 
 
-@pytest.mark.parametrize("door", ["http2", "grpcio"])
-@pytest.mark.parametrize("front_processes", [0, 1])
+@pytest.mark.parametrize(("door", "front_processes"), [("http2", 0), ("grpcio", 0), ("grpcio", 1)])
 class TestTheHub(OpenInferenceContract):
     @pytest.fixture
     async def target(
@@ -32,6 +31,7 @@ class TestTheHub(OpenInferenceContract):
         config = HubConfig(
             data=tmp_path / "hub", models=tmp_path / "models", grpc="127.0.0.1:0",
             http="127.0.0.1:0", mqtt="off", front_processes=front_processes, door=door,
+            drain_notice_s=0.0,
         )  # fmt: skip
         async with Hub(config) as hub:
             output = hub.repository.find("double").engine.outputs[0].name

@@ -21,7 +21,8 @@ def test_whatever_was_remembered_a_block_means_what_it_means_to_hpack(steps, huf
     encoder, reader, fresh = hpack.Encoder(), BlockReader(list, 1 << 16), hpack.Decoder(1 << 16)
     for step in steps:
         if isinstance(step, int):
-            encoder.header_table_size = step
+            if step != encoder.header_table_size:  # hpack's encoder forgets an update set twice
+                encoder.header_table_size = step
             continue
         block = encoder.encode(step, huffman=huffman)
         assert reader.read(block) == [tuple(h) for h in fresh.decode(block, raw=True)] == step
@@ -78,3 +79,8 @@ def test_no_bytes_break_more_than_their_connection(data):
     reader = BlockReader(list, 1 << 15)
     with contextlib.suppress(BadBlock):
         reader.read(data)
+
+
+def test_a_block_of_nothing_but_size_updates_is_refused_early():
+    with pytest.raises(BadBlock, match="cannot be read"):
+        BlockReader(list, 1 << 16).read(b"\x20" * 32_000)

@@ -126,7 +126,7 @@ async def test_an_uncertain_one_is_answered_by_the_hub(
     assert said(response) == "hub hub uncertain"
     assert first(response) == [pytest.approx(THERE)]
     assert hub.requests[0].model == "judge"
-    assert hub.requests[0].outputs == ["logits"]
+    assert list(hub.requests[0].outputs) == ["logits"]
 
 
 async def test_rows_are_decided_one_by_one_and_merged_in_place(
