@@ -83,8 +83,11 @@ class Server:
     counters: Mapping[str, str]  # name -> what the labels of an answered request contain
     log: Path
 
-    def wait_for(self, model: Model, *, load: bool = False) -> None:
-        """Return once it gives the right answer for the first time; ``load``: asked to load it."""
+    def wait_for(self, model: Model, *, load: bool = False) -> float:
+        """Wait until it is up, and return when it first gave the right answer.
+
+        The moment is of ``time.monotonic()``. ``load``: it is asked to load the model before.
+        """
         limit = time.monotonic() + START_LIMIT_S
         host, _, port = self.grpc.rpartition(":")
         while True:
@@ -97,8 +100,9 @@ class Server:
                 if load:
                     self.load(model)
                 self.check(model)
+                answered_at = time.monotonic()
                 self.answered(model)  # its HTTP door may open after the other one
-                return
+                return answered_at
             time.sleep(0.01)
 
     def load(self, model: Model) -> None:
