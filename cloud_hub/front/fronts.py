@@ -50,7 +50,6 @@ class Fronts:
         self._fronts: dict[int, _Front] = {}
         self._keeping: list[asyncio.Task[None]] = []
         self._reserved: socket.socket | None = None
-        self._stopping = False
         self.port = 0
 
     @property
@@ -82,7 +81,6 @@ class Fronts:
 
     async def stop(self, grace_s: float) -> None:
         """Let calls in flight finish for up to ``grace_s``, then end every front."""
-        self._stopping = True
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)

@@ -8,6 +8,7 @@ is large, in memory that both map; it stays there until the call has its answer.
 is shared by many calls.
 """
 
+import abc
 import asyncio
 import enum
 import json
@@ -68,7 +69,7 @@ class Call:
 Answer = Callable[[Call], Coroutine[Any, Any, bytes]]  # raises InferenceError, nothing else
 
 
-class _End(asyncio.Protocol):
+class _End(asyncio.Protocol, abc.ABC):
     """One end of the socket: cuts frames out of what arrives, sends those of a turn together."""
 
     def __init__(self) -> None:
@@ -116,8 +117,9 @@ class _End(asyncio.Protocol):
         if leaving and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(leaving))
 
+    @abc.abstractmethod
     def _frame(self, kind: Kind, call_id: int, body: bytes) -> None:
-        raise NotImplementedError
+        """Act on a frame that has arrived."""
 
 
 class FrontEnd(_End):

@@ -251,11 +251,6 @@ def health_methods(server: InferenceServer) -> Mapping[str, Method]:
     return {f"/{HEALTH}/Check": check, f"/{HEALTH}/Watch": _not_offered("Watch")}
 
 
-def health_handler(server: InferenceServer) -> grpc.GenericRpcHandler:
-    """Return the handler to add to a ``grpc.aio.Server``; see ``health_methods``."""
-    return grpc_calls.handler(health_methods(server))
-
-
 def _parse(message: M, data: bytes) -> M:
     try:
         message.ParseFromString(data)

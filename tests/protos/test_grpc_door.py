@@ -7,7 +7,9 @@ import datetime
 import gzip
 import ipaddress
 import shutil
+import socket
 import ssl
+import struct
 import time
 import zlib
 
@@ -622,3 +624,59 @@ def test_whatever_strangers_send_the_door_serves_on_and_keeps_nothing(pieces):
             await until(lambda: methods.waiting == 0)
 
     asyncio.run(attempt())
+
+
+def raw_call(number, path=b"/a"):
+    """Return the frames of a call with an empty message, as no library would time them."""
+    head = header_blocks.write(
+        [
+            (b":method", b"POST"), (b":path", path), (b":scheme", b"http"), (b":authority", b"x"),
+            (b"te", b"trailers"), (b"content-type", b"application/grpc"),
+        ]
+    )  # fmt: skip
+    return http2.frame(1, 4, number, head) + http2.frame(0, 1, number, bytes(5))
+
+
+async def test_an_answer_behind_a_window_that_never_opens_is_given_up():
+    async def large(_data, _context):
+        return bytes(1 << 20)
+
+    async with opened({"/a": large}) as door:
+        _, writer = await asyncio.open_connection(*door.address.split(":"))
+        no_window = struct.pack(">HI", 4, 0)  # SETTINGS_INITIAL_WINDOW_SIZE
+        writer.write(http2.PREFACE + http2.frame(4, 0, 0, no_window) + raw_call(1))
+        await until(lambda: door.connections and next(iter(door.connections))._http.waiting())
+        (connection,) = door.connections
+        now = time.monotonic()
+        connection.sweep(now)
+        connection.sweep(now + grpc_door.UNREAD_S - 1)
+        assert connection._http.waiting()
+        connection.sweep(now + grpc_door.UNREAD_S + 1)
+        assert not connection._http.waiting()
+        writer.close()
+
+
+async def test_a_door_that_closes_lets_a_slow_reader_have_the_whole_answer():
+    async def large(_data, _context):
+        return bytes(1_000_000)
+
+    async with opened({"/a": large}) as door:
+        small = socket.socket()  # so that most of the answers wait on the door's side
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+        small.setblocking(False)
+        host, port = door.address.split(":")
+        await asyncio.get_running_loop().sock_connect(small, (host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=small, limit=1 << 14)
+        wide = struct.pack(">HI", 4, 1 << 30)
+        more = http2.frame(8, 0, 0, struct.pack(">I", 1 << 30))  # WINDOW_UPDATE
+        writer.write(http2.PREFACE + http2.frame(4, 0, 0, wide) + more)
+        writer.write(b"".join(raw_call(number) for number in (1, 3, 5, 7)))
+        received = await reader.read(1000)
+        stopping = asyncio.create_task(door.stop(10.0))
+        while data := await reader.read(1 << 16):
+            received += data
+            with contextlib.suppress(ConnectionError):
+                writer.write(http2.frame(8, 0, 0, struct.pack(">I", 1)))  # as readers do
+        await stopping
+        writer.close()
+    assert len(received) > 4_000_000
