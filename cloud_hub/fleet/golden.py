@@ -23,6 +23,11 @@ RUN_LIMIT_S = 120.0
 class Engine(Protocol):
     """Runs one loaded variant."""
 
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs it."""
+        ...
+
     async def run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Return every output, one row per input row: ``[n, ...] -> [n, ...]``."""
         ...
@@ -90,7 +95,6 @@ async def run(
     for variant in bundle.variants:
         if not set(variant.providers) & set(providers):
             continue
-        tolerance = bundle.self_test.tolerances[variant.name]
         try:
             engine = await load(directory.file(variant.path))
         except ModelRefused as error:
@@ -99,6 +103,7 @@ async def run(
         try:
             async with asyncio.timeout(RUN_LIMIT_S):
                 answers = [await engine.run(inputs) for inputs in golden.batches()]
+            tolerance = bundle.self_test.tolerances[variant.name].on(engine.provider)
             findings[variant.name] = Finding(judge(bundle, golden, answers, tolerance))
         except Deviates as error:
             findings[variant.name] = Finding(error.figures, str(error))

@@ -354,7 +354,7 @@ class Machine:
                 bundle.bundle,
                 golden,
                 answers,
-                bundle.bundle.self_test.tolerances[choice.variant.name],
+                bundle.bundle.self_test.tolerances[choice.variant.name].on(choice.provider),
             )
         except Deviates as error:
             raise StepFailed("trial/deviation", str(error), error.figures) from None

@@ -62,7 +62,7 @@ class Limits:
 
 
 def run_here(
-    directory: Path, variant: str, load: Callable[[Bundle, Path], Run]
+    directory: Path, variant: str, provider: str, load: Callable[[Bundle, Path], Run]
 ) -> Mapping[str, float]:
     """Run the self-test of the bundle in ``directory`` in this process.
 
@@ -71,7 +71,8 @@ def run_here(
     Args:
         directory: of the bundle.
         variant: the name of the variant to run.
-        load: opens an artifact on the device's provider.
+        provider: the execution provider whose tolerance holds.
+        load: opens an artifact on it.
 
     Raises:
         StepRefused: it deviates, or cannot be loaded.
@@ -81,7 +82,7 @@ def run_here(
         bundle = release.parse((directory / release.ROOT).read_bytes())
         golden = GoldenVectors.read(bundle, directory / bundle.self_test.path)
         artifact = directory / bundle.variant(variant).path
-        tolerance = bundle.self_test.tolerances[variant]
+        tolerance = bundle.self_test.tolerances[variant].on(provider)
     except (OSError, DocumentError, VectorsUnusable) as error:
         raise StepRefused(LOAD, str(error)) from None
     except KeyError:
@@ -304,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_here(
                 given.bundle,
                 given.variant,
+                given.provider,
                 lambda bundle, artifact: _load(bundle, artifact, given.provider, given.threads),
             )
         )

@@ -42,6 +42,23 @@ class Pairing:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """The release that a bundle was made to replace."""
+
+    version: str
+    bundle_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Processing:
+    """What an application does to a value because the graph does not do it itself."""
+
+    kind: str  # tokenizer, resize, argmax, ...
+    files: tuple[str, ...] = ()  # of the bundle
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """How a row's certainty is computed: ``function`` of the tensor ``output``."""
 
@@ -73,6 +90,11 @@ class Tolerance:
 
     max_abs_error: float
     min_agreement: float
+    by_provider: Mapping[str, "Tolerance"] = field(default_factory=dict)
+
+    def on(self, provider: str) -> "Tolerance":
+        """Return what holds on an execution provider."""
+        return self.by_provider.get(provider, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +121,10 @@ class Bundle:
     score: Score | None = None
     escalates_to: Pairing | None = None
     description: str = ""
+    task: str = ""
+    parent: Parent | None = None
+    pre_processing: tuple[Processing, ...] = ()
+    post_processing: tuple[Processing, ...] = ()
 
     def variant(self, name: str) -> Variant:
         """Return the variant called ``name``.
@@ -133,6 +159,9 @@ class Bundle:
             max_batch=self.max_batch,
             labels=self.labels,
             description=self.description,
+            task=self.task,
+            pre_processing=[_processing_message(p) for p in self.pre_processing],
+            post_processing=[_processing_message(p) for p in self.post_processing],
             inputs=[_spec_message(s) for s in self.inputs],
             outputs=[_spec_message(s) for s in self.outputs],
             variants=[
@@ -142,8 +171,7 @@ class Bundle:
             self_test=pb.SelfTest(
                 path=self.self_test.path,
                 tolerances={
-                    name: pb.Tolerance(max_abs_error=t.max_abs_error, min_agreement=t.min_agreement)
-                    for name, t in self.self_test.tolerances.items()
+                    name: _tolerance_message(t) for name, t in self.self_test.tolerances.items()
                 },
             ),
             files={
@@ -158,6 +186,10 @@ class Bundle:
                 pb.Pairing(
                     model=self.escalates_to.model, bundle_sha256=self.escalates_to.bundle_sha256
                 )
+            )
+        if self.parent is not None:
+            message.parent.CopyFrom(
+                pb.Parent(version=self.parent.version, bundle_sha256=self.parent.bundle_sha256)
             )
         return documents.canonical(message)
 
@@ -200,10 +232,7 @@ def parse(data: bytes) -> Bundle:
         ),
         self_test=SelfTest(
             message.self_test.path,
-            {
-                name: Tolerance(t.max_abs_error, t.min_agreement)
-                for name, t in message.self_test.tolerances.items()
-            },
+            {name: _tolerance(t) for name, t in message.self_test.tolerances.items()},
         ),
         files={path: File(f.sha256, f.bytes) for path, f in message.files.items()},
         score=Score(message.score.function, message.score.output)
@@ -212,6 +241,12 @@ def parse(data: bytes) -> Bundle:
         escalates_to=Pairing(message.escalates_to.model, message.escalates_to.bundle_sha256)
         if message.HasField("escalates_to")
         else None,
+        task=message.task,
+        parent=Parent(message.parent.version, message.parent.bundle_sha256)
+        if message.HasField("parent")
+        else None,
+        pre_processing=tuple(map(_processing, message.pre_processing)),
+        post_processing=tuple(map(_processing, message.post_processing)),
     )
     problem = _contradiction(bundle)
     if problem is not None:
@@ -341,6 +376,10 @@ def _contradiction(bundle: Bundle) -> str | None:
             return f"variant {variant.name!r} has no self-test tolerance"
     if bundle.self_test.path not in bundle.files:
         return "the self-test vectors are not listed"
+    for step in (*bundle.pre_processing, *bundle.post_processing):
+        for name in step.files:
+            if name not in bundle.files:
+                return f"processing {step.kind!r} names the file {name!r}, which is not listed"
     if bundle.score is not None:
         if bundle.score.output not in [spec.name for spec in bundle.outputs]:
             return f"the score reads {bundle.score.output!r}, which is not an output"
@@ -355,3 +394,29 @@ def _spec(message: pb.TensorSpec) -> TensorSpec:
 
 def _spec_message(spec: TensorSpec) -> pb.TensorSpec:
     return pb.TensorSpec(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+
+
+def _processing(message: pb.Processing) -> Processing:
+    return Processing(message.kind, tuple(message.files), dict(message.parameters))
+
+
+def _processing_message(step: Processing) -> pb.Processing:
+    return pb.Processing(kind=step.kind, files=step.files, parameters=step.parameters)
+
+
+def _tolerance(message: pb.Tolerance) -> Tolerance:
+    return Tolerance(
+        message.max_abs_error,
+        message.min_agreement,
+        {name: _tolerance(other) for name, other in message.by_provider.items()},
+    )
+
+
+def _tolerance_message(tolerance: Tolerance) -> pb.Tolerance:
+    return pb.Tolerance(
+        max_abs_error=tolerance.max_abs_error,
+        min_agreement=tolerance.min_agreement,
+        by_provider={
+            name: _tolerance_message(other) for name, other in tolerance.by_provider.items()
+        },
+    )

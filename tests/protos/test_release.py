@@ -17,6 +17,8 @@ from fogline_protocol.release import (
     BundleRefused,
     File,
     Pairing,
+    Parent,
+    Processing,
     Score,
     SelfTest,
     Tolerance,
@@ -35,12 +37,19 @@ def a_bundle(**changes):
         "outputs": (TensorSpec("logits", "FP32", (-1, 10)),),
         "max_batch": 64,
         "variants": (Variant("fp32", "variants/fp32.onnx", "fp32", ("CPUExecutionProvider",)),),
-        "self_test": SelfTest("selftest.npz", {"fp32": Tolerance(1e-3, 1.0)}),
+        "self_test": SelfTest(
+            "selftest.npz",
+            {"fp32": Tolerance(1e-3, 1.0, {"CUDAExecutionProvider": Tolerance(1e-2, 0.99)})},
+        ),
         "files": {path: File(documents.sha256(data), len(data)) for path, data in CONTENT.items()},
         "labels": ("0", "1"),
         "score": Score("max_softmax", "logits"),
         "escalates_to": Pairing("digits-hub", "ab" * 32),
         "description": "a digit",
+        "task": "image-classification",
+        "parent": Parent("0.9.0", "cd" * 32),
+        "pre_processing": (Processing("resize", parameters={"height": "8", "width": "8"}),),
+        "post_processing": (Processing("argmax"),),
     }
     return Bundle(**{**fields, **changes})
 
@@ -88,6 +97,18 @@ def folder(tmp_path):
 
 def test_a_root_document_survives_the_disk():
     assert release.parse(a_bundle().to_json()) == a_bundle()
+
+
+def test_a_provider_without_a_tolerance_of_its_own_has_the_variants():
+    tolerance = a_bundle().self_test.tolerances["fp32"]
+    assert tolerance.on("CUDAExecutionProvider") == Tolerance(1e-2, 0.99)
+    assert tolerance.on("CPUExecutionProvider") == tolerance
+
+
+def test_processing_whose_files_are_not_listed_is_refused():
+    stray = a_bundle(pre_processing=(Processing("tokenizer", ("tokenizer.json",)),))
+    with pytest.raises(DocumentError, match=r"'tokenizer' names the file 'tokenizer\.json'"):
+        release.parse(stray.to_json())
 
 
 def test_an_intact_directory_is_read_with_its_certificates(folder):

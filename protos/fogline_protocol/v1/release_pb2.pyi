@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Bundle(_message.Message):
-    __slots__ = ("model", "version", "escalates_to", "inputs", "outputs", "max_batch", "labels", "score", "variants", "self_test", "files", "description")
+    __slots__ = ("model", "version", "escalates_to", "inputs", "outputs", "max_batch", "labels", "score", "variants", "self_test", "files", "description", "task", "parent", "pre_processing", "post_processing")
     class FilesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,10 @@ class Bundle(_message.Message):
     SELF_TEST_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    PRE_PROCESSING_FIELD_NUMBER: _ClassVar[int]
+    POST_PROCESSING_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     escalates_to: Pairing
@@ -42,7 +46,36 @@ class Bundle(_message.Message):
     self_test: SelfTest
     files: _containers.MessageMap[str, File]
     description: str
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., escalates_to: _Optional[_Union[Pairing, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., max_batch: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., score: _Optional[_Union[Score, _Mapping]] = ..., variants: _Optional[_Iterable[_Union[Variant, _Mapping]]] = ..., self_test: _Optional[_Union[SelfTest, _Mapping]] = ..., files: _Optional[_Mapping[str, File]] = ..., description: _Optional[str] = ...) -> None: ...
+    task: str
+    parent: Parent
+    pre_processing: _containers.RepeatedCompositeFieldContainer[Processing]
+    post_processing: _containers.RepeatedCompositeFieldContainer[Processing]
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., escalates_to: _Optional[_Union[Pairing, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., max_batch: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., score: _Optional[_Union[Score, _Mapping]] = ..., variants: _Optional[_Iterable[_Union[Variant, _Mapping]]] = ..., self_test: _Optional[_Union[SelfTest, _Mapping]] = ..., files: _Optional[_Mapping[str, File]] = ..., description: _Optional[str] = ..., task: _Optional[str] = ..., parent: _Optional[_Union[Parent, _Mapping]] = ..., pre_processing: _Optional[_Iterable[_Union[Processing, _Mapping]]] = ..., post_processing: _Optional[_Iterable[_Union[Processing, _Mapping]]] = ...) -> None: ...
+
+class Parent(_message.Message):
+    __slots__ = ("version", "bundle_sha256")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    bundle_sha256: str
+    def __init__(self, version: _Optional[str] = ..., bundle_sha256: _Optional[str] = ...) -> None: ...
+
+class Processing(_message.Message):
+    __slots__ = ("kind", "files", "parameters")
+    class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    files: _containers.RepeatedScalarFieldContainer[str]
+    parameters: _containers.ScalarMap[str, str]
+    def __init__(self, kind: _Optional[str] = ..., files: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Pairing(_message.Message):
     __slots__ = ("model", "bundle_sha256")
@@ -106,12 +139,21 @@ class SelfTest(_message.Message):
     def __init__(self, path: _Optional[str] = ..., tolerances: _Optional[_Mapping[str, Tolerance]] = ...) -> None: ...
 
 class Tolerance(_message.Message):
-    __slots__ = ("max_abs_error", "min_agreement")
+    __slots__ = ("max_abs_error", "min_agreement", "by_provider")
+    class ByProviderEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Tolerance
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Tolerance, _Mapping]] = ...) -> None: ...
     MAX_ABS_ERROR_FIELD_NUMBER: _ClassVar[int]
     MIN_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    BY_PROVIDER_FIELD_NUMBER: _ClassVar[int]
     max_abs_error: float
     min_agreement: float
-    def __init__(self, max_abs_error: _Optional[float] = ..., min_agreement: _Optional[float] = ...) -> None: ...
+    by_provider: _containers.MessageMap[str, Tolerance]
+    def __init__(self, max_abs_error: _Optional[float] = ..., min_agreement: _Optional[float] = ..., by_provider: _Optional[_Mapping[str, Tolerance]] = ...) -> None: ...
 
 class Certificate(_message.Message):
     __slots__ = ("schema", "model", "version", "variant", "variant_sha256", "hub_model", "hub_sha256", "hardware_class", "score", "risk", "alpha", "delta", "method", "items", "scenes", "allowed_losses", "threshold", "escalation_rate", "escalation_rate_upper", "reference_score_quantiles", "calibration_sha256", "sampling", "issued_at", "expires_at")

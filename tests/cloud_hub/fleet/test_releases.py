@@ -73,6 +73,8 @@ class PowerCut(Exception):
 class Scaled:
     """An engine whose artifact is a factor: ``y = factor * x[:, :2]``."""
 
+    provider = "CPUExecutionProvider"
+
     def __init__(self, path: Path) -> None:
         text = path.read_text()
         if text == "garbage":

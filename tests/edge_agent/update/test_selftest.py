@@ -183,7 +183,7 @@ def test_what_is_missing_is_refused_by_name(doubler: BundleDirectory, variant, s
         doubler.file("selftest.npz").unlink()
     with pytest.raises(StepRefused, match=sentence) as refusal:
         run_here(
-            doubler.path, variant, lambda bundle, path: multiply(doubler, "variants/int8.onnx")
+            doubler.path, variant, CPU, lambda bundle, path: multiply(doubler, "variants/int8.onnx")
         )
     assert refusal.value.code == "self-test/load"
 
@@ -290,4 +290,4 @@ def test_a_model_that_fails_on_golden_inputs_is_a_crash(doubler: BundleDirectory
         return run
 
     with pytest.raises(StepFailed, match=r"self-test/crash: .* ended in: kernel$"):
-        run_here(doubler.path, "int8", load)
+        run_here(doubler.path, "int8", CPU, load)
