@@ -28,8 +28,8 @@ def triton_directory(tmp_path: Path, digits: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _loggers_as_before() -> Iterator[None]:
-    """Undo what callers of a server in this process had it log, for it belongs to the process."""
-    loggers = [logging.getLogger(name) for name in ("fogline", "cloud_hub", "edge_agent")]
+    """Undo what a command or a server in this process did to the log, which is the process's."""
+    loggers = [logging.getLogger(name) for name in (None, "fogline", "cloud_hub", "edge_agent")]
     before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
     for logger, handlers, propagate, level in before:
