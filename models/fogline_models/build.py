@@ -1,0 +1,346 @@
+"""Builds the releases of a recipe, step by step. The composition root of the workshop.
+
+    data ─► export ─► quantize (each form) ─► run ─► measure ─► gates ─► bundle ─► certify ─► report
+             │                                 │                                     │
+             └ golden vectors of the origin    └ the hub's model on the same items ──┘
+
+Everything up to the gates is a step kept by content (``steps.py``), so a build that was
+interrupted, or whose recipe changed in one place, does only what is due. What follows is made
+anew each time: it is quick, and certificates are dated. Digests of what a bundle's root names
+depend on recipe, data, code and tools alone; timings and certificates lie beside it.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fogline_models import (
+    archive,
+    data,
+    export,
+    graph,
+    hooks,
+    measure,
+    quantize,
+    sensitivity,
+    session,
+    sources,
+)
+from fogline_models.assemble import BUNDLES, Built, Hub, Measured, finish
+from fogline_models.data import Items
+from fogline_models.errors import BadInput
+from fogline_models.measure import Cost
+from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
+from fogline_models.session import CPU, Session, hardware_class
+from fogline_models.steps import Say, Steps, code, tools
+from fogline_protocol import documents, hardware, release
+from fogline_protocol.release import BundleDirectory, BundleRefused
+from fogline_protocol.tensors import Array
+
+SELF_TEST_SCENES = 32  # of training, if there is no split for it
+RANGE_SCENES = 1024
+LATENCY_BATCHES = (1, 8, 32)
+RUN_ROWS = 64  # at once, when a whole split is run
+TOGETHER = (("training", "ranges", "self_test"),)  # splits that may share items
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    steps: Steps,
+    say: Say,
+    *,
+    now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+) -> tuple[Built, ...]:
+    """Build every release of ``recipe`` below ``out``, in the order of the recipe.
+
+    Raises:
+        BadInput: of a step; names the step, the thing and what to do. Releases that were
+            finished before it stay, nothing half-written does.
+        MissingExtra: a package that a step needs is not installed.
+    """
+    return _Build(recipe, out, steps, say, now).run()
+
+
+class _Build:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        steps: Steps,
+        say: Say,
+        now: Callable[[], datetime.datetime],
+    ) -> None:
+        self._recipe = recipe
+        self._out = out
+        self._steps = steps
+        self._say = say
+        self._now = now
+        self._exported: dict[tuple[str, str], Path] = {}  # by model and version
+        self._finished: dict[tuple[str, str], Built] = {}
+
+    def run(self) -> tuple[Built, ...]:
+        recipe = self._recipe
+        quantized = [
+            sum(name != FP32 for name in recipe.variants(each)) for each in recipe.release
+        ]
+        self._steps.expect(1 + sum(3 + count for count in quantized))
+        splits = self._splits()
+        for name in recipe.data.publish:
+            _publish(splits[name], self._out / f"{name}.npz")
+        if recipe.data.publish:
+            _publish_scenes(splits, self._out / "splits.json")
+        return tuple(self._release(each, splits) for each in recipe.release)
+
+    def _splits(self) -> Mapping[str, Items]:
+        recipe = self._recipe
+        folder = recipe.folder
+        facts: dict[str, object] = {"labels": recipe.labels, **code(data)}
+        if recipe.data.make:
+            facts |= {"make": recipe.data.make, "hooks": hooks.digests(folder), **tools("numpy", extra="models")}
+        else:
+            facts["files"] = {
+                name: _digest(folder / path, f"data.files.{name}")
+                for name, path in recipe.data.files.items()
+            }
+
+        def make(into: Path, say: Say) -> None:
+            if recipe.data.make:
+                found = hooks.load(folder, recipe.data.make, "data.make")()
+            else:
+                found = {name: data.read(folder / p) for name, p in recipe.data.files.items()}
+            splits = _completed(found)
+            for name, items in splits.items():
+                data.check(items, f"data: split {name}")
+                data.check_labels(items, recipe.labels, f"data: split {name}")
+            data.check_disjoint(splits, (*TOGETHER, *recipe.data.together))
+            for name, items in splits.items():
+                data.save(into / f"{name}.npz", items)
+            say(", ".join(f"{name} {len(items)}" for name, items in splits.items()))
+
+        made = self._steps.make(recipe.family, "data", facts, make)
+        splits = {path.stem: data.read(path) for path in sorted(made.glob("*.npz"))}
+        for name in (*recipe.data.also, *recipe.data.publish):
+            if name not in splits:
+                raise BadInput(f"data: there is no split {name!r}, only {', '.join(splits)}")
+        return splits
+
+    def _release(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> Built:
+        recipe = self._recipe
+        folder = self._export(each, splits)
+        self._exported[each.model, each.version] = folder
+        prepared = folder / sources.PREPARED
+        if prepared.is_dir():
+            splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
+        files = {FP32: folder / sources.FP32}
+        for name in recipe.variants(each):
+            if name != FP32:
+                files[name] = self._quantize(each, name, files[FP32], splits["ranges"])
+        hub = self._hub(each)
+        outputs = self._outputs(each, files, splits, hub)
+        costs = self._measure(each, files, splits["evaluation"])
+        built = finish(
+            Measured(
+                recipe=recipe,
+                release=each,
+                exported=sources.Exported.read(folder),
+                golden=self._golden(each),
+                files=files,
+                splits=splits,
+                outputs=outputs,
+                costs=costs,
+                hub=hub,
+                parent=self._parent(each),
+                inputs=self._inputs(each, folder),
+            ),
+            self._out / BUNDLES / each.folder,
+            now=self._now(),
+            say=self._say,
+        )
+        self._finished[each.model, each.version] = built
+        return built
+
+    def _export(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> Path:
+        recipe, source = self._recipe, each.source
+        seen = dict(splits)
+        if not source.huggingface:  # what must not be seen in training is not handed over
+            seen = {name: seen[name] for name in TOGETHER[0]}
+        if each.examples is not None:
+            seen["examples"] = data.read(recipe.folder / each.examples)
+        facts: dict[str, object] = {
+            "props": sources.props(recipe, each, FP32),
+            "max_batch": each.max_batch,
+            "outputs": source.outputs,
+            "dynamic": {name: dict(axes) for name, axes in source.dynamic.items()},
+            "arguments": source.arguments,
+            "splits": {name: items.sha256 for name, items in seen.items()},
+            "machine": hardware.this_machine(),  # weights differ in their last bits elsewhere
+            **code(export, graph, sources),
+        }
+        if source.torch:
+            packages, extra = ("torch", "onnx", "onnxscript", "numpy"), "models"
+            facts |= {"torch": source.torch, "hooks": hooks.digests(recipe.folder)}
+        elif source.huggingface is not None:
+            packages, extra = ("torch", "onnx", "transformers", "optimum-onnx"), "hf"
+            place = recipe.folder / source.huggingface
+            facts["huggingface"] = {
+                path.relative_to(place).as_posix(): documents.sha256_of_file(path)
+                for path in sorted(place.rglob("*"))
+                if path.is_file()
+            }
+        else:
+            packages, extra = ("onnx",), "models"
+            assert source.onnx is not None
+            facts["onnx"] = _digest(recipe.folder / source.onnx, "source.onnx")
+        return self._steps.make(
+            each.title,
+            "export",
+            {**facts, **tools(*packages, extra=extra)},
+            lambda into, say: sources.make(recipe, each, seen, into, say),
+        )
+
+    def _quantize(self, each: ReleaseRecipe, form: str, fp32: Path, ranges: Items) -> Path:
+        props = sources.props(self._recipe, each, form)
+        facts = {
+            "props": props,
+            "fp32": documents.sha256_of_file(fp32),
+            "ranges": ranges.sha256,
+            "keep": each.keep.get(form, ()),
+            "sweep": each.sweep.get(form),
+            **code(graph, quantize, sensitivity),
+            **tools("onnx", "onnxruntime", extra="models"),
+        }
+
+        def make(into: Path, say: Say) -> None:
+            keep = each.keep.get(form, ())
+            if form in each.sweep:
+                keep = (*keep, *sensitivity.nodes_to_keep(fp32, form, ranges.inputs, each.sweep[form], say))
+            quantize.quantize(fp32, form, ranges.inputs, props, into / f"{form}.onnx", keep=keep)
+
+        return self._steps.make(each.title, f"quantize {form}", facts, make) / f"{form}.onnx"
+
+    def _outputs(
+        self,
+        each: ReleaseRecipe,
+        files: Mapping[str, Path],
+        splits: Mapping[str, Items],
+        hub: Hub | None,
+    ) -> Mapping[str, Mapping[str, Array]]:
+        """Return what every variant, and the hub's model, gives on the splits: by split, name."""
+        wanted = ("evaluation", *self._recipe.data.also, "ranges", "self_test")
+        sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
+        facts = {
+            "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
+            "splits": {name: splits[name].sha256 for name in wanted},
+            "hardware": hardware_class(),
+            **code(session),
+        }
+
+        def make(into: Path, say: Say) -> None:
+            arrays: dict[str, Array] = {}
+            for name, path in sessions.items():
+                running = Session(path)
+                for split in wanted:
+                    rows = min(RUN_ROWS, each.max_batch) or len(splits[split])
+                    for output, array in running.run(splits[split].inputs, rows).items():
+                        arrays[f"{split}/{name}/{output}"] = array
+            archive.save(into / "outputs.npz", arrays)
+
+        made = self._steps.make(each.title, "run", facts, make)
+        found: dict[str, dict[str, Array]] = {split: {} for split in wanted}
+        for key, array in archive.read(made / "outputs.npz").items():
+            split, name, output = key.split("/", 2)
+            if output == each.output:
+                found[split][name] = array
+        return found
+
+    def _measure(
+        self, each: ReleaseRecipe, files: Mapping[str, Path], items: Items
+    ) -> Mapping[str, Cost]:
+        facts = {
+            "files": {name: documents.sha256_of_file(path) for name, path in files.items()},
+            "split": items.sha256,
+            "hardware": hardware_class(),
+            **code(measure, session),
+        }
+        batches = [n for n in LATENCY_BATCHES if n <= min(max(each.max_batch, 1), len(items))]
+
+        def make(into: Path, say: Say) -> None:
+            costs = measure.measure(files, items.inputs, batches)
+            text = json.dumps({name: measure.to_json(cost) for name, cost in costs.items()})
+            (into / "costs.json").write_text(text, encoding="utf-8")
+
+        made = self._steps.make(each.title, "measure", facts, make)
+        document = json.loads((made / "costs.json").read_text(encoding="utf-8"))
+        return {name: measure.from_json(cost) for name, cost in document.items()}
+
+    def _hub(self, each: ReleaseRecipe) -> Hub | None:
+        """Return the model that a release escalates to, of this recipe or from a folder."""
+        if not each.escalates_to:
+            return None
+        mine = [b for (model, _), b in self._finished.items() if model == each.escalates_to]
+        if mine:
+            directory = mine[-1].directory
+        else:
+            directory = _bundle(self._recipe.folder / each.escalates_to, "escalates_to")
+        return Hub(directory)
+
+    def _parent(self, each: ReleaseRecipe) -> BundleDirectory | None:
+        if not each.parent:
+            return None
+        mine = self._finished.get((each.model, each.parent))
+        if mine is not None:
+            return mine.directory
+        return _bundle(self._recipe.folder / each.parent, "parent")
+
+    def _golden(self, each: ReleaseRecipe) -> Mapping[str, Array]:
+        version = each.version if each.accident is None else each.accident.golden_of
+        return archive.read(self._exported[each.model, version] / sources.GOLDEN)
+
+
+def _completed(found: Mapping[str, Items]) -> dict[str, Items]:
+    """Return the splits with those that can be taken from training."""
+    splits = dict(found)
+    training = splits.get("training")
+    if "evaluation" not in splits:
+        raise BadInput(
+            f"data: there is no split evaluation, only {', '.join(splits)}: without held-out "
+            "items nothing can be said of a model"
+        )
+    if training is None and not {"ranges", "self_test"} <= splits.keys():
+        raise BadInput("data: there is no split training, so ranges and self_test are needed")
+    if training is not None:
+        independent = training.independent
+        splits.setdefault("ranges", training.rows(independent[:RANGE_SCENES]))
+        splits.setdefault("self_test", training.rows(independent[:SELF_TEST_SCENES]))
+    else:
+        splits["training"] = splits["ranges"]
+    return splits
+
+
+def _digest(path: Path, key: str) -> str:
+    try:
+        return documents.sha256_of_file(path)
+    except OSError as error:
+        raise BadInput(f"{key}: {path}: {error.strerror}") from None
+
+
+def _bundle(path: Path, key: str) -> BundleDirectory:
+    try:
+        return release.read(path)
+    except BundleRefused as refusal:
+        raise BadInput(f"{key}: {path} is not an intact bundle: {refusal}") from None
+
+
+def _publish(items: Items, path: Path) -> None:
+    data.save(path, items)
+
+
+def _publish_scenes(splits: Mapping[str, Items], path: Path) -> None:
+    """Write which scenes each split holds: the claim that no split leaks, to be checked."""
+    scenes = {name: np.unique(items.scenes).tolist() for name, items in splits.items()}
+    text = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(scenes.items()))
+    path.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
