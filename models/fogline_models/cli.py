@@ -94,7 +94,7 @@ def certify(
 
         edge, peer = _read(bundle), _read(hub)
         terms = step.Terms(alpha, delta, datetime.timedelta(days=valid_days))
-        calibration = step.read_calibration(data)
+        calibration = read_items(data)
         # All are found before any is written: a refusal leaves the folder as it was.
         found = [
             step.certify(
