@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fogline_models import archive, bundle, certify, evaluate
+from fogline_models import archive, bundle, certify, evaluate, measure, metrics
 from fogline_models.errors import BadInput
 from fogline_models.export import OPSET, export
 from fogline_models.quantize import quantize
@@ -252,15 +252,17 @@ def _build(
                 np.concatenate([items.ranges, items.self_test]),
             )
         )
-        latencies = evaluate.latencies_us(files, {"image": items.scanned}, LATENCY_BATCHES)
+        costs = measure.measure(files, {"image": items.scanned}, LATENCY_BATCHES)
         variants = {name: path.read_bytes() for name, path in files.items()}
     figures: dict[str, dict[str, object]] = {
         name: {
             "bytes": len(variants[name]),
-            "accuracy_clean": evaluate.accuracy(clean[name], items.clean.labels),
-            "accuracy_scanned": evaluate.accuracy(scanned[name], items.scanned_labels),
-            "agreement_with_fp32": evaluate.agreement(scanned[name], scanned["fp32"]),
-            "median_latency_us": latencies[name],
+            "accuracy_clean": metrics.accuracy(clean[name], items.clean.labels),
+            "accuracy_scanned": metrics.accuracy(scanned[name], items.scanned_labels),
+            "agreement_with_fp32": metrics.agreement(scanned[name], scanned["fp32"]),
+            "median_latency_us": {
+                f"batch_{batch}": spread.median for batch, spread in costs[name].latency_us.items()
+            },
         }
         for name in plan.variants
     }
@@ -343,8 +345,8 @@ def _certify(
     )
     certify.save(issued, certify.folder_of(directory))
     logits = edge.logits[variant]
-    raw = 1 - evaluate.agreement(logits, hub.logits[served])
-    both = evaluate.hybrid(
+    raw = 1 - metrics.agreement(logits, hub.logits[served])
+    both = metrics.hybrid(
         logits,
         hub.logits[served],
         FUNCTIONS[MAX_SOFTMAX](logits),

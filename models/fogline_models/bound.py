@@ -86,6 +86,36 @@ def upper_bound(k: int, n: int, delta: float) -> float:
             high = middle
 
 
+def lower_bound(k: int, n: int, delta: float) -> float:
+    """Return the Clopper-Pearson lower bound of a rate of which ``k`` in ``n`` were seen.
+
+    It is the smallest rate at which ``k`` or more would still be seen with probability ``delta``.
+    """
+    if k <= 0:
+        return 0.0
+    low, high = 0.0, k / n
+    while True:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            return low  # the side on which the bound holds
+        if 1.0 - binomial_cdf(k - 1, n, middle) > delta:
+            high = middle
+        else:
+            low = middle
+
+
+def interval(k: int, n: int, confidence: float) -> tuple[float, float]:
+    """Return the two-sided Clopper-Pearson interval of a rate of which ``k`` in ``n`` were seen.
+
+    Counted from the rarer side, where the sums are short.
+    """
+    tail = (1.0 - confidence) / 2
+    if 2 * k <= n:
+        return lower_bound(k, n, tail), upper_bound(k, n, tail)
+    low, high = interval(n - k, n, confidence)
+    return 1.0 - high, 1.0 - low
+
+
 def _probability(k: int, n: int, p: float) -> float:
     ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
