@@ -12,6 +12,7 @@
     card.py       the model card, inside the digest
     comparison.py what changes from one bundle to the next, and what a device fetches for it
     inspection.py everything that is in a bundle
+    wording.py    figures as people read them; pure
     bound.py      the exact binomial bound; pure
     certify.py    a threshold with its bound, measured on this machine
     bundle.py     the directory that hub and device accept; nothing half-written

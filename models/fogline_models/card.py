@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fogline_models import bundle, plots
+from fogline_models import bundle
 from fogline_models.evaluate import Evaluation, Figures
 from fogline_models.gates import Decision, Verdict
 from fogline_models.metrics import Rate
-from fogline_models.report import Subject, interval, points, size
+from fogline_models.report import Subject
+from fogline_models.wording import interval, percent, points, size
 from fogline_protocol.release import Bundle
 from fogline_protocol.tensors import TensorSpec
 
@@ -143,7 +144,7 @@ def _variants(subject: Subject, evaluation: Evaluation, decisions: Sequence[Deci
                 error = figures.calibration_error
                 cells += [
                     f"{figures.macro_f1 or 0:.3f}",
-                    "" if error is None else plots.percent(error),
+                    "" if error is None else percent(error),
                 ]
         shown = {Verdict.ELIGIBLE: "ships", Verdict.WAIVED: "ships", Verdict.REFUSED: "refused"}
         rows.append(f"| {' | '.join(cells)} | {shown[decision.verdict]} |")
@@ -200,8 +201,7 @@ def _slices(evaluation: Evaluation, preferred: str) -> str:
 def _rate(rate: Rate | None) -> str:
     if rate is None:
         return ""
-    ends = interval({"lower": rate.lower, "upper": rate.upper})
-    return f"{plots.percent(rate.value)} ({ends})"
+    return f"{percent(rate.value)} ({interval(rate.lower, rate.upper)})"
 
 
 def _loss(figures: Figures) -> str:

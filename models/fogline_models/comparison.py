@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fogline_models import archive, metrics, plots, report
+from fogline_models import archive, metrics, report
 from fogline_models.certify import read_calibration
 from fogline_models.errors import BadInput
 from fogline_models.metrics import Rate
 from fogline_models.session import Session
+from fogline_models.wording import interval, percent
 from fogline_protocol.golden import GoldenVectors, VectorsUnusable
 from fogline_protocol.release import ROOT, Bundle, BundleDirectory
 from fogline_protocol.release_index import BLOCK_BYTES, FileDigester
@@ -197,8 +198,7 @@ def _variant_sentences(found: Comparison) -> list[str]:
         )
         if each.accuracy_a is not None and each.accuracy_b is not None:
             size += (
-                f", accuracy in its report {plots.percent(each.accuracy_a)} -> "
-                f"{plots.percent(each.accuracy_b)}"
+                f", accuracy in its report {percent(each.accuracy_a)} -> {percent(each.accuracy_b)}"
             )
         said.append(f"{each.name}: {size}")
     return said
@@ -216,7 +216,7 @@ def _certificate_sentences(found: Comparison) -> list[str]:
             where += f", risk {each.alpha_a:g} -> {each.alpha_b:g}"
         said.append(
             f"{where}: threshold {each.threshold_a:.4f} -> {each.threshold_b:.4f}, escalates "
-            f"{plots.percent(each.escalated_a or 0)} -> {plots.percent(each.escalated_b or 0)}"
+            f"{percent(each.escalated_a or 0)} -> {percent(each.escalated_b or 0)}"
         )
     return said
 
@@ -225,11 +225,11 @@ def _answer_lines(answers: Answers, found: Comparison) -> Iterator[str]:
     rate = answers.agreement
     yield (
         f"{answers.variant_a} and {answers.variant_b} give the same answer on "
-        f"{plots.percent(rate.value)} of {rate.items:,} items (95 %: {_ends(rate)}), {answers.source}"
+        f"{percent(rate.value)} of {rate.items:,} items (95 %: {_ends(rate)}), {answers.source}"
     )
     for side, accuracy in ((found.a, answers.accuracy_a), (found.b, answers.accuracy_b)):
         if accuracy is not None:
-            yield f"{side.title} is right on {plots.percent(accuracy.value)} (95 %: {_ends(accuracy)})"
+            yield f"{side.title} is right on {percent(accuracy.value)} (95 %: {_ends(accuracy)})"
     moved = sorted(
         (
             (-count, i, j)
@@ -250,7 +250,7 @@ def _answer_lines(answers: Answers, found: Comparison) -> Iterator[str]:
 
 
 def _ends(rate: Rate) -> str:
-    return report.interval({"lower": rate.lower, "upper": rate.upper})
+    return interval(rate.lower, rate.upper)
 
 
 def _lineage(a: BundleDirectory, b: BundleDirectory, found: report.Document | None) -> str:

@@ -21,6 +21,7 @@ from fogline_models.errors import BadInput
 from fogline_models.evaluate import Evaluation, Figures
 from fogline_models.measure import Cost
 from fogline_models.metrics import Difference, Rate
+from fogline_models.wording import interval, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ def _quality(gates: Gates, figures: Figures, name: str, reference: str) -> list[
         checks.append(
             Check(
                 "max_relative_error", error, bar, error <= bar,
-                f"strays from {reference} by {error:.2%} of a vector's length, at most {bar:.2%} "
+                f"strays from {reference} by {percent(error, 2)} of a vector's length, at most {percent(bar, 2)} "
                 f"allowed",
             )
         )  # fmt: skip
@@ -195,8 +196,8 @@ def _at_least(gate: str, found: Rate, bar: float, words: str, gates: Gates) -> C
     held = found.lower if gates.confident else found.value
     return Check(
         gate, found.value, bar, held >= bar,
-        f"{words} {found.value:.1%} of the items (95 %: {found.lower:.1%} to {found.upper:.1%}), "
-        f"at least {bar:.1%} required",
+        f"{words} {percent(found.value)} of the items (95 %: {interval(found.lower, found.upper)}), "
+        f"at least {percent(bar)} required",
     )  # fmt: skip
 
 

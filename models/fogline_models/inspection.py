@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fogline_models import report
-from fogline_models.report import size
+from fogline_models.wording import percent, size
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import GoldenVectors, VectorsUnusable
 from fogline_protocol.release import ROOT, BundleDirectory
@@ -86,7 +86,7 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {v['name']}  {v['precision']}, {size(v['bytes'])}, for {', '.join(v['providers'])}"
         yield (
             f"      may stray by {v['max_abs_error']:g} from the reference, and must keep its answer "
-            f"on {v['min_agreement']:.0%} of the golden rows"
+            f"on {percent(v['min_agreement'], 0)} of the golden rows"
         )
         yield f"      {v['path']}  {v['sha256']}"
     yield from ("", "certificates")
@@ -144,7 +144,7 @@ def _certificate(found: BundleDirectory, each: Certificate) -> dict[str, Any]:
             objection = "" if covered else "it was measured on another file"
     bounded = math.isfinite(each.threshold)
     said = (
-        f"above {each.threshold:.4f} answers locally, escalates {each.escalation_rate:.1%}; "
+        f"above {each.threshold:.4f} answers locally, escalates {percent(each.escalation_rate)}; "
         if bounded
         else "never answers locally; "
         if each.threshold > 0

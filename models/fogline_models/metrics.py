@@ -93,8 +93,7 @@ def rate(hits: Array, scenes: Array) -> Rate:
     value = float(hits.mean())
     sizes = _sizes(scenes)
     count = effective_scenes(sizes)
-    lower, _ = bound.interval(math.floor(value * count + 1e-9), count, CONFIDENCE)
-    _, upper = bound.interval(math.ceil(value * count - 1e-9), count, CONFIDENCE)
+    lower, upper = bound.interval(value * count, count, CONFIDENCE)
     return Rate(value, min(lower, value), max(upper, value), len(hits), len(sizes))
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fogline_models.wording import micros, percent
+
 WIDTH = 460.0
 MAX_CELLS = 32  # classes in a drawn confusion matrix; more are told by their largest mistakes
 MAX_SLICES = 24
@@ -325,23 +327,6 @@ def pair(found: Mapping[str, Any]) -> str:
                  "value strong", side)  # fmt: skip
     drawing.text(x(1), y(low) - 8, f"edge alone {percent(edge)}", "tick", "end")
     return drawing.svg()
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """Return a share in per cent; what is not quite all or nothing is not rounded to it."""
-    text = f"{100 * share:.{digits}f}"
-    if digits and float(text) in (0.0, 100.0) and share not in (0.0, 1.0):
-        return "<0.1 %" if share < 0.5 else ">99.9 %"
-    return f"{text.removesuffix('.0') if share in (0.0, 1.0) else text} %"
-
-
-def micros(us: float) -> str:
-    """Return a time in the unit that suits it."""
-    if us < 100:
-        return f"{us:.1f} µs"
-    if us < 1_000:
-        return f"{us:.0f} µs"
-    return f"{us / 1e3:.2f} ms" if us < 1e5 else f"{us / 1e3:,.0f} ms"
 
 
 def _plane(highest: float, summary: str, lowest: float = 0.0) -> tuple[_Drawing, Any, Any, float]:

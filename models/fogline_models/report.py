@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fogline_models import plots
+from fogline_models import plots, wording
 from fogline_models.errors import BadInput, require
 from fogline_models.evaluate import Escalation, Evaluation
 from fogline_models.gates import Decision, Verdict
@@ -152,11 +152,11 @@ def html(found: Document) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": lambda *a: _whole(plots.percent(*a)),
-        "points": points,
-        "interval": lambda rate: _whole(interval(rate)),
-        "micros": lambda us: _whole(plots.micros(us)),
-        "size": lambda count: _whole(size(count)),
+        "percent": lambda *a: _whole(wording.percent(*a)),
+        "points": wording.points,
+        "interval": lambda rate: _whole(wording.interval(rate["lower"], rate["upper"])),
+        "micros": lambda us: _whole(wording.micros(us)),
+        "size": lambda count: _whole(wording.size(count)),
         "swatch": lambda place: Markup(plots.swatch(place)),
     }
     drawn = {name: Markup(svg) for name, svg in _drawn(found).items()}
@@ -175,24 +175,11 @@ def promise(found: Mapping[str, Any]) -> str:
             f"escalates to {found['hub_model']}."
         )
     return (
-        f"With {plots.percent(1 - found['delta'], 0)} confidence, at most "
-        f"{plots.percent(found['alpha'], _digits(found['alpha']))} of all requests are answered "
+        f"With {wording.percent(1 - found['delta'], 0)} confidence, at most "
+        f"{wording.percent(found['alpha'], _digits(found['alpha']))} of all requests are answered "
         f"at the edge and differently from {found['hub_model']}, as long as they are drawn like "
         f"{scenes}."
     )
-
-
-def points(share: float) -> str:
-    """Return a difference of shares in points, with its sign."""
-    text = f"{100 * share:+.1f}" if abs(share) >= 0.0005 else "0.0"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def interval(rate: Mapping[str, float]) -> str:
-    """Return the ends of a rate's interval in per cent, rounded outwards."""
-    lower = math.floor(1000 * rate["lower"] + 1e-9) / 10
-    upper = math.ceil(1000 * rate["upper"] - 1e-9) / 10
-    return f"{lower:.1f}\N{EN DASH}{upper:.1f} %".replace("100.0", "100")
 
 
 def read(folder: Path) -> Document | None:
@@ -226,13 +213,6 @@ def read(folder: Path) -> Document | None:
         raise BadInput(f"{path}: a report of schema {SCHEMA} without its decisions or machine")
     document: dict[str, Any] = found
     return document
-
-
-def size(count: int) -> str:
-    """Return a number of bytes in the unit that suits it."""
-    if count < 10_000:
-        return f"{count:,} B"
-    return f"{count / 1e3:,.1f} kB" if count < 1e6 else f"{count / 1e6:,.1f} MB"
 
 
 def _whole(figure: str) -> str:
