@@ -135,7 +135,7 @@ def _variants(subject: Subject, evaluation: Evaluation, decisions: Sequence[Deci
         figures = evaluation.variants[name]
         cells = [name, subject.precisions[name], size(subject.sizes[name])]
         if not evaluation.classes:
-            cells += [f"{figures.cosine or 0:.5f}", f"{figures.relative_error or 0:.2%}"]
+            cells += [f"{figures.cosine or 0:.5f}", percent(figures.relative_error or 0, 2)]
         else:
             if labelled:
                 cells += [_rate(figures.accuracy), _loss(figures)]

@@ -9,6 +9,7 @@ inside: ``card.py`` writes it from the same evaluation and leaves out whatever v
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -140,6 +141,17 @@ def html(found: Document) -> str:
     Raises:
         MissingExtra: jinja2 is not installed.
     """
+    template = _template()
+    from markupsafe import Markup
+
+    drawn = {name: Markup(svg) for name, svg in _drawn(found).items()}
+    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    page: str = template.render(style=style, drawn=drawn, view=_view(found), **found)
+    return page
+
+
+@functools.cache
+def _template() -> Any:
     require("jinja2", extra="models")
     import jinja2
     from markupsafe import Markup
@@ -159,11 +171,7 @@ def html(found: Document) -> str:
         "size": lambda count: _whole(wording.size(count)),
         "swatch": lambda place: Markup(plots.swatch(place)),
     }
-    drawn = {name: Markup(svg) for name, svg in _drawn(found).items()}
-    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template("report.html").render(
-        style=style, drawn=drawn, view=_view(found), **found
-    )
+    return environment.get_template("report.html")
 
 
 def promise(found: Mapping[str, Any]) -> str:
