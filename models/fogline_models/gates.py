@@ -14,6 +14,7 @@ A waiver (``allow``) lets a refused variant ship for a reason; it never hides a 
 """
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,20 @@ class Gates:
     latency_batch: int = 1  # devices answer one request at a time
     confident: bool = False  # hold the bars against the worse end of the interval
     allow: Mapping[str, str] = field(default_factory=dict)  # variant: why it ships all the same
+
+    def __post_init__(self) -> None:
+        for name in _SHARES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:  # NaN is refused, too
+                raise BadInput(f"gates: {name} must lie between 0 and 1, got {value:g}")
+        for name in _RATIOS:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise BadInput(f"gates: {name} must be a number above 0, got {value:g}")
+
+
+_SHARES = ("max_accuracy_loss", "max_slice_loss", "min_accuracy", "min_agreement")
+_RATIOS = ("max_relative_error", "max_latency_ratio", "max_size_ratio", "latency_batch")
 
 
 class Verdict(enum.StrEnum):

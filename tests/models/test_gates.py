@@ -159,7 +159,7 @@ def test_a_waiver_never_hides_a_figure_and_changes_nothing_but_the_verdict(
 
 
 @settings(deadline=None, max_examples=60)
-@given(wrong=st.integers(0, 40), ratio=st.floats(0.1, 3.0), slack=st.floats(0.0, 1.0))
+@given(wrong=st.integers(0, 40), ratio=st.floats(0.1, 3.0), slack=st.floats(0.0, 0.9))
 def test_a_looser_bar_never_refuses_what_a_stricter_one_lets_pass(
     wrong: int, ratio: float, slack: float
 ) -> None:
@@ -205,3 +205,20 @@ def test_accuracy_cannot_be_asked_of_items_without_labels() -> None:
     found = evaluate.evaluate({"fp32": np.eye(3)}, HeldOut(np.arange(3)))
     with pytest.raises(BadInput, match="min_accuracy needs labels"):
         gates.decide(Gates(min_accuracy=0.5), found, {}, SIZES)
+
+
+@pytest.mark.parametrize(
+    ("bars", "says"),
+    [
+        ({"max_accuracy_loss": 1.5}, "max_accuracy_loss must lie between 0 and 1, got 1.5"),
+        ({"min_agreement": float("nan")}, "min_agreement must lie between 0 and 1, got nan"),
+        ({"max_latency_ratio": 0}, "max_latency_ratio must be a number above 0, got 0"),
+        ({"max_size_ratio": float("inf")}, "max_size_ratio must be a number above 0, got inf"),
+        ({"latency_batch": 0}, "latency_batch must be a number above 0, got 0"),
+    ],
+)
+def test_a_bar_that_no_figure_can_meet_or_miss_is_refused(
+    bars: dict[str, float], says: str
+) -> None:
+    with pytest.raises(BadInput, match=says):
+        Gates(**bars)

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from fogline_models import card, plots, report, wording
 from fogline_models.card import Words
-from fogline_models.errors import BadInput
+from fogline_models.errors import BadInput, MissingExtra
 from fogline_protocol.release import Bundle, Pairing, SelfTest
 from fogline_protocol.tensors import TensorSpec
 from tests.models.reporting import (
@@ -186,6 +187,13 @@ def test_no_text_breaks_the_page(text: str) -> None:
     found["figures"]["evaluation"]["classes"][2] = text
     page = Page(report.html(found))
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "a"})
+
+
+def test_without_jinja2_the_report_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    report._template.cache_clear()
+    with pytest.raises(MissingExtra, match=r"jinja2.*pip install 'fogline\[models\]'"):
+        report.html(document())
 
 
 # The two files
