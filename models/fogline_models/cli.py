@@ -6,8 +6,9 @@ one sentence and exit code 1. Nothing heavy is imported before a command runs.
 
 import importlib
 import importlib.util
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,43 @@ def certify(
                 f"({certificate.sampling})"
             )
             click.echo(str(path))
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Verify BUNDLE and say everything that is in it."""
+    with _one_sentence():
+        from fogline_models import inspection
+
+        told = inspection.document(_read(bundle))
+        _print(told, as_json, inspection.lines(told))
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Items for both, an .npz; else B's self-test."
+)
+@click.option("--variant", help="Which file of both answers; by default B's first that A has, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
+def compare(a: Path, b: Path, data: Path | None, variant: str | None, as_json: bool) -> None:
+    """Say what changes for a device that has bundle A and gets bundle B."""
+    with _one_sentence():
+        from fogline_models import comparison
+
+        found = comparison.compare(_read(a), _read(b), data, variant)
+        _print(comparison.document(found), as_json, comparison.lines(found))
+
+
+def _print(told: Mapping[str, object], as_json: bool, lines: Iterable[str]) -> None:
+    if as_json:
+        click.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        for line in lines:  # a bundle's words must not steer the terminal
+            click.echo("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line))
 
 
 def _read(folder: Path) -> "BundleDirectory":
