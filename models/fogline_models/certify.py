@@ -19,9 +19,8 @@ import numpy as np
 
 from fogline_models import bound
 from fogline_models.data import Items
-from fogline_models.errors import BadInput
+from fogline_models.errors import BadInput, TooLittle
 from fogline_models.session import CPU, Session, hardware_class
-from fogline_protocol import documents
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
 from fogline_protocol.score import FUNCTIONS
@@ -63,8 +62,8 @@ def certify(
     ``hub_variant`` is the file of ``hub`` that will answer escalations, by default its first.
 
     Raises:
-        BadInput: the bundles are not a pair, the data does not fit them or is too little for
-            the terms, or a model does not run here or gives values that are not finite.
+        TooLittle: the data is too little for the terms; says how much it takes.
+        BadInput: the bundles are not a pair, the data does not fit them, or a model does not run here or gives values that are not finite.
         MissingExtra: onnxruntime is not installed.
     """
     score = edge.bundle.score
@@ -84,7 +83,7 @@ def certify(
         _check_inputs(side.bundle, inputs)
     allowed = bound.allowed_losses(len(rows), terms.alpha, terms.delta)
     if allowed < 0:
-        raise BadInput(
+        raise TooLittle(
             f"{len(rows)} independent scenes are too few to certify alpha {terms.alpha:g} at "
             f"delta {terms.delta:g}: at least {bound.items_needed(terms.alpha, terms.delta)} "
             f"are needed"
@@ -148,6 +147,16 @@ def save(certificate: Certificate, folder: Path) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write {target}: {error.strerror}") from None
     return target
+
+
+def sentence(issued: Certificate) -> str:
+    """Return what a certificate says, for people."""
+    return (
+        f"{issued.variant} on {issued.hardware_class} answers locally above "
+        f"{issued.threshold:.4f}, escalates {issued.escalation_rate:.1%}; disagreement at most "
+        f"{issued.alpha:g} with confidence {1 - issued.delta:g}, from {issued.scenes} "
+        f"independent scenes ({issued.sampling})"
+    )
 
 
 def folder_of(bundle: BundleDirectory) -> Path:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fogline_models import archive, metrics, report
-from fogline_models.certify import read_calibration
+from fogline_models import metrics, report
+from fogline_models.data import read as read_items
 from fogline_models.errors import BadInput
 from fogline_models.metrics import Rate
 from fogline_models.session import Session
@@ -413,10 +413,7 @@ def _items(
             raise BadInput(str(error)) from None
         rows = len(next(iter(vectors.inputs.values())))
         return vectors.inputs, np.arange(rows), None, "B's self-test vectors"
-    items = read_calibration(data)
-    labels = archive.read(data).get("label")
-    if labels is not None and (labels.shape != items.scenes.shape or labels.dtype.kind not in "iu"):
-        raise BadInput(f"{data}: 'label' must hold one whole number per item")
+    items = read_items(data)
     for spec in b.bundle.inputs:
         if spec.name not in items.inputs:
             raise BadInput(f"{data}: there is no {f'input.{spec.name}'!r}, which both models take")
@@ -427,7 +424,7 @@ def _items(
         if problem is not None:
             raise BadInput(f"{data}: input {spec.name!r}: {problem}")
     inputs = {spec.name: items.inputs[spec.name] for spec in b.bundle.inputs}
-    return inputs, items.scenes, labels, str(data)
+    return inputs, items.scenes, items.labels, str(data)
 
 
 def _run(side: BundleDirectory, variant: str, inputs: Mapping[str, Array], output: str) -> Array:

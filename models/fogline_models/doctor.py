@@ -56,9 +56,7 @@ def examine(cache: Path) -> Iterator[Finding]:
     yield _space(cache)
 
 
-def needs(
-    step: str, packages: Sequence[str], extra: str, installed: Mapping[str, str]
-) -> Finding:
+def needs(step: str, packages: Sequence[str], extra: str, installed: Mapping[str, str]) -> Finding:
     """Say whether a step's packages are there."""
     absent = [name for name in packages if name not in installed]
     if absent:
@@ -94,7 +92,9 @@ def _runtime(installed: Mapping[str, str]) -> Finding:
 def _tool(command: str, what: str, why: str) -> Finding:
     path = shutil.which(command)
     if path is None:
-        return Finding(Level.NOTE, what, f"cannot: {command} is missing ({why}): apt-get install {command}")
+        return Finding(
+            Level.NOTE, what, f"cannot: {command} is missing ({why}): apt-get install {command}"
+        )
     return Finding(Level.OK, what, f"{command} is at {path}")
 
 

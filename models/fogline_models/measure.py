@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,17 @@ def measure(
                 memory_mb=_spread(np.array(memory)) if memory else None,
             )
     return cost
+
+
+def cost_from(document: Mapping[str, Any]) -> Cost:
+    """Return the cost that ``dataclasses.asdict`` and JSON made a document of."""
+    memory = document["memory_mb"]
+    return Cost(
+        latency_us={int(n): Spread(**each) for n, each in document["latency_us"].items()},
+        ratio={int(n): Spread(**each) for n, each in document["ratio"].items()},
+        load_ms=Spread(**document["load_ms"]),
+        memory_mb=None if memory is None else Spread(**memory),
+    )
 
 
 def machine(provider: str = CPU) -> dict[str, str]:

@@ -84,8 +84,13 @@ def document(
     *,
     bundle_sha256: str,
     escalations: Sequence[Escalation] = (),
+    also: Mapping[str, Evaluation] | None = None,
+    uncertified: str = "",
 ) -> Document:
     """Return the whole report as plain values, ready for JSON.
+
+    ``also`` are figures on further data, by its name; ``uncertified`` says why a release that
+    escalates has no certificate.
 
     Raises:
         BadInput: a figure is not finite, which JSON cannot hold.
@@ -97,6 +102,8 @@ def document(
         "bundle_sha256": bundle_sha256,
         "evaluation": dataclasses.asdict(evaluation),
         "escalation": [dataclasses.asdict(each) for each in escalations],
+        "uncertified": uncertified,
+        "also": {name: _brief(each) for name, each in (also or {}).items()},
     }
     found = {
         "figures": figures,
@@ -114,6 +121,21 @@ def document(
     except ValueError:
         raise BadInput("report: a figure is not finite") from None
     return plain
+
+
+def _brief(evaluation: Evaluation) -> Mapping[str, Any]:
+    """Return the few figures that further data is reported with."""
+    models = dict(evaluation.variants)
+    if evaluation.hub is not None:
+        models[evaluation.hub_model] = evaluation.hub
+    return {
+        "items": evaluation.items,
+        "scenes": evaluation.scenes,
+        "accuracy": {
+            name: None if each.accuracy is None else dataclasses.asdict(each.accuracy)
+            for name, each in models.items()
+        },
+    }
 
 
 def write(folder: Path, found: Document) -> None:
