@@ -95,6 +95,8 @@ def test_confident_gates_want_the_worse_end_of_the_interval_to_pass() -> None:
     bars = Gates(confident=True)
     assert int8(gates.decide(bars, small, costs(0.5), SIZES)).verdict is Verdict.REFUSED
     assert int8(gates.decide(bars, large, costs(0.5), SIZES)).verdict is Verdict.ELIGIBLE
+    alike = Gates(confident=True, max_accuracy_loss=None)
+    assert int8(gates.decide(alike, small, costs(0.5), SIZES)).failed[0].gate == "min_agreement"
     noisy = gates.decide(bars, large, costs(0.95, spread=0.1), SIZES)
     assert int8(noisy).failed[0].gate == "max_latency_ratio"
 
