@@ -177,7 +177,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
                     f' fill-opacity="{0.08 + 0.84 * depth:.2f}"',
                 )  # fmt: skip
                 if side >= 20:
-                    deep = " deep" if depth > 0.55 else ""
+                    deep = f" on-{style}" if depth > (0.6 if i == j else 0.75) else ""
                     drawing.text(x + side / 2, y + side / 2 + 4, str(count), f"count{deep}",
                                  "middle")  # fmt: skip
     return drawing.svg()
