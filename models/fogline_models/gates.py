@@ -250,12 +250,15 @@ def _costs(
         bar, ratio = gates.max_latency_ratio, cost.ratio[gates.latency_batch]
         held = ratio.high if gates.confident else ratio.median
         batch = f" at batch {gates.latency_batch}" if gates.latency_batch != 1 else ""
+        near = ratio.low <= bar <= ratio.high
+        noise = f" (quartiles {ratio.low:.2f} to {ratio.high:.2f}, within noise)" if near else ""
         checks.append(
             Check(
                 "max_latency_ratio", ratio.median, bar, held <= bar,
-                f"{ratio.median:.2f} x the latency of {reference}{batch}, at most {bar:.2f} allowed",
+                f"{ratio.median:.2f} x the latency of {reference}{batch}{noise}, at most {bar:.2f} "
+                f"allowed",
                 timing=True,
-                within_noise=ratio.low <= 1.0 <= ratio.high,
+                within_noise=near,
             )
         )  # fmt: skip
     if gates.max_size_ratio is not None:

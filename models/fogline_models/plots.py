@@ -51,6 +51,10 @@ class _Drawing:
             f"{html.escape(words)}</text>"
         )
 
+    def dot(self, x: float, y: float, size: float) -> None:
+        """Draw a point that belongs to no series."""
+        self.parts.append(f'<circle class="mark s5" cx="{_n(x)}" cy="{_n(y)}" r="{size}"/>')
+
     def mark(self, x: float, y: float, place: int, size: float = 4.5) -> None:
         """Draw the mark of the series at ``place``."""
         style = f"mark {series(place)}"
@@ -141,7 +145,7 @@ def by_slice(
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """Draw which label got which answer; shades are shares of the label's items."""
     size = len(names)
-    left, top = 74.0, 30.0
+    left, top = 74.0, 36.0
     cell = (WIDTH - left - 2) / size
     side = min(cell, 38.0)
     drawing = _Drawing(
@@ -153,8 +157,8 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
         ),
     )
     wide = max(4, int(side * size / max(size, 1) / 6.5))
-    drawing.text(left + side * size / 2, 11, "answer", "tick", "middle")
-    drawing.text(0, 11, "label", "tick")
+    drawing.text(left + side * size / 2, 9, "answer", "tick", "middle")
+    drawing.text(0, 9, "label", "tick")
     for i, name in enumerate(names):
         if side >= 11:
             drawing.text(left - 8, top + side * (i + 0.5) + 4, _short(name, 10), "name", "end")
@@ -173,7 +177,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
                     f' fill-opacity="{0.08 + 0.84 * depth:.2f}"',
                 )  # fmt: skip
                 if side >= 20:
-                    deep = " deep" if depth > 0.55 else ""
+                    deep = f" on-{style}" if depth > (0.6 if i == j else 0.75) else ""
                     drawing.text(x + side / 2, y + side / 2 + 4, str(count), f"count{deep}",
                                  "middle")  # fmt: skip
     return drawing.svg()
@@ -222,7 +226,7 @@ def reliability(bins: Sequence[Mapping[str, float]], error: float) -> str:
     if len(bins) > 1:
         drawing.path([(x(p["confidence"]), y(p["accuracy"])) for p in bins], "curve s1 thin")
     for part in bins:
-        drawing.mark(x(part["confidence"]), y(part["accuracy"]), 4, 4)
+        drawing.dot(x(part["confidence"]), y(part["accuracy"]), 4)
     drawing.text((left + right) / 2, bottom + 36, "confidence", "tick", "middle")
     return drawing.svg()
 
@@ -291,7 +295,7 @@ def risk(found: Mapping[str, Any]) -> str:
                  "end")  # fmt: skip
     drawing.path([(x(p["escalated"]), y(p["disagreement"])) for p in curve], "curve s1")
     drawing.line(x(at["escalated"]), y(highest), x(at["escalated"]), bottom, "here")
-    drawing.mark(x(at["escalated"]), y(at["disagreement"]), 4, 5.5)
+    drawing.dot(x(at["escalated"]), y(at["disagreement"]), 5.5)
     side, shift = ("start", 9) if at["escalated"] < 0.6 else ("end", -9)
     drawing.text(
         x(at["escalated"]) + shift, y(highest) + 12,
@@ -321,7 +325,7 @@ def pair(found: Mapping[str, Any]) -> str:
     drawing.text(x(1), y(hub) + 16, f"hub alone {percent(hub)}", "tick", "end")
     drawing.path([(x(p["escalated"]), y(p["accuracy"])) for p in curve], "curve s2")
     drawing.line(x(at["escalated"]), y(high), x(at["escalated"]), bottom, "here")
-    drawing.mark(x(at["escalated"]), y(at["accuracy"]), 4, 5.5)
+    drawing.dot(x(at["escalated"]), y(at["accuracy"]), 5.5)
     side, shift = ("start", 10) if at["escalated"] < 0.6 else ("end", -10)
     drawing.text(x(at["escalated"]) + shift, y(at["accuracy"]) + 20, percent(at["accuracy"]),
                  "value strong", side)  # fmt: skip

@@ -1,6 +1,6 @@
 """The report of a release: one JSON with every figure, and one HTML page made from it alone.
 
-    report.json    {"figures": what the data says, "decisions": what may ship and why,
+    report.json    {"decisions": what may ship and why, "figures": what the data says,
                     "timings": what this machine took, "machine": which one that was}
     report.html    the same for people: no script, nothing fetched, light, dark and printed
 
@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,15 +107,15 @@ def document(
         "also": {name: _brief(each) for name, each in (also or {}).items()},
     }
     found = {
-        "figures": figures,
         "decisions": {
             "shipped": shipped,
             "variants": [
                 {**dataclasses.asdict(each), "sentence": each.sentence} for each in decisions
             ],
         },
-        "timings": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
         "machine": dict(machine),
+        "timings": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
+        "figures": figures,
     }
     try:
         plain: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
@@ -145,8 +146,10 @@ def write(folder: Path, found: Document) -> None:
         BadInput: the folder cannot be written.
         MissingExtra: jinja2 is not installed.
     """
-    # In the order of the document, which is that of the page: variants, batches, slices.
+    # In the order of the document, which is that of the page: variants, batches, slices. A row
+    # of numbers stays on one line; within strings a line break is written as an escape.
     text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    text = re.sub(r"\[\n[\s\d,]+\]", lambda row: re.sub(r"\s+", " ", row.group()), text)
     for name, content in ((HTML, html(found)), (JSON, text)):
         unfinished = folder / f".{name}.unfinished"
         try:

@@ -54,6 +54,14 @@ def test_a_variant_slower_than_the_original_is_refused_and_the_sentence_says_by_
     assert gates.eligible(decisions) == ("fp32",)
 
 
+def test_a_ratio_that_noise_could_have_made_is_said_to_be_one() -> None:
+    found = int8(gates.decide(Gates(), evaluation(), costs(1.02, spread=0.04), SIZES))
+    assert found.sentence == (
+        "int8 refused: 1.02 x the latency of fp32 (quartiles 0.98 to 1.06, within noise), at most "
+        "1.00 allowed"
+    )
+
+
 def test_a_quick_and_faithful_variant_is_eligible() -> None:
     decisions = gates.decide(Gates(max_size_ratio=0.6), evaluation(), costs(0.4), SIZES)
     assert int8(decisions).sentence == "int8 eligible: passes 4 checks"
@@ -95,6 +103,8 @@ def test_confident_gates_want_the_worse_end_of_the_interval_to_pass() -> None:
     bars = Gates(confident=True)
     assert int8(gates.decide(bars, small, costs(0.5), SIZES)).verdict is Verdict.REFUSED
     assert int8(gates.decide(bars, large, costs(0.5), SIZES)).verdict is Verdict.ELIGIBLE
+    alike = Gates(confident=True, max_accuracy_loss=None)
+    assert int8(gates.decide(alike, small, costs(0.5), SIZES)).failed[0].gate == "min_agreement"
     noisy = gates.decide(bars, large, costs(0.95, spread=0.1), SIZES)
     assert int8(noisy).failed[0].gate == "max_latency_ratio"
 

@@ -200,12 +200,16 @@ def test_without_jinja2_the_report_says_what_to_install(monkeypatch: pytest.Monk
 
 
 def test_json_and_page_are_written_and_the_page_follows_from_the_json(tmp_path: Path) -> None:
-    found = document()
+    found = document(held_out="[\n  1,\n  2\n]")
     report.write(tmp_path, found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     again = report.read(tmp_path)
     assert again == found
     assert again is not None
+    # A row of the confusion matrix is a line, and no text is taken for one.
+    assert re.search(
+        r"^ +\[ \d+, \d+, \d+ \],$", (tmp_path / "report.json").read_text(), re.MULTILINE
+    )
     assert set(again) == {"figures", "decisions", "timings", "machine"}
     assert report.html(again) == (tmp_path / "report.html").read_text()
 
