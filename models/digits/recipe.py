@@ -235,6 +235,7 @@ def _build(
         say(f"{plan.title}: quantizing")
         quantize(
             files["fp32"],
+            "int8-qdq",
             {"image": items.ranges},
             props | {"fogline.variant": "int8-qdq"},
             files["int8-qdq"],
