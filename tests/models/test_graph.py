@@ -185,6 +185,17 @@ def test_an_open_axis_without_bounds_is_refused_with_the_tensor_named(tmp_path: 
     assert "rise from 1" in refusal(open_axes("n", "s"), tmp_path, s=(9, 2))
 
 
+def test_two_first_axes_of_different_names_are_no_batch() -> None:
+    made = nets.model(
+        [onnx.helper.make_node("MatMul", ["a", "b"], ["y"])],
+        [nets.tensor("a", ["rows", 4]), nets.tensor("b", ["inner", 3])],
+        [nets.tensor("y", ["rows", 3])],
+    )
+    found = graph.signature(made, {"rows": (1, 8), "inner": (4, 4)}, step="import")
+    assert not found.batched
+    assert found.dynamic == {"a": {0: ("rows", 1, 8)}, "b": {0: ("inner", 4, 4)}}
+
+
 def test_a_tensor_that_no_request_can_carry_is_refused(tmp_path: Path) -> None:
     made = open_axes("n", 4)
     made.graph.output[0].CopyFrom(
@@ -222,6 +233,13 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_put_in_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").mkdir()
+    with pytest.raises(BadInput, match="cannot write"):
+        graph.finish(nets.cnn(), {}, tmp_path / "net.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
 def test_another_opset_than_asked_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="asked for opset 20, the tool answered with 17"):
         graph.finish(nets.cnn(), {}, tmp_path / "net.onnx", opset=20)
@@ -247,6 +265,18 @@ def test_sorting_restores_an_order_that_runs(order: list[int]) -> None:
     nodes = list(made.graph.node)
     made.graph.ClearField("node")
     made.graph.node.extend(nodes[index] for index in order)
+    graph.sort_nodes(made)
+    assert list(made.graph.node) == nodes
+
+
+def test_sorting_leaves_what_runs_as_it_is() -> None:
+    node = onnx.helper.make_node
+    nodes = [
+        node("Relu", ["x"], ["root"]),
+        *(node("Relu", ["root"], [f"side{index}"]) for index in range(5)),
+        node("Sum", [f"side{index}" for index in range(5)], ["y"]),
+    ]
+    made = nets.model(nodes, [nets.tensor("x", ["n"])], [nets.tensor("y", ["n"])])
     graph.sort_nodes(made)
     assert list(made.graph.node) == nodes
 
