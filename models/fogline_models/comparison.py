@@ -119,7 +119,7 @@ def compare(
     return Comparison(
         a=Side(a.bundle.model, a.bundle.version, a.sha256),
         b=Side(b.bundle.model, b.bundle.version, b.sha256),
-        lineage=_lineage(a, b, reports[1]),
+        lineage=_lineage(a, b),
         contract=tuple(_contract(a.bundle, b.bundle)),
         variants=tuple(_variants(a, b, reports[0], reports[1])),
         certificates=tuple(_certificates(a, b)),
@@ -253,15 +253,15 @@ def _ends(rate: Rate) -> str:
     return interval(rate.lower, rate.upper)
 
 
-def _lineage(a: BundleDirectory, b: BundleDirectory, found: report.Document | None) -> str:
-    parent = None if found is None else found["figures"].get("parent")
-    if not isinstance(parent, dict):
-        return f"B's report names no parent, so nothing says that it follows {a.bundle.version}."
-    if parent.get("bundle_sha256") == a.sha256:
-        return "A is B's parent, as B's report says."
+def _lineage(a: BundleDirectory, b: BundleDirectory) -> str:
+    parent = b.bundle.parent
+    if parent is None:
+        return f"B names no parent, so nothing says that it follows {a.bundle.version}."
+    if parent.bundle_sha256 == a.sha256:
+        return "A is B's parent."
     return (
-        f"A is not B's parent: B's report names {parent.get('version')} with bundle "
-        f"{str(parent.get('bundle_sha256'))[:16]}, A is {a.bundle.version} with {a.sha256[:16]}."
+        f"A is not B's parent: B names {parent.version} with bundle "
+        f"{parent.bundle_sha256[:16]}, A is {a.bundle.version} with {a.sha256[:16]}."
     )
 
 

@@ -16,7 +16,7 @@ from fogline_models import archive, comparison, report
 from fogline_models.cli import main
 from fogline_models.errors import BadInput
 from fogline_protocol import documents, release
-from fogline_protocol.release import BundleDirectory, File
+from fogline_protocol.release import BundleDirectory, File, Parent
 from fogline_protocol.release_index import BLOCK_BYTES
 from fogline_protocol.tensors import TensorSpec
 from tests.models.reporting import document
@@ -229,15 +229,13 @@ def test_a_device_fetches_the_blocks_it_does_not_have(
     assert comparison.delta_bytes(a, b, "int8-qdq")[1] < needed - 3 * BLOCK_BYTES
 
 
-def test_the_parent_is_told_from_the_report(
+def test_the_parent_is_told_from_the_root_document(
     first: BundleDirectory, better: BundleDirectory, tmp_path: Path
 ) -> None:
-    assert "names no parent" in comparison.compare(first, better).lineage
-    child = tmp_path / "child"
-    shutil.copytree(better.path, child)
-    report.write(child, document(parent=report.Parent("1.0.0", first.sha256)))
-    there = release.read(child)
-    assert comparison.compare(first, there).lineage == "A is B's parent, as B's report says."
+    orphan = with_root(better, tmp_path / "orphan", parent=None)
+    assert "names no parent" in comparison.compare(first, orphan).lineage
+    there = with_root(better, tmp_path / "child", parent=Parent("1.0.0", first.sha256))
+    assert comparison.compare(first, there).lineage == "A is B's parent."
     assert "A is not B's parent" in comparison.compare(better, there).lineage
 
 

@@ -120,9 +120,7 @@ def test_the_readme_states_the_counts(
             assert f"{split.replace('_', '-')} {len(rows)}" in card
 
 
-def test_items_are_what_the_models_take(
-    traffic: Items, drift: Items, calibration: Items
-) -> None:
+def test_items_are_what_the_models_take(traffic: Items, drift: Items, calibration: Items) -> None:
     for items in (traffic, drift, calibration):
         images = items.inputs["image"]
         assert images.dtype == np.float32
