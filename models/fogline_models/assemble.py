@@ -243,7 +243,13 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
         description=each.description,
         task=recipe.task,
         variants=tuple(
-            Variant(name, f"variants/{name}.onnx", precision_of(name), providers_of(name))
+            Variant(
+                name,
+                f"variants/{name}.onnx",
+                precision_of(name),
+                providers_of(name),
+                processors_of(name),
+            )
             for name in names
         ),
         # Tolerances compare a variant with its own fp32 form, also where that is an accident.
@@ -278,6 +284,13 @@ def precision_of(variant: str) -> str:
 def providers_of(variant: str) -> tuple[str, ...]:
     """Return the execution providers that a variant is meant for, best first."""
     return PROVIDERS.get(variant, (CPU,))
+
+
+def processors_of(variant: str) -> tuple[str, ...]:
+    """Return the processors whose kernels compute a variant as it is written; none: all."""
+    if variant in FORMS and FORMS[variant].saturates_on("x86_64"):
+        return ("x86_64+vnni", "aarch64")
+    return ()
 
 
 def _widened(tolerance: Tolerance, providers: Sequence[str]) -> Tolerance:

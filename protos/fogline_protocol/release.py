@@ -17,13 +17,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from fogline_protocol import certificate, documents
+from fogline_protocol import certificate, documents, hardware
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.tensors import DTYPES, TensorSpec
 from fogline_protocol.v1 import release_pb2 as pb
 
 ROOT = "bundle.json"
+CPU = "CPUExecutionProvider"
 CERTIFICATES = "certificates"
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 SEMANTIC_VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?")
@@ -74,6 +75,15 @@ class Variant:
     path: str
     precision: str
     providers: tuple[str, ...]
+    processors: tuple[str, ...] = ()  # whose CPU kernels compute it as written; none: all
+
+    def providers_on(self, usable: Collection[str], processor: str) -> tuple[str, ...]:
+        """Return the providers it is meant for, best first, on a machine with ``usable`` ones."""
+        return tuple(
+            name
+            for name in self.providers
+            if name in usable and (name != CPU or hardware.suits(processor, self.processors))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +175,13 @@ class Bundle:
             inputs=[_spec_message(s) for s in self.inputs],
             outputs=[_spec_message(s) for s in self.outputs],
             variants=[
-                pb.Variant(name=v.name, path=v.path, precision=v.precision, providers=v.providers)
+                pb.Variant(
+                    name=v.name,
+                    path=v.path,
+                    precision=v.precision,
+                    providers=v.providers,
+                    processors=v.processors,
+                )
                 for v in self.variants
             ],
             self_test=pb.SelfTest(
@@ -228,7 +244,8 @@ def parse(data: bytes) -> Bundle:
         labels=tuple(message.labels),
         description=message.description,
         variants=tuple(
-            Variant(v.name, v.path, v.precision, tuple(v.providers)) for v in message.variants
+            Variant(v.name, v.path, v.precision, tuple(v.providers), tuple(v.processors))
+            for v in message.variants
         ),
         self_test=SelfTest(
             message.self_test.path,

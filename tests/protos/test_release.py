@@ -36,7 +36,9 @@ def a_bundle(**changes):
         "inputs": (TensorSpec("image", "FP32", (-1, 1, 8, 8)),),
         "outputs": (TensorSpec("logits", "FP32", (-1, 10)),),
         "max_batch": 64,
-        "variants": (Variant("fp32", "variants/fp32.onnx", "fp32", ("CPUExecutionProvider",)),),
+        "variants": (
+            Variant("fp32", "variants/fp32.onnx", "fp32", ("CPUExecutionProvider",), ("x86_64",)),
+        ),
         "self_test": SelfTest(
             "selftest.npz",
             {"fp32": Tolerance(1e-3, 1.0, {"CUDAExecutionProvider": Tolerance(1e-2, 0.99)})},
