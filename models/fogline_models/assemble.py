@@ -25,7 +25,7 @@ from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import CPU
 from fogline_models.sources import Exported
 from fogline_models.steps import Say
-from fogline_protocol import release
+from fogline_protocol import hardware, release
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import (
     Bundle,
@@ -293,6 +293,11 @@ def processors_of(variant: str) -> tuple[str, ...]:
     return ()
 
 
+def computes_here(variant: str) -> bool:
+    """Return whether this machine's kernels compute a variant as it is written."""
+    return hardware.suits(hardware.this_machine(), processors_of(variant))
+
+
 def _widened(tolerance: Tolerance, providers: Sequence[str]) -> Tolerance:
     wide = Tolerance(UNMEASURED_FACTOR * tolerance.max_abs_error, tolerance.min_agreement)
     return dataclasses.replace(
@@ -351,7 +356,7 @@ def _certify(
                     hub_variant=found.hub.variant.name,
                 )
                 for variant in directory.bundle.variants
-                if CPU in variant.providers
+                if variant.providers_on((CPU,), hardware.this_machine())
             )
         except TooLittle as error:
             uncertified = str(error)

@@ -32,7 +32,7 @@ from fogline_models import (
     session,
     sources,
 )
-from fogline_models.assemble import Built, Hub, Measured, finish
+from fogline_models.assemble import Built, Hub, Measured, computes_here, finish
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.graph import Signature
@@ -308,7 +308,8 @@ class _Build:
         def make(into: Path, say: Say) -> None:
             arrays: dict[str, Array] = {}
             for name, path in sessions.items():
-                running = Session(path)
+                # What this processor's kernels would cut off is run as it is written.
+                running = Session(path, as_written=not computes_here(name))
                 rows = min(RUN_ROWS, each.max_batch) if signature.batched else 1
                 for split in wanted:
                     answers = running.run(splits[split].inputs, rows)
@@ -325,6 +326,7 @@ class _Build:
     def _measure(
         self, each: ReleaseRecipe, files: Mapping[str, Path], items: Items
     ) -> Mapping[str, Cost]:
+        files = {name: path for name, path in files.items() if computes_here(name)}
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in files.items()},
             "split": items.sha256,

@@ -20,6 +20,7 @@ from fogline_models import metrics
 from fogline_models.errors import BadInput
 from fogline_models.metrics import Bin, Difference, Point, Rate
 from fogline_models.session import CPU, Session
+from fogline_protocol import hardware
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import (
     FAR_OFF,
@@ -332,6 +333,8 @@ class Golden:
 def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -> Golden:
     """Run a variant on its bundle's golden vectors, as a device does before it trusts it.
 
+    On a machine that the variant is not meant for it runs as it is written, unfused.
+
     Raises:
         BadInput: the vectors lack a tensor or have none, or the variant does not run here.
     """
@@ -340,7 +343,9 @@ def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -
         vectors = GoldenVectors.read(bundle, directory.file(bundle.self_test.path))
     except VectorsUnusable as error:
         raise BadInput(str(error)) from None
-    session = Session(directory.file(bundle.variant(variant_name).path), provider)
+    variant = bundle.variant(variant_name)
+    here = variant.providers_on((provider,), hardware.this_machine())
+    session = Session(directory.file(variant.path), provider, as_written=not here)
     answers = [session.run(inputs, rows_at_once=1) for inputs in vectors.batches()]
     problem: str | None = None
     try:
