@@ -40,7 +40,16 @@ EVALUATION_COPIES = 20  # of 105 digits: 2,100 items, but 105 scenes
 RANGE_COPIES = 10  # with one, a darker copy met later was clipped and its logits moved by 1.5
 
 # Every set of scanned copies has its own stream of randomness.
-SEEDS = {"ranges": 1, "self_test": 2, "calibration": 3, "evaluation": 4, "traffic": 5, "drift": 6}
+SEEDS = {
+    "ranges": 1,
+    "self_test": 2,
+    "calibration": 3,
+    "evaluation": 4,
+    "traffic": 5,
+    "drift": 6,
+    "hard": 7,
+    "hard_evaluation": 8,
+}
 SAMPLING = "one scanned copy per digit, from the writers of the traffic, severity uniform"
 
 SPLIT_SEED = 0
@@ -79,6 +88,28 @@ def make() -> Mapping[str, Items]:
         copies = _scanned(digits[name], name, TRAFFIC_COPIES)
         sets[name] = copies.rows(np.random.default_rng([SEEDS[name], 1]).permutation(len(copies)))
     return sets
+
+
+def make_hard() -> Mapping[str, Items]:
+    """Return the sets for a release that learns from the writers that the edge found hard.
+
+    ``hard`` is what devices were asked: every second digit of the drift's writers. Evaluation
+    is the same writers' other digits; ``familiar`` shows whether anything was forgotten.
+    """
+    sets = dict(make())
+    drift = splits()["drift"]
+    asked, others = (
+        Split(drift.images[at::2], drift.labels[at::2], drift.rows[at::2]) for at in (0, 1)
+    )
+    return {
+        "training": sets["training"],
+        "ranges": sets["ranges"],
+        "self_test": sets["self_test"],
+        "calibration": sets["calibration"],
+        "hard": _scanned(asked, "hard", TRAFFIC_COPIES),
+        "evaluation": _scanned(others, "hard_evaluation", EVALUATION_COPIES),
+        "familiar": sets["evaluation"],
+    }
 
 
 def _scanned(split: "Split", stream: str, copies: int = 1) -> Items:

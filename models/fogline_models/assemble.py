@@ -41,6 +41,7 @@ from fogline_protocol.tensors import Array
 
 SELF_TEST = "selftest.npz"
 SOURCES = "sources.json"
+PARENT = "the parent"  # its name among the outputs
 
 # Where a variant may run, best first. A provider that was not measured here gets a tolerance
 # wider by a factor: other kernels add in another order, and TF32 keeps 10 bits of a factor.
@@ -187,6 +188,7 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
                 name: _evaluate(found, name, _held_out(found, name))
                 for name in found.recipe.data.also
             },
+            gains=_gains(found, directory.bundle.variants[0].name),
             uncertified=uncertified,
         )
         report.write(directory.path, document)
@@ -379,6 +381,19 @@ def _escalations(
         evaluate.escalation(each, outputs[each.variant], outputs[found.hub.name], held_out)
         for each in certificates
     )
+
+
+def _gains(found: Measured, variant: str) -> dict[str, tuple[evaluate.Slice, ...]]:
+    """Return how the preferred variant does beside the parent's, on the same items."""
+    if found.parent is None or not found.is_classifier:
+        return {}
+    return {
+        split: evaluate.against(
+            found.outputs[split][variant], found.outputs[split][PARENT], _held_out(found, split)
+        )
+        for split in ("evaluation", *found.recipe.data.also)
+        if PARENT in found.outputs[split]
+    }
 
 
 def _named(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:

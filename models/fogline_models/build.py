@@ -32,7 +32,7 @@ from fogline_models import (
     session,
     sources,
 )
-from fogline_models.assemble import Built, Hub, Measured, computes_here, finish
+from fogline_models.assemble import PARENT, Built, Hub, Measured, computes_here, finish
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.graph import Signature
@@ -198,7 +198,7 @@ class _Build:
         for name in recipe.variants(each):
             if name != FP32:
                 files[name] = self._quantize(each, name, files[FP32], splits["ranges"])
-        hub = self._hub(each)
+        hub, parent = self._hub(each), self._parent(each)
         found = Measured(
             recipe=recipe,
             release=each,
@@ -208,10 +208,10 @@ class _Build:
             golden=self._golden(each),
             files=files,
             splits=splits,
-            outputs=self._outputs(each, files, splits, hub, signature),
+            outputs=self._outputs(each, files, splits, hub, parent, signature),
             costs=self._measure(each, files, splits["evaluation"]),
             hub=hub,
-            parent=self._parent(each),
+            parent=parent,
             inputs=self._inputs(each),
             steps=_did(each, exported, files),
         )
@@ -227,6 +227,10 @@ class _Build:
             seen = {name: seen[name] for name in TOGETHER[0]}
         if each.examples is not None:
             seen["examples"] = data.read(recipe.folder / each.examples)
+            kept_apart = {
+                name: splits[name] for name in ("calibration", "evaluation") if name in splits
+            }
+            data.check_disjoint({"examples": seen["examples"], **kept_apart})
         facts: dict[str, object] = {
             "props": sources.props(recipe, each, FP32),
             "max_batch": each.max_batch,
@@ -291,12 +295,15 @@ class _Build:
         files: Mapping[str, Path],
         splits: Mapping[str, Items],
         hub: Hub | None,
+        parent: BundleDirectory | None,
         signature: Signature,
     ) -> Mapping[str, Mapping[str, Array]]:
         """Return what every variant, and the hub's model, gives on the splits: by split, name."""
         wanted = ("evaluation", *self._recipe.data.also, "ranges", "self_test")
         output = signature.outputs[0].name
         sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
+        if parent is not None and parent.bundle.inputs == signature.inputs:
+            sessions[PARENT] = parent.file(parent.bundle.variants[0].path)
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
             "splits": {name: splits[name].sha256 for name in wanted},

@@ -133,6 +133,24 @@ def evaluate(
     )
 
 
+def against(mine: Array, before: Array, items: HeldOut) -> tuple[Slice, ...]:
+    """Return how a release does beside the one before it: all items, then by slice.
+
+    Of a slice, ``loss`` is against the release before; negative, the new one is better.
+
+    Raises:
+        BadInput: lengths or widths differ, a label is no class, or a value is not finite.
+    """
+    _check({"this release": mine, "its parent": before}, items, "its parent", False)
+    new, old = _Answers(mine, False), _Answers(before, False)
+    everything = np.ones(len(items.scenes), dtype=bool)
+    names = () if items.slices is None else sorted(set(items.slices.tolist()), key=_natural)
+    return (
+        _slice("all items", everything, new, old, items),
+        *(_slice(str(name), items.slices == name, new, old, items) for name in names),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Escalation:
     """What one certificate gives on the held-out items, and what other thresholds would."""

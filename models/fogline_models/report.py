@@ -21,7 +21,7 @@ from typing import Any
 
 from fogline_models import plots, wording
 from fogline_models.errors import BadInput, require
-from fogline_models.evaluate import Escalation, Evaluation
+from fogline_models.evaluate import Escalation, Evaluation, Slice
 from fogline_models.gates import Decision, Verdict
 from fogline_models.measure import Cost
 
@@ -86,11 +86,13 @@ def document(
     bundle_sha256: str,
     escalations: Sequence[Escalation] = (),
     also: Mapping[str, Evaluation] | None = None,
+    gains: Mapping[str, Sequence[Slice]] | None = None,
     uncertified: str = "",
 ) -> Document:
     """Return the whole report as plain values, ready for JSON.
 
-    ``also`` are figures on further data, by its name; ``uncertified`` says why a release that
+    ``also`` are figures on further data, by its name; ``gains`` how the release that ships does
+    beside its parent, on data by its name (``evaluate.against``); ``uncertified`` says why a release that
     escalates has no certificate.
 
     Raises:
@@ -104,6 +106,10 @@ def document(
         "evaluation": dataclasses.asdict(evaluation),
         "escalation": [dataclasses.asdict(each) for each in escalations],
         "uncertified": uncertified,
+        "gains": {
+            name: [dataclasses.asdict(each) for each in slices]
+            for name, slices in (gains or {}).items()
+        },
         "also": {name: _brief(each) for name, each in (also or {}).items()},
     }
     found = {
