@@ -208,9 +208,12 @@ def pytriton(model: Model) -> Iterator[Server]:
 def _running(
     command: Sequence[str], environment: Mapping[str, str], log: Path
 ) -> Iterator["subprocess.Popen[bytes]"]:
+    # What pip installs it compiles; a checkout is compiled at its first start, and may be kept
+    # from that: then it would be measured how long Python takes to read our comments.
+    compiled = {k: v for k, v in environment.items() if k != "PYTHONDONTWRITEBYTECODE"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True
+            command, env=compiled, stdout=output, stderr=output, start_new_session=True
         )
     try:
         yield process
