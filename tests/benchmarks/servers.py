@@ -89,6 +89,7 @@ class Server:
         The moment is of ``time.monotonic()``. ``load``: it is asked to load the model before.
         """
         limit = time.monotonic() + START_LIMIT_S
+        answered_at = None
         host, _, port = self.grpc.rpartition(":")
         while True:
             if self.process.poll() is not None or time.monotonic() > limit:
@@ -97,10 +98,11 @@ class Server:
             with contextlib.suppress(OSError, InferenceServerException):
                 # A closed port is seen at once; a gRPC channel would back off and come late.
                 socket.create_connection((host, int(port)), 1).close()
-                if load:
-                    self.load(model)
-                self.check(model)
-                answered_at = time.monotonic()
+                if answered_at is None:
+                    if load:
+                        self.load(model)
+                    self.check(model)
+                    answered_at = time.monotonic()
                 self.answered(model)  # its HTTP door may open after the other one
                 return answered_at
             time.sleep(0.01)
