@@ -322,7 +322,7 @@ def token_create(
     Its bearer may ask without limit, unless --rate, --burst and --concurrency say otherwise or
     the hub has limits for all callers (`fogline serve --caller-rate --caller-concurrency`).
     """
-    from cloud_hub.fleet.identity import CallerLimits
+    from cloud_hub.fleet.callers import CallerLimits
 
     limits = CallerLimits(rate, burst, concurrency)
 

@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from fogline_protocol import grpc_service, inference
+from fogline_protocol import grpc_service, grpcio_door, inference
 from fogline_protocol.errors import BadRequest, InferenceError, NotFound
 from fogline_protocol.inference import (
     InferenceServer,
@@ -138,8 +138,9 @@ class Serving:
 
     async def start(self) -> None:
         """Open the door, on the same port as before if there was one."""
-        door = grpc_service.new_server()
-        door.add_generic_rpc_handlers((grpc_service.handler(self._server), *self._handlers))  # type: ignore[arg-type]
+        door = grpcio_door.new_server()
+        ours = grpcio_door.handler(grpc_service.methods(self._server), {grpc_service.STREAM})
+        door.add_generic_rpc_handlers((ours, *self._handlers))  # type: ignore[arg-type]
         self.port = door.add_insecure_port(self.address)
         await door.start()
         self._door = door

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from aiohttp import web
 
-from cloud_hub.fleet.identity import Caller
+from cloud_hub.fleet.callers import Caller
 
 Authenticate = Callable[[str], Awaitable[Caller | None]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -11,6 +11,7 @@ name the digest of what gave them.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -18,8 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import structlog
 
 from cloud_hub.engines.channel import Channel, Gone, Message
 from cloud_hub.engines.engine import Arrays, EngineLost
@@ -32,7 +31,7 @@ RETRY_S = 0.5  # before the second start in a row; doubles
 RETRY_MAX_S = 30.0
 CLOSE_S = 5.0  # for a child that is told to end; it has nothing to save
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger("fogline.engines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +291,7 @@ class ProcessEngine:
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         self._running.clear()
         self._outcome = asyncio.get_running_loop().create_future()
-        log.error("engine lost", model=str(self._job.path), why=why)
+        log.error("the engine of %s is lost: it %s", self._job.path, why)
         if not self._closed:
             self._replacing = asyncio.create_task(self._start_again(), name="replace-engine")
 
@@ -307,10 +306,10 @@ class ProcessEngine:
                 self.trouble = f"the engine cannot be started again: {error}"
                 tried, self._outcome = self._outcome, asyncio.get_running_loop().create_future()
                 tried.set_result(False)  # whoever waits has waited long enough
-                log.error("engine not replaced", model=str(self._job.path), why=str(error))
+                log.error("the engine of %s is not replaced: %s", self._job.path, error)
             else:
-                took = round(time.monotonic() - began, 3)
-                log.info("engine replaced", model=str(self._job.path), took_s=took)
+                took_s = time.monotonic() - began
+                log.info("the engine of %s is replaced, in %.3f s", self._job.path, took_s)
                 return
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, RETRY_MAX_S)

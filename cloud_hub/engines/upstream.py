@@ -37,7 +37,7 @@ import structlog
 from cloud_hub.config import is_loopback, split_address
 from cloud_hub.engines.engine import DIGEST, Arrays, EngineLost
 from cloud_hub.engines.retry_budget import RetryBudget
-from cloud_hub.errors import ModelRefused
+from cloud_hub.errors import ModelRefused, UpstreamDown
 from fogline_protocol import tensors
 from fogline_protocol.client import Client, Credentials
 from fogline_protocol.errors import (
@@ -67,10 +67,6 @@ _SCHEMES = {"grpc": False, "grpcs": True}  # whether over TLS
 _NOT_THE_CALLERS = (Unauthenticated, Forbidden, NotFound, Unsupported)
 
 log = structlog.get_logger(__name__)
-
-
-class UpstreamDown(ModelRefused):
-    """The upstream does not answer for the model; it may later, without a change here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib import metadata
 
 from cloud_hub.engines.engine import DIGEST
-from cloud_hub.fleet.identity import NO_LIMITS, Caller
+from cloud_hub.fleet.callers import NO_LIMITS, Caller
 from cloud_hub.inference import cache as response_cache
 from cloud_hub.inference import tracing
 from cloud_hub.inference.admission import CALLER, Admission

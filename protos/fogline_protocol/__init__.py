@@ -16,7 +16,7 @@ have to agree on this?
     known_messages.py  quick ways through requests and answers that look like earlier ones
     grpc_calls.py      calls and streams over bytes, errors translated
     grpc_service.py    serves any InferenceServer over gRPC
-    grpc_transport.py  the two ways to carry those calls: grpcio, and our own:
+    grpc_transport.py  the two ways to carry those calls: grpcio_door.py, and our own:
     grpc_door.py         sockets, tasks, time; grpc_headers.py: gRPC in the headers of HTTP/2
     http2.py             one connection of HTTP/2, pure; header_blocks.py: its headers
     rest_codec.py      requests and responses as JSON and raw bytes

@@ -10,9 +10,10 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, delete, insert, select, text, update
 
 from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet.callers import NO_LIMITS, CallerLimits
 from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, WantedRelease
 from cloud_hub.fleet.devices import Devices
-from cloud_hub.fleet.identity import NO_LIMITS, CallerLimits, Identity
+from cloud_hub.fleet.identity import Identity
 from cloud_hub.fleet.link import Arrival, Document
 from cloud_hub.insight.history import History
 from cloud_hub.store import schema

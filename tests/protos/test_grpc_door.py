@@ -23,8 +23,8 @@ from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fogline_protocol import grpc_door, header_blocks, http2
-from fogline_protocol.errors import BadRequest, Unauthenticated
+from fogline_protocol import grpc_door, grpc_headers, header_blocks, http2
+from fogline_protocol.errors import ERRORS, BadRequest, Unauthenticated
 from fogline_protocol.grpc_calls import STREAM_IN_FLIGHT
 from fogline_protocol.grpc_door import GrpcDoor
 from fogline_protocol.http2 import Code, Kind, frame
@@ -259,6 +259,13 @@ async def test_what_is_wrong_with_a_call_is_said_and_the_connection_goes_on(
         assert text in found[1].replace("%25", "%")
         raw.ask(3, "/t/Echo", data=message(b"good"))
         assert (await raw.next(Kind.DATA, stream=3))[3] == message(b"good")
+
+
+@pytest.mark.parametrize("kind", ERRORS.values())
+def test_every_error_has_the_number_that_grpcio_gives_its_status(kind):
+    number, _ = getattr(grpc.StatusCode, kind.grpc_code).value
+    trailers = dict(hpack.Decoder().decode(grpc_headers.trailers(kind("why")).payload))
+    assert trailers["grpc-status"] == str(number)
 
 
 async def test_an_unknown_compression_is_told_what_is_known(door):

@@ -13,9 +13,9 @@ from aiohttp import web
 
 from cloud_hub.console.access import Authenticate
 from cloud_hub.console.app import add_console
+from cloud_hub.fleet.callers import Caller
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
-from cloud_hub.fleet.identity import Caller
 from cloud_hub.insight.history import Decided, DeviceLine, Overview, Series
 
 NOW = 1_790_000_000.0

@@ -20,6 +20,7 @@ from cloud_hub.engines.priority import NICE, at_low_priority
 from cloud_hub.engines.process import Job, ProcessEngine
 from cloud_hub.errors import ModelRefused
 from fogline_protocol.errors import BadRequest, ServerFault
+from tests import onnx_bytes
 
 DATA = Path(__file__).parents[2] / "edge_agent" / "data"
 DOUBLE = DATA / "double.onnx"  # x FP32 [n, 3] -> its double
@@ -285,6 +286,37 @@ async def test_short_runs_stay_in_the_hub_and_others_do_not(tmp_path):
         await launcher.open(large)
     await short.close()
     await unknown.close()
+
+
+def test_a_slow_model_that_was_tried_in_the_hub_leaves_no_memory_there(tmp_path):
+    # 12 layers of 1 MiB: pieces that glibc keeps when they are freed.
+    names = [f"c{layer}" for layer in range(12)]
+    values = ["x", *(f"y{layer}" for layer in range(11)), "y"]
+    nodes = [("Add", [values[i], names[i]], [values[i + 1]]) for i in range(12)]
+    large = onnx_bytes.model(
+        nodes, [("x", "INT64", ["n", 1])], [("y", "INT64", ["n", 1 << 17])],
+        constants={name: range(i, i + (1 << 17)) for i, name in enumerate(names)},
+    )  # fmt: skip
+    (tmp_path / "slow.onnx").write_bytes(large)
+    code = f"""
+import asyncio, re
+from pathlib import Path
+from cloud_hub.engines.launch import Launcher
+from cloud_hub.engines.process import ProcessEngine
+
+def anonymous_kb():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+async def main():
+    engine = await Launcher(threads=1).open(Path({str(tmp_path / "slow.onnx")!r}))
+    assert isinstance(engine, ProcessEngine)
+    await engine.close()
+
+before = anonymous_kb()
+asyncio.run(main())
+assert anonymous_kb() - before < 8 << 10, (before, anonymous_kb())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 async def test_an_engine_has_the_threads_that_its_settings_say():
