@@ -15,15 +15,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cloud_hub.engines.channel import Channel, Gone, Message
-from cloud_hub.engines.engine import Arrays, EngineLost
+from cloud_hub.engines.engine import Arrays, EngineLost, join
 from cloud_hub.engines.tensorrt.errors import GpuUnavailable, OutOfDeviceMemory, PlanUnusable
 from cloud_hub.errors import ModelRefused
+from fogline_protocol import tensors
 from fogline_protocol.errors import BadRequest, ServerFault
 from fogline_protocol.tensors import TensorSpec
 
@@ -156,6 +157,13 @@ class ProcessEngine:
         """
         if not self._running.is_set() and not await asyncio.shield(self._outcome):
             raise EngineLost(self.trouble)
+
+    def join(self, requests: Sequence[Arrays]) -> Arrays:
+        """Return the rows of several requests where the child reads them; see ``Engine``."""
+        texts = any(array.dtype == tensors.BYTES for array in requests[0].values())
+        if self._channel is None or texts:  # being replaced; or they are written as they are sent
+            return join(requests)
+        return self._channel.join(requests)
 
     async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output; see ``Engine``. A run cannot be stopped without its process.

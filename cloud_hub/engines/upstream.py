@@ -26,7 +26,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ import numpy as np
 import structlog
 
 from cloud_hub.config import is_loopback, split_address
-from cloud_hub.engines.engine import DIGEST, Arrays, EngineLost
+from cloud_hub.engines.engine import DIGEST, Arrays, EngineLost, join
 from cloud_hub.engines.retry_budget import RetryBudget
 from cloud_hub.errors import ModelRefused, UpstreamDown
 from fogline_protocol import tensors
@@ -267,6 +267,10 @@ class UpstreamEngine:
             self._told = True
             raise EngineLost(self.trouble)
         await self._up.wait()
+
+    def join(self, requests: Sequence[Arrays]) -> Arrays:
+        """Return the rows of several requests one after the other; see ``Engine``."""
+        return join(requests)
 
     async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output and ``DIGEST``; see ``Engine``.

@@ -244,45 +244,53 @@ class Connection(Generic[Head]):
         events: list[Event[Head]] = []
         if self.closed:
             return events
+        begun, at = b"", 0
         if self._received or not self._begun:
-            self._received += data
+            # Of a frame whose length is known only the rest is put to it: what follows is read
+            # where it lies.
+            known = self._begun and self._needed > 9
+            at = self._needed - len(self._received) if known else len(data)
+            self._received += data[:at]
             # Preface or not is clear before it is whole.
             good = self._begun or PREFACE.startswith(self._received)
             if len(self._received) < self._needed and good:
                 return events
-            data = bytes(self._received)
+            begun = bytes(self._received)
             self._received.clear()
-        at, end = 0, len(data)
         try:
-            if not self._begun:
-                if not data.startswith(PREFACE):
-                    raise _Fault(Code.PROTOCOL_ERROR, "this is not HTTP/2: its preface is missing")
-                self._begun, at = True, len(PREFACE)
-            while end - at >= 9:
-                high, low, kind, flags, stream = _FRAME.unpack_from(data, at)
-                length = high << 8 | low
-                if length > MAX_FRAME_BYTES:
-                    raise _Fault(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-                after = at + 9 + length
-                if after > end:
-                    break
-                payload = data[at + 9 : after]
-                at = after
-                self.frames += 1
-                try:
-                    self._frame(kind, flags, stream & LARGEST, payload, now, events)
-                except _StreamFault as fault:
-                    self._resets.spend(now)
-                    self._break_off(fault.stream, fault.code, events)
+            if begun:
+                self._read(begun, 0, now, events)
+            self._read(data, at, now, events)
         except _Fault as fault:
             self._fail(fault.code, str(fault), events)
-            return events
-        self._needed = 9
+        return events
+
+    def _read(self, data: bytes, at: int, now: float, events: list[Event[Head]]) -> None:
+        """Read the frames that lie in ``data`` from ``at`` on, and keep what is left."""
+        end = len(data)
+        if not self._begun:
+            if not data.startswith(PREFACE):
+                raise _Fault(Code.PROTOCOL_ERROR, "this is not HTTP/2: its preface is missing")
+            self._begun, at = True, len(PREFACE)
+        while end - at >= 9:
+            high, low, kind, flags, stream = _FRAME.unpack_from(data, at)
+            length = high << 8 | low
+            if length > MAX_FRAME_BYTES:
+                raise _Fault(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            after = at + 9 + length
+            if after > end:
+                break
+            payload = data[at + 9 : after]
+            at = after
+            self.frames += 1
+            try:
+                self._frame(kind, flags, stream & LARGEST, payload, now, events)
+            except _StreamFault as fault:
+                self._resets.spend(now)
+                self._break_off(fault.stream, fault.code, events)
         if at < end:
             self._received += data[at:]
-            if end - at >= 9:
-                self._needed = 9 + (high << 8 | low)
-        return events
+            self._needed = 9 if end - at < 9 else 9 + (high << 8 | low)
 
     @property
     def partial(self) -> bool:

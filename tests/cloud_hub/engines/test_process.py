@@ -105,6 +105,36 @@ async def test_answers_stay_what_they_were_when_the_next_run_is_over(engine):
     np.testing.assert_array_equal(doubled, 2 * X["x"])
 
 
+async def test_what_was_joined_for_one_that_died_runs_on_its_successor(engine):
+    joined = engine.join([X, {"x": np.full((1, 3), 4, np.float32)}])
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.starts == 2)
+    (values,) = (await engine.run(joined)).values()
+    np.testing.assert_array_equal(values, [[2, 2, 2], [2, 2, 2], [8, 8, 8]])
+
+
+async def test_requests_are_joined_while_it_is_replaced(engine):
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while engine.pid is not None:  # looked at every turn: it is not for long
+            await asyncio.sleep(0)
+    (values,) = (await engine.run(engine.join([X, X]))).values()
+    np.testing.assert_array_equal(values, np.full((4, 3), 2))
+
+
+async def test_texts_are_joined_too():
+    engine = await Launcher(threads=1).open(TEXT)
+    (spec,) = engine.inputs
+    texts = [np.array(words, object).reshape(-1, 1) for words in ([b"a"], [b"", b"long" * 9])]
+    requests = [{spec.name: text} for text in texts]
+    joined = await engine.run(engine.join(requests))
+    apart = [await engine.run(request) for request in requests]
+    for name, values in joined.items():
+        expected = np.concatenate([outputs[name] for outputs in apart])
+        np.testing.assert_array_equal(values, expected)
+    await engine.close()
+
+
 async def test_one_that_dies_over_a_batch_costs_that_batch_and_is_replaced(engine):
     before = engine.pid
     os.kill(before, signal.SIGSTOP)  # so that the run is in flight when it dies
