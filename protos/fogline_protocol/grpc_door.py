@@ -35,7 +35,8 @@ from fogline_protocol.errors import (
 )
 from fogline_protocol.grpc_calls import Admit, Metadata, Method, Methods
 from fogline_protocol.grpc_headers import Head
-from fogline_protocol.http2 import Code, Data, Request, Reset
+from fogline_protocol.http2 import Data, Request, Reset
+from fogline_protocol.http2_frames import Code
 
 GRANTED_MESSAGES = 4  # of the largest size that may arrive side by side on one connection
 TURN_BYTES = 1 << 18  # of answers in one write, so that none holds up the others
