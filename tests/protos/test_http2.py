@@ -400,13 +400,14 @@ def test_requests_after_the_last_word_end_some_time():
     assert connection.closed
 
 
-def test_who_opens_windows_as_it_reads_is_no_flood():
+@pytest.mark.parametrize(("count", "size"), [(400, 400_000), (6000, 1000)])
+def test_who_opens_windows_as_it_reads_is_no_flood(count, size):
     connection = begun()
     connection.receive(frame(Kind.SETTINGS, 0, 0, setting(4, 1 << 20)), 0.0)
-    for n in range(400):
+    for n in range(count):
         stream = 2 * n + 1
         connection.receive(ask(stream, END), 0.0)
-        connection.respond(stream, HEAD, DONE, b"x" * 400_000)
+        connection.respond(stream, HEAD, DONE, b"x" * size)
         while connection.sendable:
             for kind, _, _, payload in frames(connection.take(1 << 20)):
                 if kind is Kind.DATA:
