@@ -14,7 +14,7 @@ from fogline_protocol import grpc_calls, http2
 from fogline_protocol.errors import BadRequest, InferenceError, Overloaded, Unsupported
 from fogline_protocol.grpc_calls import Metadata
 from fogline_protocol.header_blocks import Headers
-from fogline_protocol.http2 import Block
+from fogline_protocol.http2_frames import Block
 
 ENCODINGS: Final = {"gzip": 31, "deflate": 15}  # of messages, with zlib's name for each (wbits)
 _ACCEPTED: Final = b"identity,gzip,deflate"
