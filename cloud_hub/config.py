@@ -51,6 +51,9 @@ class HubConfig(BaseModel):
     run_limit_s: float = Field(30.0, gt=0)  # of one batch; then its engine is replaced
     cache_bytes: int = Field(0, ge=0)  # for answers kept, of models that ask for it; 0: none
     cache_ttl_s: float = Field(300.0, gt=0)  # how long an answer is kept at most
+    # Of what devices let the hub keep (docs in README, "Hard examples"); 0: nothing is kept.
+    examples_quota_bytes: int = Field(0, ge=0)  # of disk, the oldest go first
+    examples_retention_days: float = Field(30.0, ge=0, le=36500)  # since it last came; 0: any age
     drain_notice_s: float = Field(0.2, ge=0)  # not ready, still serving: load balancers notice
     drain_s: float = Field(10.0, ge=0)  # then, for requests in flight while new ones are refused
     # Of one caller, unless its token says otherwise: requests a second, and at once; 0: no limit.
