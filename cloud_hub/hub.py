@@ -11,7 +11,7 @@ Start                                           Stop
   5 fleet: sign what is due, start the broker;    broker, links
     models of the registry: load, warm; ready     gRPC door: streams that lie idle are ended
   6 HTTP door: REST, console, files, metrics      engines, which nobody uses
-  7 endpoints.json names them all                 history is written, database closes
+  7 endpoints.json names them all                 examples, history are written; database closes
                                                   the lock goes with the process
 
 From 4 on the hub answers while it does the rest, most of which is importing it. So what only 5 and
@@ -47,6 +47,8 @@ from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.cache import ResponseCache
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
+from cloud_hub.insight.example_files import ExampleFiles
+from cloud_hub.insight.examples import DAY_S, Bounds, Examples
 from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics, Served
 from cloud_hub.store.store import Store
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from cloud_hub.fleet.fleet import Fleet
 
 DATABASE = "hub.sqlite"
+EXAMPLES = "examples"  # folder in the data directory
 CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
 
 # What the models of the directory are answered without; it imports most of the rest.
@@ -170,6 +173,14 @@ class Hub:
         self.devices = await Devices.open(self.store, self.config.offline_after_s)
         self.history = await History.open(self.store, self.devices)
         self._parts.push_async_callback(self.history.close)
+
+        bounds = Bounds(
+            self.config.examples_quota_bytes, self.config.examples_retention_days * DAY_S
+        )
+        self.examples = await self._parts.enter_async_context(
+            Examples(self.store, ExampleFiles(data / EXAMPLES), bounds, self.metrics.of_examples())
+        )
+        self.server.keeper = self.examples
 
         self._parts.push_async_callback(self.repository.close)
         if self._acceleration is not None:
@@ -293,6 +304,7 @@ class Hub:
             fleet=self.fleet,
             scratch=self.config.data / "uploads",
             models=self.repository.status,
+            examples=self.examples,
             authenticate=self.identity.authenticate if guarded else None,
             hub_name=self.config.name,
             grpc_address=self.grpc_address,
