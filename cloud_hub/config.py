@@ -61,6 +61,9 @@ class HubConfig:
     run_limit_s: float = _number(30.0, above=0)  # of one batch; then its engine is replaced
     cache_bytes: int = _number(0, least=0)  # for answers kept, of models that ask for it; 0: none
     cache_ttl_s: float = _number(300.0, above=0)  # how long an answer is kept at most
+    # Of what devices let the hub keep (README, "Hard examples come back"); 0: nothing is kept.
+    examples_quota_bytes: int = _number(0, least=0)  # of disk, the oldest go first
+    examples_retention_days: float = _number(30.0, least=0, most=36500)  # since it came; 0: any age
     drain_notice_s: float = _number(0.2, least=0)  # not ready, still serving: load balancers notice
     drain_s: float = _number(10.0, least=0)  # then, for requests in flight; new ones are refused
     # Of one caller, unless its token says otherwise: requests a second, and at once; 0: no limit.

@@ -11,7 +11,7 @@ Start                                           Stop
     token waits until then                        broker, links
   5 fleet: sign what is due, start the broker;    gRPC door: streams that lie idle are ended
     models of the registry: load, warm; ready     engines, which nobody uses
-  6 HTTP door: REST, console, files, metrics      history is written, database closes
+  6 HTTP door: REST, console, files, metrics      examples, history are written; database closes
   7 endpoints.json names them all                 the lock goes with the process
 
 From 3 on the hub answers while it does the rest, most of which is importing it. So what only 4 to
@@ -63,10 +63,11 @@ if TYPE_CHECKING:
     from cloud_hub.store.store import Store
 
 DATABASE = "hub.sqlite"
+EXAMPLES = "examples"  # folder in the data directory
 CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
 
 # What the models of the directory are answered without: the database, and most of the rest.
-_STORED = ("cloud_hub.fleet.identity", "cloud_hub.insight.history")
+_STORED = ("cloud_hub.fleet.identity", "cloud_hub.insight.history", "cloud_hub.insight.examples")
 _LATER = ("cloud_hub.console.app", "cloud_hub.fleet.fleet", "cloud_hub.inference.registry")
 
 log = logging.getLogger("fogline.hub")
@@ -79,6 +80,7 @@ class Hub:
     identity: "Identity"
     devices: "Devices"
     history: "History"
+    examples: "Examples"
     fleet: "Fleet"  # from step 5 on
 
     def __init__(self, config: HubConfig) -> None:
@@ -220,6 +222,8 @@ class Hub:
         await asyncio.to_thread(_import, _STORED)
         from cloud_hub.fleet.devices import Devices
         from cloud_hub.fleet.identity import Identity
+        from cloud_hub.insight.example_files import ExampleFiles
+        from cloud_hub.insight.examples import DAY_S, Bounds, Examples
         from cloud_hub.insight.history import History
         from cloud_hub.store.store import Store
 
@@ -229,6 +233,14 @@ class Hub:
         self.devices = await Devices.open(self.store, self.config.offline_after_s)
         self.history = await History.open(self.store, self.devices)
         closed_with.push_async_callback(self.history.close)
+        bounds = Bounds(
+            self.config.examples_quota_bytes, self.config.examples_retention_days * DAY_S
+        )
+        files = ExampleFiles(self.config.data / EXAMPLES)
+        self.examples = await closed_with.enter_async_context(
+            Examples(self.store, files, bounds, self.metrics.of_examples())
+        )
+        self.server.keeper = self.examples
         self._count = lambda report: self.history.accept(report, time.time())
         self._stored.set()
 
@@ -319,6 +331,7 @@ class Hub:
             fleet=self.fleet,
             scratch=self.config.data / "uploads",
             models=self.repository.status,
+            examples=self.examples,
             authenticate=self.identity.authenticate if guarded else None,
             hub_name=self.config.name,
             grpc_address=self.grpc_address,

@@ -11,6 +11,7 @@ have to agree on this?
     repository.py      what could be served, and asking for it
     classification.py  an output as its best classes
     shared_memory.py   tensors in memory that callers on this machine lend
+    examples.py        what may be kept of an escalation, and what the edge had said
     settings.py        what a server traces and logs, asked for and changed by callers
     doors.py           what both doors do with a request, and offer beside inference
     known_messages.py  quick ways through requests and answers that look like earlier ones
