@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from cloud_hub.fleet.devices import Devices
     from cloud_hub.fleet.fleet import Fleet
     from cloud_hub.fleet.identity import Identity
+    from cloud_hub.insight.examples import Examples
     from cloud_hub.insight.history import History
     from cloud_hub.store.store import Store
 
