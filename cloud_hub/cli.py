@@ -130,6 +130,17 @@ def main() -> None:
 )
 @click.option("--cache-ttl-s", type=float, help="How long an answer is kept [default: 300].")
 @click.option(
+    "--examples-quota-bytes",
+    type=int,
+    help="Disk for hard examples that devices let the hub keep, the oldest go first; 0: none are "
+    "kept [default: 0].",
+)
+@click.option(
+    "--examples-retention-days",
+    type=float,
+    help="An example goes when it has not come for so long; 0: only by the quota [default: 30].",
+)
+@click.option(
     "--drain-notice-s", type=float, help="At the end, not ready but serving [default: 0.2]."
 )
 @click.option("--drain-s", type=float, help="Then time for requests in flight [default: 10].")
@@ -322,7 +333,7 @@ def token_create(
     Its bearer may ask without limit, unless --rate, --burst and --concurrency say otherwise or
     the hub has limits for all callers (`fogline serve --caller-rate --caller-concurrency`).
     """
-    from cloud_hub.fleet.identity import CallerLimits
+    from cloud_hub.fleet.callers import CallerLimits
 
     limits = CallerLimits(rate, burst, concurrency)
 
@@ -607,6 +618,157 @@ def device_set(
         url = _url(config_file, data, hub)
         found = await operate.call(url, "POST", "/api/v1/deployments", body=body)
         line = f"{found['release']} is wanted on {', '.join(found['devices']) or 'no device'}"
+        operate.echo(found, as_json, iter([line]))
+
+    _run(work)
+
+
+@main.group()
+def data() -> None:
+    """Hard examples that devices let the hub keep: list, export to train on, delete."""
+
+
+_SELECT = [
+    click.option("--device", help="Of this device only."),
+    click.option("--source", help="Of this source only, as the application named it."),
+    click.option("--since", metavar="TIME", help="That came since 2026-11-01 (UTC), or 7d ago."),
+    click.option("--until", metavar="TIME", help="That came before."),
+    click.option(
+        "--tenant", help="Whose, on a hub that asks for no tokens; '*': all [default: default]."
+    ),
+]
+
+
+def _selecting(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_SELECT):
+        command = option(command)
+    return command
+
+
+def _selected(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the options of a selection as the API's parameters."""
+    from cloud_hub import operate
+
+    found = []
+    for name in ("device", "source", "since", "until", "tenant"):
+        value = options[name]
+        if value is not None:
+            if name in ("since", "until"):
+                try:
+                    value = repr(operate.moment(value, time.time()))
+                except ValueError as error:
+                    raise click.UsageError(f"--{name}: {error}") from None
+            found.append((name, value))
+    return found
+
+
+@data.command("list")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+def data_list(config_file: Path | None, data: Path | None, hub: str | None, as_json: bool) -> None:
+    """List what is kept, by device model."""
+    from cloud_hub import operate
+
+    async def work() -> None:
+        found = await operate.call(_url(config_file, data, hub), "GET", "/api/v1/examples")
+        operate.echo(found, as_json, operate.example_lines(found))
+
+    _run(work)
+
+
+@data.command("export")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@_selecting
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=3x224x224",
+    help="Only inputs of this shape, where they come in several.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["npz", "parquet"]),
+    default="npz",
+    show_default=True,
+    help="parquet needs pyarrow.",
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.argument("model")
+def data_export(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    shapes: tuple[str, ...],
+    kind: str,
+    out: Path,
+    model: str,
+    **selection: Any,
+) -> None:
+    """Write the kept examples of the device model MODEL as a data set.
+
+    It holds the inputs, both tiers' answers, why the hub was asked and how probable that was; the
+    same content is in it once. An older file of that name is replaced when the new one is whole.
+    """
+    from cloud_hub import operate
+    from cloud_hub.insight.dataset import FORMATS
+
+    params = [*_selected(selection), *(("shape", shape) for shape in shapes)]
+
+    async def work() -> None:
+        dataset = FORMATS[kind](out)
+        url = _url(config_file, data, hub)
+        count, left_out = await operate.export(url, model, params, dataset)
+        line = f"{count:,} examples of {model} are in {out}"
+        if left_out:
+            line += f"; {left_out:,} were left out, gone or damaged on the hub's disk"
+        found = {"examples": count, "left_out": left_out, "out": str(out)}
+        operate.echo(found, as_json, iter([line]))
+
+    _run(work)
+
+
+@data.command("delete")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@_selecting
+@click.option("--all", "everything", is_flag=True, help="Everything, of every model.")
+@click.argument("model", required=False)
+def data_delete(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    everything: bool,
+    model: str | None,
+    **selection: Any,
+) -> None:
+    """Forget examples, for good: of MODEL, a --device, a --source or a time.
+
+    What another device sent too, and is not selected, stays as that device's.
+    """
+    from cloud_hub import operate
+
+    params = _selected(selection)
+    named = [name for name, _ in params if name != "tenant"]
+    if everything == bool(model or named):
+        raise click.UsageError("name MODEL, --device, --source, --since or --until; or say --all")
+    params += [("model", model)] if model else []
+    params += [("all", "1")] if everything else []
+
+    async def work() -> None:
+        url = _url(config_file, data, hub)
+        found = await operate.call(url, "DELETE", "/api/v1/examples", params=params)
+        line = f"{found['examples']:,} examples are deleted, and {found['sightings']:,} times they came"
         operate.echo(found, as_json, iter([line]))
 
     _run(work)

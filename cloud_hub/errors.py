@@ -28,6 +28,10 @@ class ModelRefused(HubError):
     exit_code = 4
 
 
+class UpstreamDown(ModelRefused):
+    """The upstream does not answer for the model; it may later, without a change here."""
+
+
 class StoreFailed(HubError):
     """The database cannot be used or cannot take a change: see to disk, rights or version."""
 

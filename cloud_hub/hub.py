@@ -4,18 +4,19 @@ The only file that knows all sides. ``fogline serve`` and the system tests both 
 
 Start                                           Stop
   1 TLS files; lock the data directory            not ready, endpoints.json goes; serving on for
-  2 database: open, migrate                         drain_notice_s: load balancers turn elsewhere
-  3 models of the directory: load, warm           new inference is refused with a hint, at open
-  4 gRPC door, or front processes: it answers       doors; what is in flight has drain_s
-    for these models, and is not ready            HTTP door: the console's and devices' calls finish
-  5 fleet: sign what is due, start the broker;    broker, links
-    models of the registry: load, warm; ready     gRPC door: streams that lie idle are ended
-  6 HTTP door: REST, console, files, metrics      engines, which nobody uses
-  7 endpoints.json names them all                 history is written, database closes
-                                                  the lock goes with the process
+  2 models of the directory: load, warm             drain_notice_s: load balancers turn elsewhere
+  3 gRPC door, or front processes: it answers     new inference is refused with a hint, at open
+    for these models, and is not ready              doors; what is in flight has drain_s
+  4 database: open, migrate; whoever showed a     HTTP door: the console's and devices' calls finish
+    token waits until then                        broker, links
+  5 fleet: sign what is due, start the broker;    gRPC door: streams that lie idle are ended
+    models of the registry: load, warm; ready     engines, which nobody uses
+  6 HTTP door: REST, console, files, metrics      examples, history are written; database closes
+  7 endpoints.json names them all                 the lock goes with the process
 
-From 4 on the hub answers while it does the rest, most of which is importing it. So what only 5 and
-6 need is imported there, on a thread.
+From 3 on the hub answers while it does the rest, most of which is importing it. So what only 4 to
+6 need is imported there, on a thread; test_start.py holds what 1 to 3 must do without. Where other
+machines reach the gRPC door, 4 comes before 3: it does not open if nobody could be let in.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ import os
 import ssl
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -39,17 +40,14 @@ from cloud_hub.config import ENDPOINTS, HubConfig, is_loopback, split_address
 from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
-from cloud_hub.fleet.devices import Devices
-from cloud_hub.fleet.identity import CallerLimits, Identity
+from cloud_hub.fleet.callers import Caller, CallerLimits
 from cloud_hub.front.fronts import Fronts
 from cloud_hub.inference import admission, tracing
 from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.cache import ResponseCache
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
-from cloud_hub.insight.history import History
 from cloud_hub.metrics import Metrics, Served
-from cloud_hub.store.store import Store
 from fogline_protocol import grpc_service, grpc_transport
 from fogline_protocol.doors import Extras
 from fogline_protocol.settings import LogSettings
@@ -58,12 +56,19 @@ from fogline_protocol.shared_memory import SharedMemory
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from cloud_hub.fleet.devices import Devices
     from cloud_hub.fleet.fleet import Fleet
+    from cloud_hub.fleet.identity import Identity
+    from cloud_hub.insight.examples import Examples
+    from cloud_hub.insight.history import History
+    from cloud_hub.store.store import Store
 
 DATABASE = "hub.sqlite"
+EXAMPLES = "examples"  # folder in the data directory
 CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle streams are ended
 
-# What the models of the directory are answered without; it imports most of the rest.
+# What the models of the directory are answered without: the database, and most of the rest.
+_STORED = ("cloud_hub.fleet.identity", "cloud_hub.insight.history", "cloud_hub.insight.examples")
 _LATER = ("cloud_hub.console.app", "cloud_hub.fleet.fleet", "cloud_hub.inference.registry")
 
 log = logging.getLogger("fogline.hub")
@@ -72,6 +77,11 @@ log = logging.getLogger("fogline.hub")
 class Hub:
     """One running hub: ``async with Hub(config) as hub: await hub.wait_stopped()``."""
 
+    store: "Store"  # these from step 4 on
+    identity: "Identity"
+    devices: "Devices"
+    history: "History"
+    examples: "Examples"
     fleet: "Fleet"  # from step 5 on
 
     def __init__(self, config: HubConfig) -> None:
@@ -127,6 +137,9 @@ class Hub:
             if is_loopback(config.grpc) and is_loopback(config.http)
             else None,
         )
+        self._stored = asyncio.Event()  # when the database is open
+        # The same counts arrive over gRPC and over MQTT.
+        self._count: reports.Accept = reports.too_early
         self._ended: list[str] = []  # parts that should run as long as the hub
         self._parts = contextlib.AsyncExitStack()
 
@@ -164,28 +177,24 @@ class Hub:
         data = self.config.data
         tls = self._ssl_context()
         self._parts.enter_context(_locked(data))
-        self.store = await Store.open(f"sqlite:///{data / DATABASE}")
-        self._parts.push_async_callback(self.store.close)
-        self.identity = Identity(self.store)
-        self.devices = await Devices.open(self.store, self.config.offline_after_s)
-        self.history = await History.open(self.store, self.devices)
-        self._parts.push_async_callback(self.history.close)
-
+        # It closes after all that follows, whenever it is opened.
+        database = await self._parts.enter_async_context(contextlib.AsyncExitStack())
         self._parts.push_async_callback(self.repository.close)
         if self._acceleration is not None:
             await self._acceleration.find()
         self.repository.complete = False
         if self.config.models is not None:
             await self.repository.load_directory(self.config.models)
-
-        # The same counts arrive over gRPC and over MQTT.
-        self._count: reports.Accept = lambda report: self.history.accept(report, time.time())
         if self.config.trace_dir is not None:
             self.server.tracer = tracing.Tracer(self.config.trace_dir)
             self._parts.push_async_callback(asyncio.to_thread, self.server.tracer.close)
+        if not is_loopback(self.config.grpc):
+            await self._open_database(database)
         self.grpc_address = await self._open_grpc()
+        if not self._stored.is_set():
+            await self._open_database(database)
 
-        await asyncio.to_thread(_import_later)
+        await asyncio.to_thread(_import, _LATER)
         from cloud_hub.fleet.fleet import Fleet
         from cloud_hub.inference.registry import Registry
 
@@ -209,6 +218,36 @@ class Hub:
             endpoints["mqtt"] = self.fleet.broker
         _write_endpoints(data / ENDPOINTS, endpoints)
         self._parts.callback((data / ENDPOINTS).unlink, missing_ok=True)
+
+    async def _open_database(self, closed_with: contextlib.AsyncExitStack) -> None:
+        await asyncio.to_thread(_import, _STORED)
+        from cloud_hub.fleet.devices import Devices
+        from cloud_hub.fleet.identity import Identity
+        from cloud_hub.insight.example_files import ExampleFiles
+        from cloud_hub.insight.examples import DAY_S, Bounds, Examples
+        from cloud_hub.insight.history import History
+        from cloud_hub.store.store import Store
+
+        self.store = await Store.open(f"sqlite:///{self.config.data / DATABASE}")
+        closed_with.push_async_callback(self.store.close)
+        self.identity = Identity(self.store)
+        self.devices = await Devices.open(self.store, self.config.offline_after_s)
+        self.history = await History.open(self.store, self.devices)
+        closed_with.push_async_callback(self.history.close)
+        bounds = Bounds(
+            self.config.examples_quota_bytes, self.config.examples_retention_days * DAY_S
+        )
+        files = ExampleFiles(self.config.data / EXAMPLES)
+        self.examples = await closed_with.enter_async_context(
+            Examples(self.store, files, bounds, self.metrics.of_examples())
+        )
+        self.server.keeper = self.examples
+        self._count = lambda report: self.history.accept(report, time.time())
+        self._stored.set()
+
+    async def _authenticate(self, secret: str) -> Caller | None:
+        await self._stored.wait()  # who shows a token is not turned away for being early
+        return await self.identity.authenticate(secret)
 
     def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
         """Run ``work`` until the hub stops."""
@@ -235,7 +274,7 @@ class Hub:
             **grpc_service.health_methods(self.server),
             # Until the HTTP door is open there is nothing to tell: devices ask again.
             **reports.methods(
-                self._count,
+                lambda report: self._count(report),
                 lambda: self.fleet.contact(self.url) if self.http_address else reports.NOT_YET,
             ),
         }
@@ -293,6 +332,7 @@ class Hub:
             fleet=self.fleet,
             scratch=self.config.data / "uploads",
             models=self.repository.status,
+            examples=self.examples,
             authenticate=self.identity.authenticate if guarded else None,
             hub_name=self.config.name,
             grpc_address=self.grpc_address,
@@ -317,7 +357,7 @@ class Hub:
         return f"{'https' if self.config.tls_cert else 'http'}://{self.http_address}"
 
     def _callers(self, guarded: bool) -> admission.Callers:
-        return admission.Callers(self.identity.authenticate, required=guarded, metrics=self.metrics)
+        return admission.Callers(self._authenticate, required=guarded, metrics=self.metrics)
 
     async def _is_guarded(self, address: str) -> bool:
         """Return whether callers of this door must show a token; refuse if nobody could."""
@@ -361,8 +401,8 @@ class Hub:
         )
 
 
-def _import_later() -> None:
-    for name in _LATER:
+def _import(names: Iterable[str]) -> None:
+    for name in names:
         importlib.import_module(name)
 
 

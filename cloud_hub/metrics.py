@@ -100,6 +100,10 @@ class Metrics:
         )
         gauge.set_function(bytes_kept)
 
+    def of_examples(self) -> "ExampleMetrics":
+        """Return what the keeper of examples reports to. Once per hub."""
+        return ExampleMetrics(self.registry)
+
     def request_done(self, model: str, version: str, outcome: str, seconds: float) -> None:
         """Count one request that found its model."""
         done = self._done.get((model, version))
@@ -206,6 +210,59 @@ class ModelMetrics:
         for seconds in queued_s:
             self._queue.observe(seconds)
         self.statistics.queue.add(round(sum(queued_s) * 1e9), len(queued_s))
+
+
+class ExampleMetrics:
+    """What the keeper of examples reports to.
+
+    No label is a device's word: what strangers may choose must not make new series.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._kept = Counter(
+            "fogline_hub_examples",
+            "Examples kept: of a new content, or again of a known one",
+            ("content",),
+            registry=registry,
+        )
+        self._dropped = Counter(
+            "fogline_hub_examples_dropped",
+            "Examples that could have been kept and were not: queue_full, too_large, disk, database",
+            ("reason",),
+            registry=registry,
+        )
+        self._evicted = Counter(
+            "fogline_hub_examples_evicted",
+            "Examples that had been kept and went: quota, retention",
+            ("reason",),
+            registry=registry,
+        )
+
+    def watch(self, kept: Callable[[], int], queued: Callable[[], int]) -> None:
+        """Read at every scrape how many bytes are kept and how many wait for the disk."""
+        for name, text, of in (
+            ("fogline_hub_examples_bytes", "Bytes of examples that are kept", kept),
+            (
+                "fogline_hub_examples_queue_bytes",
+                "Bytes of examples that wait for the disk",
+                queued,
+            ),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(of)
+
+    def kept(self, new: int, again: int) -> None:
+        """Count examples that are on the disk now."""
+        self._kept.labels("new").inc(new)
+        self._kept.labels("again").inc(again)
+
+    def dropped(self, reason: str, count: int) -> None:
+        """Count examples that were not kept."""
+        self._dropped.labels(reason).inc(count)
+
+    def evicted(self, reason: str, count: int) -> None:
+        """Count examples that were deleted without anybody asking for it."""
+        self._evicted.labels(reason).inc(count)
 
 
 @dataclass(slots=True)

@@ -1,14 +1,17 @@
-"""The operator's commands: ``fogline release`` and ``fogline device``, over the hub's API.
+"""The operator's commands: ``fogline release``, ``device`` and ``data``, over the hub's API.
 
 They find the hub through DATA/endpoints.json on its own machine, or by ``--hub URL``.
 """
 
 import contextlib
+import datetime
 import json
 import os
+import re
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +22,10 @@ import click
 from cloud_hub.config import ENDPOINTS
 from cloud_hub.errors import ConfigRefused, HubError
 from cloud_hub.fleet import upload
+from cloud_hub.insight.dataset import Dataset, sampling
+from cloud_hub.insight.example_codec import ExampleDamaged, FrameReader, read_example
+
+PROGRESS_S = 2.0  # between two words about a long export
 
 
 class OperationRefused(HubError):
@@ -55,22 +62,22 @@ def hub_url(given: str | None, data: Path) -> str:
         ) from None
 
 
-async def call(url: str, method: str, path: str, body: Any = None, data: Any = None) -> Any:
+Query = Sequence[tuple[str, str]]
+
+
+async def call(
+    url: str, method: str, path: str, body: Any = None, data: Any = None, params: Query = ()
+) -> Any:
     """Return the hub's answer as JSON.
 
     Raises:
         OperationRefused: it said no; the text says why.
         HubAway: nobody answers, or something that is no hub.
     """
-    headers = {}
-    token = os.environ.get("FOGLINE_TOKEN", "").strip()
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
     try:
         async with (
-            aiohttp.ClientSession(url, headers=headers, timeout=timeout) as session,
-            session.request(method, path, json=body, data=data) as answer,
+            _session(url) as session,
+            session.request(method, path, params=params, json=body, data=data) as answer,
         ):
             text = await answer.text(errors="replace")
     except aiohttp.ClientError as error:
@@ -83,6 +90,113 @@ async def call(url: str, method: str, path: str, body: Any = None, data: Any = N
         raise HubAway(f"what answers at {url} is no fogline hub") from None
 
 
+async def export(url: str, model: str, params: Query, dataset: Dataset) -> tuple[int, int]:
+    """Fill a data set; return how many examples are in it, and how many were left out.
+
+    Raises:
+        OperationRefused: the hub said no, or what is selected makes no data set.
+        DatasetRefused: see ``Dataset``.
+        HubAway: the hub cannot be reached, or broke off.
+    """
+    reader = FrameReader()
+    ended = None
+    try:
+        async with (
+            _session(url) as session,
+            session.get(f"/api/v1/examples/{model}", params=params) as answer,
+        ):
+            if answer.status >= 400:
+                raise OperationRefused(_detail(await answer.text(errors="replace"), answer.status))
+            with dataset, _Progress() as progress:
+                async for chunk in answer.content.iter_any():
+                    for document, payload in reader.feed(chunk):
+                        if "layouts" in document:
+                            progress.total = _whole(model, document["layouts"])
+                        elif "end" in document:
+                            ended = int(document["left_out"])
+                        else:
+                            # Disk and digests: nothing else runs in this process.
+                            dataset.add(read_example(document, payload))
+                            progress.step()
+                if ended is None:
+                    raise HubAway(f"the hub at {url} broke off in the middle: try again")
+                if not progress.done:
+                    raise OperationRefused(
+                        f"all {ended} selected examples are damaged on the hub's disk, see its log"
+                    )
+                told = sampling(model, dataset.table.reasons)
+                return dataset.finish(told), ended
+    except aiohttp.ClientError as error:
+        raise HubAway(f"the hub at {url} cannot be reached: {error}") from None
+    except ExampleDamaged as error:
+        raise HubAway(f"what the hub at {url} sends is damaged: {error}") from None
+
+
+def _whole(model: str, layouts: dict[str, int]) -> int:
+    """Return how many examples will come.
+
+    Raises:
+        OperationRefused: none, or inputs of several shapes.
+    """
+    if not layouts:
+        raise OperationRefused(
+            f"no example of {model} is selected: `fogline data list` shows what is kept, and "
+            "`fogline-agent run --keep MODEL` lets a hub keep what escalates"
+        )
+    if len(layouts) > 1:
+        several = ", ".join(f"{layout} ({n})" for layout, n in sorted(layouts.items())[:8])
+        raise OperationRefused(
+            f"the selected examples have inputs of {len(layouts)} shapes, which are not one array: "
+            f"{several}; choose one with --shape NAME=1x8x8 and export each by itself"
+        )
+    return sum(layouts.values())
+
+
+class _Progress:
+    """Tells on standard error how far an export is, once it has taken two seconds."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self._said_at = time.monotonic()
+        self._end = "\r" if sys.stderr.isatty() else "\n"
+        self._said = False
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._said and self._end == "\r":
+            click.echo(err=True)
+
+    def step(self) -> None:
+        """One more has come."""
+        self.done += 1
+        if time.monotonic() - self._said_at >= PROGRESS_S:
+            self._said_at, self._said = time.monotonic(), True
+            line = f"{self.done:,} of {self.total:,} examples"
+            click.echo(f"{line}{self._end}", nl=False, err=True)
+
+
+def moment(text: str, now: float) -> float:
+    """Return seconds since the epoch of a date, a time, or how long ago: ``7d``, ``12h``, ``30min``.
+
+    Dates and times without a zone are UTC.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    ago = re.fullmatch(r"(\d{1,6})(d|h|min)", text)
+    if ago:
+        return now - int(ago[1]) * {"d": 86400, "h": 3600, "min": 60}[ago[2]]
+    try:
+        at = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no time: say 2026-11-01, 2026-11-01T12:30, or how long ago, as 7d, 12h, 30min"
+        ) from None
+    return (at if at.tzinfo else at.replace(tzinfo=datetime.UTC)).timestamp()
+
+
 async def push(url: str, bundle: Path, *, force: bool) -> Any:
     """Send a bundle and return the release that it became.
 
@@ -91,6 +205,15 @@ async def push(url: str, bundle: Path, *, force: bool) -> Any:
     """
     with _packed(bundle) as archive:
         return await call(url, "POST", f"/api/v1/releases?force={int(force)}", data=archive)
+
+
+def _session(url: str) -> aiohttp.ClientSession:
+    headers = {}
+    token = os.environ.get("FOGLINE_TOKEN", "").strip()
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
+    return aiohttp.ClientSession(url, headers=headers, timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -141,6 +264,23 @@ def model_line(model: dict[str, Any]) -> str:
     if model["phase"] == "downloading" and total:
         line += f" {int(model['bytes_done']) / total:.0%}"
     return line + (f" [{model['code']}] {model['sentence']}" if model["code"] else "")
+
+
+def example_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Return what is kept as a table."""
+    if found["trouble"]:
+        yield f"the last examples were not kept: {found['trouble']}"
+    for one in found["models"]:
+        oldest, newest = (
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(one[end]))
+            for end in ("oldest", "newest")
+        )
+        size = f"{one['bytes'] / 1e6:,.1f} MB"
+        yield f"{one['model']:<20} {one['tenant']:<12} {one['examples']:>9,} {size:>12}  {oldest} to {newest}"
+    if not found["quota_bytes"]:
+        yield "this hub keeps no new examples: `fogline serve --examples-quota-bytes N` lets it"
+    elif not found["models"]:
+        yield "no example yet: `fogline-agent run --keep MODEL` lets the hub keep what escalates"
 
 
 def echo(document: Any, as_json: bool, lines: Iterator[str]) -> None:

@@ -77,6 +77,8 @@ class Agent:
             private=config.private,
             deadline_s=config.deadline_s,
             max_concurrency=config.max_concurrency,
+            device=config.device,
+            keep=config.keep,
         )
         self._extras = Extras(
             shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)

@@ -82,6 +82,13 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     help="Nothing that applications send ever leaves this device.",
 )
 @click.option(
+    "--keep",
+    multiple=True,
+    metavar="MODEL[/SOURCE]",
+    help="The hub may keep what escalates of this model, or only of this source of it, to learn "
+    "from. Repeatable [default: nothing].",
+)
+@click.option(
     "--allow-shared-memory/--no-allow-shared-memory",
     default=None,
     help="Applications may name POSIX shared memory to read inputs from and write outputs to: "
@@ -184,6 +191,8 @@ def _screen(agent: "Agent") -> str:
     else:
         how = "over TLS" if config.hub_uses_tls else "on this machine, not encrypted"
         lines.append(f"  hub       {config.hub}, {how}")
+    for entry in config.keep:
+        lines.append(f"  keep      the hub may keep what escalates of {entry}, to learn from it")
     if config.private:
         lines.append("  private   nothing that applications send leaves this device")
     return "\n".join(lines)

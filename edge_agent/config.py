@@ -23,7 +23,7 @@ TRANSPORTS: tuple[Transport, ...] = ("http2", "grpcio")
 
 ENV_PREFIX = "FOGLINE_AGENT_"
 OFF = "off"  # the word that closes a door: grpc = "off"
-DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+DEVICE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")  # and a model's
 MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, without its final zero
 
 
@@ -63,6 +63,8 @@ class AgentConfig:
     hub_root: Path | None = None  # the hub's signed TUF root; on loopback the first one is trusted
     probation_s: float = field(default=30.0, metadata=_limits(0, 86400))  # of a new release
     private: bool = False  # nothing that applications send ever leaves this device
+    # MODEL or MODEL/SOURCE: what escalates of it the hub may keep to learn from; empty: nothing.
+    keep: tuple[str, ...] = ()
     allow_shared_memory: bool = False  # applications may pass tensors in /dev/shm
 
     deadline_s: float = field(default=2.0, metadata=_limits(0.001, 3600))  # of calls without one
@@ -96,6 +98,15 @@ class AgentConfig:
             raise ConfigRefused(
                 f"unix: a socket's path has at most {MAX_UNIX_PATH_BYTES} bytes, got {self.unix!r}"
             )
+        for entry in self.keep:
+            model, slash, source = entry.partition("/")
+            if not DEVICE_NAME.fullmatch(model) or bool(slash) != bool(source):
+                raise ConfigRefused(
+                    f"keep: expected MODEL or MODEL/SOURCE, for example digits or digits/camera-3, "
+                    f"got {entry!r}"
+                )
+        if self.keep and self.private:
+            raise ConfigRefused("keep: this agent is private, so nothing leaves it to be kept")
         self._check_hub()
 
     def _check_hub(self) -> None:
@@ -221,6 +232,8 @@ def _from_text(key: str, value: str) -> Any:
             return value
     if kind == tuple[Path, ...]:
         return [part for part in value.split(os.pathsep) if part]
+    if kind == tuple[str, ...]:
+        return [part.strip() for part in value.split(",") if part.strip()]
     return value
 
 
@@ -262,6 +275,14 @@ def _paths(value: object) -> tuple[Path, ...]:
     return tuple(_path(part) for part in value)
 
 
+def _texts(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence):
+        raise TypeError
+    return tuple(_text(part) for part in value)
+
+
 _READERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     bool: (_bool, "true or false"),
     int: (_int, "a whole number"),
@@ -271,4 +292,5 @@ _READERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     Path: (_path, "a path"),
     Path | None: (_path, "a path"),
     tuple[Path, ...]: (_paths, "a list of paths"),
+    tuple[str, ...]: (_texts, "a list of texts"),
 }

@@ -1,12 +1,28 @@
 """What tests of several folders share: the committed digits, and nothing else."""
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure() -> None:
+    """Have properties and Ctrl-C mean the same on every machine.
+
+    A shell has what it starts in the background ignore Ctrl-C, and children inherit that.
+    """
+    # How long an example takes says something of the machine, and nothing of what is tested.
+    settings.register_profile(
+        "fogline", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("fogline")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -7,18 +7,21 @@ puts any server behind a real gRPC door on loopback, takes it away and brings it
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
-from fogline_protocol import grpc_service, inference
+from fogline_protocol import examples, grpc_service, grpcio_door, inference
 from fogline_protocol.errors import BadRequest, InferenceError, NotFound
+from fogline_protocol.examples import EdgeAnswer
 from fogline_protocol.inference import (
     InferenceServer,
     InferRequest,
     InferResponse,
     ModelMetadata,
+    Parameter,
     ServerMetadata,
 )
 from fogline_protocol.model_config import ModelConfig
@@ -43,6 +46,8 @@ class FakeHub:
         self.gate.set()
         self.ready = True
         self.digest = HUB_DIGEST
+        self.keeps = False  # examples, of requests marked so
+        self.kept: list[EdgeAnswer] = []
         self.max_rows = 1_000_000
         self.statistics = ModelStatistics(HUB_MODEL, "1")
         self.answer: Callable[[Mapping[str, Array]], dict[str, Array]] = plus_hundred
@@ -87,6 +92,13 @@ class FakeHub:
         if self.error is not None:
             raise self.error
         contract = self.model_metadata(request.model, request.version)
+        kept: dict[str, Parameter] = {}
+        if self.keeps and request.parameters.get(examples.KEEP) is True:
+            kept[examples.KEEPS] = True
+            inputs, said = examples.detach(request.inputs, request.parameters)
+            request = dataclasses.replace(request, inputs=inputs)
+            if said is not None:
+                self.kept.append(said)
         inference.check_inputs(contract.inputs, request.inputs)
         names = inference.check_outputs(contract.outputs, request.outputs)
         if len(request.inputs["x"]) > self.max_rows:
@@ -103,6 +115,7 @@ class FakeHub:
                 "fogline.tier": "hub",
                 "fogline.digest": self.digest,
                 "fogline.release": "judge@1",
+                **kept,
             },
         )
 
@@ -138,8 +151,9 @@ class Serving:
 
     async def start(self) -> None:
         """Open the door, on the same port as before if there was one."""
-        door = grpc_service.new_server()
-        door.add_generic_rpc_handlers((grpc_service.handler(self._server), *self._handlers))  # type: ignore[arg-type]
+        door = grpcio_door.new_server()
+        ours = grpcio_door.handler(grpc_service.methods(self._server), {grpc_service.STREAM})
+        door.add_generic_rpc_handlers((ours, *self._handlers))  # type: ignore[arg-type]
         self.port = door.add_insecure_port(self.address)
         await door.start()
         self._door = door

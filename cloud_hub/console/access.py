@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from aiohttp import web
 
-from cloud_hub.fleet.identity import Caller
+from cloud_hub.fleet.callers import Caller
 
 Authenticate = Callable[[str], Awaitable[Caller | None]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -118,14 +118,18 @@ class Door:
 
     async def admits(self, request: web.Request) -> bool:
         """Return whether the sender may read the console, as of now."""
+        return self.authenticate is None or await self.caller(request) is not None
+
+    async def caller(self, request: web.Request) -> Caller | None:
+        """Return who asks, as of now; None where nobody is asked for a token, or for strangers."""
         if self.authenticate is None:
-            return True
+            return None
         token = self.sessions.token(request.cookies.get(COOKIE, ""), self._clock())
         if token is None:
             scheme, _, token = request.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer":
-                return False
-        return await self.authenticate(token.strip()) is not None
+                return None
+        return await self.authenticate(token.strip())
 
     async def _refused(self, request: web.Request, audience: Audience) -> web.Response | None:
         if self.authenticate is None and not is_loopback_name(request.host):

@@ -5,6 +5,7 @@
     POST /deploy                 what is wanted        people
     GET  /login  POST /login     sign in               anyone
     POST /logout                 sign out              anyone
+    GET  /api/v1/examples ...    examples_api.py       programs
     GET  /api/v1/overview        the same as JSON      programs
     GET  /api/v1/live            WebSocket             people, programs
     GET  /static/{digest}/...    scripts and styles    anyone
@@ -21,6 +22,7 @@ from aiohttp import web
 from cloud_hub.console.access import Audience, Authenticate, Door
 from cloud_hub.console.api import Api, Insight
 from cloud_hub.console.assets import Assets
+from cloud_hub.console.examples_api import ExamplesApi
 from cloud_hub.console.fleet_api import FleetApi
 from cloud_hub.console.fleet_pages import DevicesTopic, DeviceTopic, FleetPages
 from cloud_hub.console.live import Live
@@ -29,6 +31,7 @@ from cloud_hub.console.roster import Roster
 from cloud_hub.console.views import Model
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
+from cloud_hub.insight.examples import Examples
 
 
 def add_console(
@@ -39,6 +42,7 @@ def add_console(
     fleet: Fleet,
     scratch: Path,
     models: Callable[[], Iterable[Model]],
+    examples: Examples,
     authenticate: Authenticate | None,
     hub_name: str,
     grpc_address: str,
@@ -53,6 +57,7 @@ def add_console(
         fleet: releases, and what is wanted of devices.
         scratch: a folder for uploads.
         models: returns the models of the hub and their states.
+        examples: what devices let the hub keep.
         authenticate: who a token stands for; None where only this machine reaches the hub.
         hub_name: how the hub calls itself.
         grpc_address: where agents find the hub, ``host:port``.
@@ -66,7 +71,7 @@ def add_console(
     roster = Roster(fleet.controller, devices, clock)
     table = DevicesTopic(roster, clock)
     device = DeviceTopic(roster, fleet.controller, history, clock)
-    fleet_pages = FleetPages(pages, fleet, roster, table, device, clock)
+    fleet_pages = FleetPages(pages, fleet, roster, table, device, examples, door, clock)
     live = Live(
         {"overview": overview, "devices": table, "device": device},
         build=assets.digest,
@@ -90,6 +95,8 @@ def add_console(
     for method, path, page in fleet_pages.routes():
         app.router.add_route(method, path, door.guarded(page, Audience.PEOPLE))
     for method, path, operate in FleetApi(fleet, devices, scratch, clock).routes():
+        app.router.add_route(method, path, door.guarded(operate, Audience.PROGRAMS))
+    for method, path, operate in ExamplesApi(examples, door).routes():
         app.router.add_route(method, path, door.guarded(operate, Audience.PROGRAMS))
     # Open sockets would hold the hub's drain until its time is up.
     app.on_shutdown.append(live.close)

@@ -18,8 +18,8 @@ from typing import Any
 
 from aiohttp import web
 
-from cloud_hub.console import access, fleet_views, release_views
-from cloud_hub.console.access import Handler
+from cloud_hub.console import access, example_views, fleet_views, release_views
+from cloud_hub.console.access import Door, Handler
 from cloud_hub.console.api import BadParameter, Insight
 from cloud_hub.console.fleet_views import Detail
 from cloud_hub.console.pages import Pages, read_form
@@ -38,6 +38,7 @@ from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.controller import Controller, TooMuchWanted, UnknownDevice, UnknownRelease
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.releases import CARD, Release, ReleaseRefused
+from cloud_hub.insight.examples import Examples
 from cloud_hub.insight.history import DeviceLine
 from fogline_protocol.release import MODEL_NAME
 
@@ -162,8 +163,12 @@ class FleetPages:
         roster: Roster,
         devices: DevicesTopic,
         device: DeviceTopic,
+        examples: Examples,
+        door: Door,
         clock: Callable[[], float],
     ) -> None:
+        self._examples = examples
+        self._door = door
         self._pages = pages
         self._fleet = fleet
         self._roster = roster
@@ -218,15 +223,21 @@ class FleetPages:
             releases=await self._fleet.releases.list(),
         )
 
-    async def models(self, _request: web.Request) -> web.StreamResponse:
-        """Answer with every release."""
+    async def models(self, request: web.Request) -> web.StreamResponse:
+        """Answer with every release, and with the examples of who asks."""
         await self._roster.refresh()
+        caller = await self._door.caller(request)
+        examples = self._examples
+        kept = await examples.summary(caller.tenant if caller is not None else None)
         return self._pages.render(
             "models.html",
             title="Models",
             here="/models",
             models=release_views.models(
                 await self._fleet.releases.list(), self._roster.lines(), now=self._clock()
+            ),
+            kept=example_views.kept_card(
+                kept, examples.bounds, examples.trouble, now=self._clock()
             ),
         )
 

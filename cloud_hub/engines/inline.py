@@ -6,9 +6,10 @@ model, which takes longer, runs in the engine's one thread.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from cloud_hub.engines.engine import Arrays, Contract, Session
+from cloud_hub.engines.engine import Arrays, Contract, Session, join
 
 ON_LOOP_BELOW_S = 0.0015  # below it a hand-over costs more than it frees (performance.md)
 SMOOTHING = 0.2  # weight of the newest run
@@ -30,6 +31,7 @@ class InlineEngine:
         """
         self._session = session
         self._expected_s = expected_s
+        self._ran = False  # on the loop, since somebody last waited here
         self._thread: ThreadPoolExecutor | None = None
         contract: Contract = session
         self.platform = contract.platform
@@ -38,11 +40,19 @@ class InlineEngine:
         self.outputs = contract.outputs
 
     async def ready(self) -> None:
-        """Return: it always is."""
+        """Return at once, or after a turn of the loop that has answers to send; see ``Engine``."""
+        if self._ran:
+            self._ran = False
+            await asyncio.sleep(0)
+
+    def join(self, requests: Sequence[Arrays]) -> Arrays:
+        """Return the rows of several requests one after the other; see ``Engine``."""
+        return join(requests)
 
     async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output; see ``Engine``. A run cannot be stopped."""
         if self._expected_s < ON_LOOP_BELOW_S:
+            self._ran = True
             return self._run(inputs)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")

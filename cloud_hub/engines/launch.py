@@ -7,6 +7,7 @@ model's memory returns only with its process.
 
 import asyncio
 import contextlib
+import ctypes
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -145,5 +146,13 @@ def _inline(path: Path, threads: int) -> InlineEngine | None:
         raise ModelRefused(f"{path}: {error}") from None
     if row_s is None or row_s >= ON_LOOP_BELOW_S:
         session.close()
+        _return_freed_memory()  # a child holds the model from now on: once is enough
         return None
     return InlineEngine(session, row_s)
+
+
+def _return_freed_memory() -> None:
+    """Have the C library give back what it keeps for reuse: glibc would, most of a session."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # others do so unasked, or cannot
+    if trim is not None:
+        trim(0)

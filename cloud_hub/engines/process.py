@@ -11,20 +11,20 @@ name the digest of what gave them.
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from cloud_hub.engines.channel import Channel, Gone, Message
-from cloud_hub.engines.engine import Arrays, EngineLost
+from cloud_hub.engines.engine import Arrays, EngineLost, join
 from cloud_hub.engines.tensorrt.errors import GpuUnavailable, OutOfDeviceMemory, PlanUnusable
 from cloud_hub.errors import ModelRefused
+from fogline_protocol import tensors
 from fogline_protocol.errors import BadRequest, ServerFault
 from fogline_protocol.tensors import TensorSpec
 
@@ -32,7 +32,7 @@ RETRY_S = 0.5  # before the second start in a row; doubles
 RETRY_MAX_S = 30.0
 CLOSE_S = 5.0  # for a child that is told to end; it has nothing to save
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger("fogline.engines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,13 @@ class ProcessEngine:
         """
         if not self._running.is_set() and not await asyncio.shield(self._outcome):
             raise EngineLost(self.trouble)
+
+    def join(self, requests: Sequence[Arrays]) -> Arrays:
+        """Return the rows of several requests where the child reads them; see ``Engine``."""
+        texts = any(array.dtype == tensors.BYTES for array in requests[0].values())
+        if self._channel is None or texts:  # being replaced; or they are written as they are sent
+            return join(requests)
+        return self._channel.join(requests)
 
     async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output; see ``Engine``. A run cannot be stopped without its process.
@@ -292,7 +299,7 @@ class ProcessEngine:
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         self._running.clear()
         self._outcome = asyncio.get_running_loop().create_future()
-        log.error("engine lost", model=str(self._job.path), why=why)
+        log.error("the engine of %s is lost: it %s", self._job.path, why)
         if not self._closed:
             self._replacing = asyncio.create_task(self._start_again(), name="replace-engine")
 
@@ -307,10 +314,10 @@ class ProcessEngine:
                 self.trouble = f"the engine cannot be started again: {error}"
                 tried, self._outcome = self._outcome, asyncio.get_running_loop().create_future()
                 tried.set_result(False)  # whoever waits has waited long enough
-                log.error("engine not replaced", model=str(self._job.path), why=str(error))
+                log.error("the engine of %s is not replaced: %s", self._job.path, error)
             else:
-                took = round(time.monotonic() - began, 3)
-                log.info("engine replaced", model=str(self._job.path), took_s=took)
+                took_s = time.monotonic() - began
+                log.info("the engine of %s is replaced, in %.3f s", self._job.path, took_s)
                 return
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, RETRY_MAX_S)

@@ -26,7 +26,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +35,9 @@ import numpy as np
 import structlog
 
 from cloud_hub.config import is_loopback, split_address
-from cloud_hub.engines.engine import DIGEST, Arrays, EngineLost
+from cloud_hub.engines.engine import DIGEST, Arrays, EngineLost, join
 from cloud_hub.engines.retry_budget import RetryBudget
-from cloud_hub.errors import ModelRefused
+from cloud_hub.errors import ModelRefused, UpstreamDown
 from fogline_protocol import tensors
 from fogline_protocol.client import Client, Credentials
 from fogline_protocol.errors import (
@@ -67,10 +67,6 @@ _SCHEMES = {"grpc": False, "grpcs": True}  # whether over TLS
 _NOT_THE_CALLERS = (Unauthenticated, Forbidden, NotFound, Unsupported)
 
 log = structlog.get_logger(__name__)
-
-
-class UpstreamDown(ModelRefused):
-    """The upstream does not answer for the model; it may later, without a change here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +267,10 @@ class UpstreamEngine:
             self._told = True
             raise EngineLost(self.trouble)
         await self._up.wait()
+
+    def join(self, requests: Sequence[Arrays]) -> Arrays:
+        """Return the rows of several requests one after the other; see ``Engine``."""
+        return join(requests)
 
     async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output and ``DIGEST``; see ``Engine``.

@@ -11,5 +11,5 @@ controller.py     what is wanted of each device, what it says, and what must sti
 link.py           the hub's end of MQTT; mosquitto.py: a broker of our own
 devices.py        devices seen, and the one rule of presence
 reports.py        the door for what devices count
-identity.py       bearer tokens of callers from other machines
+identity.py       bearer tokens of callers from other machines; callers.py: who they stand for
 """

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from cloud_hub.config import MIN_RATE
 from cloud_hub.errors import ConfigRefused
+from cloud_hub.fleet.callers import NO_LIMITS, Caller, CallerLimits
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 
@@ -24,28 +25,6 @@ PREFIX = "fgl_"
 REMEMBERED_S = 5.0  # so that a revoked token ends within seconds, without a query per request
 MOST_REMEMBERED = 10_000  # strangers' guesses must not fill the memory
 MOST_AT_ONCE = 1_000_000  # a larger limit is none
-
-
-@dataclass(frozen=True, slots=True)
-class CallerLimits:
-    """How often, and how much at once, a caller may ask; 0: no limit of its own."""
-
-    rate: float = 0.0  # requests a second
-    burst: int = 0  # requests at once above the rate; 0: as many as in a second
-    concurrency: int = 0  # requests in flight
-
-
-NO_LIMITS = CallerLimits()
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who a token stands for."""
-
-    tenant: str
-    label: str
-    token_id: str
-    limits: CallerLimits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from google.protobuf.message import DecodeError
 
-from fogline_protocol.errors import BadRequest
+from fogline_protocol.errors import BadRequest, Unavailable
 from fogline_protocol.grpc_calls import Context, Method
 from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.v1.fleet_pb2 import (
@@ -36,6 +36,11 @@ Accept = Callable[[Telemetry], None]
 Contact = Callable[[], ContactResponse]
 
 NOT_YET = ContactResponse()  # ask again in a moment
+
+
+def too_early(_report: Telemetry) -> None:
+    """Take no report: there is no database yet to count in, and the next one says it all again."""
+    raise Unavailable("the hub is starting: report again in a moment")
 
 
 def methods(accept: Accept, contact: Contact) -> Mapping[str, Method]:

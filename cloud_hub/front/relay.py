@@ -12,14 +12,13 @@ import abc
 import asyncio
 import enum
 import json
+import logging
 import math
 import mmap
 import struct
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import structlog
 
 from cloud_hub.front.arena import Arena
 from fogline_protocol.errors import ERRORS, InferenceError, Overloaded, ServerFault, Unavailable
@@ -30,7 +29,7 @@ MAX_CALLS = 4096  # of one front at a time
 _HEAD = struct.Struct("<IBQ")  # length of the body, kind, call id
 _CALL = struct.Struct("<dqIII")  # seconds left, offset or -1, lengths of request, path, metadata
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger("fogline.front")
 
 
 class Kind(enum.IntEnum):

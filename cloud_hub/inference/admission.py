@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from cloud_hub.fleet.identity import NO_LIMITS, Caller, CallerLimits
+from cloud_hub.fleet.callers import NO_LIMITS, Caller, CallerLimits
 from cloud_hub.front.relay import Answer, Call
 from cloud_hub.inference.limits import Account
 from cloud_hub.metrics import Metrics

@@ -47,6 +47,13 @@ class Engine(Protocol):
         """
         ...
 
+    def join(self, requests: Sequence[Arrays]) -> Arrays:
+        """Return the rows of several requests one after the other, where a run takes them best.
+
+        They are valid until something else is joined or run.
+        """
+        ...
+
     async def run(self, inputs: Arrays, deadline: float | None = None) -> Arrays:
         """Return every output, one row per input row: ``[n, ...] -> [n, ...]``.
 
@@ -364,8 +371,6 @@ class Batcher:
                     self._running -= 1
                     self._busy.discard(engine)
                     self._settle()
-                # An inline engine never waits: let answers leave between two batches.
-                await asyncio.sleep(0)
                 continue
             self._settle()
             await self._something(taken.look_again)
@@ -412,7 +417,11 @@ class Batcher:
         rows = sum(waiting.rows for waiting in batch)
         queued_s = [taken - waiting.arrived for waiting in batch]
         try:
-            inputs = _join(batch)
+            inputs = (
+                batch[0].inputs
+                if len(batch) == 1
+                else engine.join([waiting.inputs for waiting in batch])
+            )
             joined = time.monotonic()
             outputs = await engine.run(inputs, _last_deadline(batch))
             ran = time.monotonic()
@@ -489,15 +498,6 @@ def _rules(scheduling: DynamicBatching, max_batch: int) -> Rules:
 
 def _policy(policy: QueuePolicy) -> Policy:
     return Policy(policy.timeout_us / 1e6, policy.delays, policy.max_requests)
-
-
-def _join(batch: Sequence[Waiting]) -> Arrays:
-    if len(batch) == 1:
-        return batch[0].inputs
-    return {
-        name: np.concatenate([waiting.inputs[name] for waiting in batch])
-        for name in batch[0].inputs
-    }
 
 
 def _of_its_own(error: Exception) -> InferenceError:

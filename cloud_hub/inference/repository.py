@@ -26,8 +26,7 @@ import structlog
 
 from cloud_hub.engines.engine import Engine
 from cloud_hub.engines.launch import Launcher
-from cloud_hub.engines.upstream import Upstream, UpstreamDown, UpstreamEngine
-from cloud_hub.errors import ModelRefused
+from cloud_hub.errors import ModelRefused, UpstreamDown
 from cloud_hub.inference import directory, warmup
 from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.batcher import Batcher
@@ -489,6 +488,9 @@ class Repository:
             UpstreamDown: it does not answer for it; it may later.
             ModelRefused: the configuration cannot be obeyed.
         """
+        # Here: with it comes grpcio, 10 MB that most hubs have no use for.
+        from cloud_hub.engines.upstream import Upstream, UpstreamEngine
+
         wanted, where = files.wanted, files.folder / directory.CONFIG
         try:
             upstream = Upstream.parse(name, wanted.parameters, files.inside)

@@ -10,9 +10,10 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
+from typing import Protocol
 
 from cloud_hub.engines.engine import DIGEST
-from cloud_hub.fleet.identity import NO_LIMITS, Caller
+from cloud_hub.fleet.callers import NO_LIMITS, Caller
 from cloud_hub.inference import cache as response_cache
 from cloud_hub.inference import tracing
 from cloud_hub.inference.admission import CALLER, Admission
@@ -20,8 +21,9 @@ from cloud_hub.inference.cache import Key, ResponseCache
 from cloud_hub.inference.repository import Repository, ServedModel
 from cloud_hub.inference.tracing import CURRENT, Tracer
 from cloud_hub.metrics import Metrics
-from fogline_protocol import inference
+from fogline_protocol import examples, inference
 from fogline_protocol.errors import BadRequest, Forbidden, InferenceError, Unavailable, Unsupported
+from fogline_protocol.examples import KEEP, KEEPS, EdgeAnswer
 from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
@@ -58,6 +60,29 @@ ENGINE_PARAMETERS: frozenset[str] = frozenset()
 RESTART_S = 1.0  # hint of a hub that stops: about what one takes to be there again
 
 
+class Keeper(Protocol):
+    """Keeps what devices let the hub keep."""
+
+    @property
+    def accepting(self) -> bool:
+        """Whether anything is kept at all."""
+        ...
+
+    def offer(
+        self,
+        tenant: str,
+        model: str,
+        sha256: str,
+        inputs: Mapping[str, Array],
+        edge: EdgeAnswer,
+        outputs: Mapping[str, Array],
+        *,
+        batched: bool,
+    ) -> None:
+        """Take the rows of an answered request, or drop them; must not wait and must not raise."""
+        ...
+
+
 class HubServer:
     """The hub as an Open Inference server."""
 
@@ -84,6 +109,7 @@ class HubServer:
         self._admission = admission or Admission(NO_LIMITS, metrics)
         self._cache = cache
         self._caching: dict[str, Mapping[str, str]] = {}  # digests that are cached, by version
+        self.keeper: Keeper | None = None  # set by the composition root
         self.tracer: Tracer | None = None  # set by the composition root if there is a directory
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
         self.refusing = False  # what is in flight is finished, nothing new is taken
@@ -250,6 +276,11 @@ class HubServer:
             raise Forbidden(
                 "the request is marked private and must not leave its device: the hub does not answer it"
             )
+        edge = None
+        marked = _flag(request.parameters, KEEP, False)
+        if marked:
+            inputs, edge = examples.detach(request.inputs, request.parameters)
+            request = replace(request, inputs=inputs)
         inference.check_inputs(model.engine.inputs, request.inputs)
         names = inference.check_outputs(model.engine.outputs, request.outputs)
         rows = {len(array) for array in request.inputs.values()} if model.config.batches else {1}
@@ -257,6 +288,11 @@ class HubServer:
             raise BadRequest(f"the inputs disagree on the number of rows: {sorted(rows)}")
         if rows == {0}:
             raise BadRequest("the inputs have no rows")
+        if edge is not None and rows != {len(edge.scores)}:
+            raise BadRequest(
+                f"{KEEP} comes with the edge's answers to {len(edge.scores)} rows, the inputs have "
+                f"{rows.pop()}"
+            )
         outputs, cached = await self._outputs(model, caller, request, deadline)
         parameters: dict[str, Parameter] = {
             "fogline.tier": "hub",
@@ -269,6 +305,19 @@ class HubServer:
             parameters[DIGEST] = digest
         if cached:
             parameters[CACHED] = True
+        keeper = self.keeper
+        if marked and keeper is not None and keeper.accepting:
+            parameters[KEEPS] = True
+            if edge is not None:
+                keeper.offer(
+                    caller.tenant,
+                    model.name,
+                    digest,
+                    request.inputs,
+                    edge,
+                    outputs,
+                    batched=model.config.batches,
+                )
         return InferResponse(
             model=model.name,
             version=model.version,

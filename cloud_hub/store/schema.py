@@ -32,7 +32,7 @@ metadata = MetaData(
 
 # The last migration, and where alembic keeps the one that a database is at: a hub that has
 # nothing to migrate need not import it.
-REVISION = "0004"
+REVISION = "0005"
 version = Table(
     "alembic_version",
     MetaData(),
@@ -201,3 +201,48 @@ Index("ix_device_event_device", device_event.c.device, device_event.c.id)
 
 # The epoch published last: finding it on the broker tells that the broker remembers.
 hub_epoch = Table("hub_epoch", metadata, Column("epoch", String(64), primary_key=True))
+
+# --- Examples that devices let the hub keep (migration 0005); written by insight/examples.
+#
+# An example is one content of one tenant's device model, and lies on the disk; a sighting is one
+# way in which it came: from whom, why, and what both tiers said. So a device can be forgotten
+# without forgetting what others sent, too.
+
+example = Table(
+    "example",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("model", String(63), nullable=False),
+    Column("sha256", String(64), nullable=False),  # of the packed inputs, and the file's name
+    Column("layout", Text, nullable=False),  # names, datatypes and shapes of the inputs
+    Column("bytes", BigInteger, nullable=False),  # on the disk
+    Column("last_at", Float, nullable=False),
+    UniqueConstraint("tenant", "model", "sha256", name="uq_example_tenant"),
+)
+
+sighting = Table(
+    "sighting",
+    metadata,
+    Column("example", Integer, ForeignKey("example.id"), nullable=False),
+    Column("key", String(64), nullable=False),  # a hash of what tells sightings apart
+    Column("device", String(63), nullable=False),
+    Column("source", String(200), nullable=False),  # empty: none was named
+    Column("reason", String(32), nullable=False),
+    Column("propensity", Float, nullable=False),
+    Column("score", Float, nullable=False),
+    Column("release", String(200), nullable=False),  # of the device, MODEL@VERSION
+    Column("edge_sha256", String(64), nullable=False),
+    Column("hub_model", String(200), nullable=False),
+    Column("hub_sha256", Text, nullable=False),  # empty: the upstream does not say
+    Column("edge", LargeBinary, nullable=False),  # packed outputs
+    Column("hub", LargeBinary, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("times", BigInteger, nullable=False),
+    Column("last_at", Float, nullable=False),
+    PrimaryKeyConstraint("example", "key", name="pk_sighting"),
+)
+
+Index("ix_example_last_at", example.c.last_at)
+Index("ix_sighting_device", sighting.c.device)
+Index("ix_sighting_last_at", sighting.c.last_at)

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from typing import NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ from edge_agent.inference import policy
 from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situation, Terms
 from edge_agent.inference.uplink import Answer, Question, Uplink
 from edge_agent.runtime.release import Release
-from fogline_protocol import inference, tensors
+from fogline_protocol import examples, inference, tensors
 from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -36,6 +36,7 @@ from fogline_protocol.errors import (
     Overloaded,
     Unavailable,
 )
+from fogline_protocol.examples import KEEP, KEEPS, SOURCE, EdgeAnswer
 from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
@@ -54,7 +55,7 @@ MODE = "fogline.mode"
 PRIVATE = "fogline.private"
 PER_ROW = "fogline.per_row"
 DIGEST = "fogline.digest"  # of the hub's model file, in the hub's answers
-_KNOWN = f"{MODE} ({', '.join(Mode)}), {PRIVATE} and {PER_ROW} (true or false)"
+_KNOWN = f"{MODE} ({', '.join(Mode)}), {PRIVATE}, {PER_ROW} and {KEEP} (true or false), {SOURCE} (a text)"
 # Ours to obey, not the hub's: the time left travels as the call's deadline.
 _NOT_FORWARDED = ("fogline.", "triton_", "timeout")
 
@@ -85,6 +86,8 @@ class _Options(NamedTuple):
     mode: Mode = Mode.PREFER_EDGE
     private: bool = False
     per_row: bool = False
+    keep: bool | None = None  # None: as the agent was configured
+    source: str = ""
 
 
 _MODES: Mapping[Parameter, Mode] = {mode.value: mode for mode in Mode}
@@ -95,6 +98,7 @@ class _Served:
 
     __slots__ = (
         "certificate_id",
+        "edge_sha256",
         "expires_at",
         "label",
         "output_names",
@@ -114,6 +118,7 @@ class _Served:
         self.release = release
         self.label = release.label
         self.version = release.version
+        self.edge_sha256 = release.directory.variant_sha256(release.choice.variant)
         self.statistics = ModelStatistics(release.bundle.model, release.version)
         self.output_names = [spec.name for spec in release.bundle.outputs]
         self.uncertified = Terms(paired)
@@ -195,7 +200,14 @@ class Router:
         private: bool = False,
         deadline_s: float = 2.0,
         max_concurrency: int = 64,
+        device: str = "",
+        keep: Collection[str] = (),
     ) -> None:
+        """Answer over ``uplink`` and tell ``observer``.
+
+        ``keep`` names what the hub may keep of what escalates, MODEL or MODEL/SOURCE, unless a
+        request says otherwise; ``device`` is who says so then.
+        """
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
         self._uplink = uplink
         self._observer = observer
@@ -203,6 +215,9 @@ class Router:
         self._max_concurrency = max_concurrency
         self._in_flight = 0
         self._options = _Options(private=private)
+        self._device = device
+        self._keep = frozenset(keep)
+        self._keeping: set[str] = set()  # the hub's models whose examples it says it keeps
         self._served: dict[str, _Served] = {}
         self._hub_refusals: dict[str, str] = {}  # by hub model: said once, until it changes
         self._metadata = ServerMetadata("fogline-agent", metadata.version("fogline"), EXTENSIONS)
@@ -347,7 +362,7 @@ class Router:
             names = inference.check_outputs(bundle.outputs, request.outputs)
         rows = _rows(inputs) if bundle.max_batch else 1
 
-        outputs, scores = await _run_here(served, inputs, names, rows, deadline)
+        outputs, scores, scored = await _run_here(served, inputs, names, rows, deadline)
 
         terms = served.terms_now()
         finish = deadline if deadline is not None else started + self._deadline_s
@@ -363,8 +378,11 @@ class Router:
         decisions = policy.decide_rows(scores, terms, situation)
         escalated = [row for row, decision in enumerate(decisions) if decision.escalate]
         if escalated:
+            said = None
+            if scored is not None and self._may_keep(bundle.model, options):
+                said = self._said(served, scored, scores, decisions, options.source)
             outputs = await self._escalate(
-                served, request, outputs, scores, decisions, escalated, situation
+                served, request, outputs, scores, decisions, escalated, situation, said
             )
         elif uplink is not None and any(d.reason is Reason.DEADLINE for d in decisions):
             uplink.refresh()
@@ -397,10 +415,12 @@ class Router:
         decisions: list[Decision],
         rows: Sequence[int],
         situation: Situation,
+        said: EdgeAnswer | None,
     ) -> dict[str, Array]:
         """Ask the hub for ``rows`` and return the merged outputs.
 
-        ``decisions`` is corrected in place for rows that got no answer from the hub.
+        ``decisions`` is corrected in place for rows that got no answer from the hub. ``said`` is
+        the local answer to all rows, where the hub may keep those that escalate.
         """
         uplink, pairing = self._uplink, served.release.bundle.escalates_to
         assert uplink is not None  # the policy escalates only over a link that is up
@@ -408,13 +428,20 @@ class Router:
         has_rows = served.release.bundle.max_batch > 0
         timeout_s = policy.hub_leg_s(situation.time_left_s)
         groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
+        parameters = served.asking(request.parameters)
+        everything = request.inputs
+        if said is not None:
+            parameters = {**parameters, KEEP: True}
+            if pairing.model in self._keeping:
+                parameters |= said.parameters()
+                everything = {**everything, **said.tensors()}
         questions = [
             Question(
                 model=pairing.model,
-                inputs=_select(request.inputs, group, len(decisions)),
+                inputs=_select(everything, group, len(decisions)),
                 rows=len(group) if has_rows else 0,
                 outputs=list(local),
-                parameters=served.asking(request.parameters),
+                parameters=parameters,
             )
             for group in groups
         ]
@@ -423,6 +450,8 @@ class Router:
         for group, answer in zip(groups, answers, strict=True):
             if answer is not None:
                 served.learn_digest(answer.parameters.get(DIGEST))
+                if said is not None:
+                    self._learn_keeping(pairing.model, answer.parameters.get(KEEPS) is True)
                 whole = len(group) == len(decisions)
                 problem = None if whole else _cannot_merge(merged, answer.outputs)
                 if problem is None:
@@ -447,10 +476,52 @@ class Router:
         except HubUnavailable:
             return None  # the breaker knows, and says so when it opens
         except HubRefused as error:
+            # It may be what came with the rows: another server may stand there by now.
+            self._keeping.discard(question.model)
             self._note_refusal(question.model, str(error))
             return None
         self._hub_refusals.pop(question.model, None)
         return answer
+
+    def _may_keep(self, model: str, options: _Options) -> bool:
+        """Return whether somebody consents to the hub keeping a request, and nobody objects."""
+        if options.private:
+            return False
+        if options.keep is not None:
+            return options.keep
+        keep = self._keep
+        return bool(keep) and (model in keep or f"{model}/{options.source}" in keep)
+
+    def _said(
+        self,
+        served: _Served,
+        scored: Array,
+        scores: Sequence[float],
+        decisions: Sequence[Decision],
+        source: str,
+    ) -> EdgeAnswer:
+        score = served.release.bundle.score
+        assert score is not None  # else nothing was scored
+        rows = len(decisions)
+        return EdgeAnswer(
+            device=self._device,
+            release=served.label,
+            sha256=served.edge_sha256,
+            outputs={
+                score.output: scored if served.release.bundle.max_batch else scored[np.newaxis]
+            },
+            scores=np.array(scores, np.float32),
+            # Whatever is decided as these rows were always escalates.
+            propensities=np.ones(rows),
+            reasons=[decision.reason.value for decision in decisions],
+            sources=[source] * rows,
+        )
+
+    def _learn_keeping(self, model: str, keeps: bool) -> None:
+        if keeps:
+            self._keeping.add(model)
+        else:
+            self._keeping.discard(model)
 
     def _note_refusal(self, model: str, text: str) -> None:
         if self._hub_refusals.get(model) != text:
@@ -527,7 +598,7 @@ _HUB_ONLY = Decision(True, Quality.HUB, Reason.MODE)
 
 
 def _read_options(parameters: Mapping[str, Parameter], defaults: _Options) -> _Options:
-    mode, private, per_row = defaults.mode, defaults.private, defaults.per_row
+    mode, private, per_row, keep, source = defaults
     for key, value in parameters.items():
         if not key.startswith(PREFIX):
             continue
@@ -539,9 +610,18 @@ def _read_options(parameters: Mapping[str, Parameter], defaults: _Options) -> _O
             private = _flag(key, value) or defaults.private
         elif key == PER_ROW:
             per_row = _flag(key, value)
+        elif key == KEEP:
+            keep = _flag(key, value)
+        elif key == SOURCE:
+            if not examples.is_source(value):
+                raise BadRequest(
+                    f"{SOURCE} must be printable text of at most {examples.LONGEST_SOURCE} "
+                    f"characters, got {value!r:.250}"
+                )
+            source = str(value)
         else:
             raise BadRequest(f"unknown parameter {key!r}, known are {_KNOWN}")
-    return _Options(mode, private, per_row)
+    return _Options(mode, private, per_row, keep, source)
 
 
 def _flag(key: str, value: Parameter) -> bool:
@@ -574,8 +654,11 @@ async def _run_here(
     names: Sequence[str],
     rows: int,
     deadline: float | None,
-) -> tuple[dict[str, Array], list[float]]:
-    """Return the outputs ``names`` and one score per row, NaN where there is no score."""
+) -> tuple[dict[str, Array], list[float], Array | None]:
+    """Return the outputs ``names``, one score per row, and the output that was scored.
+
+    NaN and None where there is no score.
+    """
     release = served.release
     bundle = release.bundle
     wanted = names
@@ -605,7 +688,7 @@ async def _run_here(
         served.statistics.split(rows, limit, time.monotonic_ns() - started)
     outputs = dict(zip(wanted, values, strict=True))
     if release.score is None or bundle.score is None:
-        scores = [math.nan] * rows
+        scored, scores = None, [math.nan] * rows
     else:
         scored = outputs[bundle.score.output]
         if len(wanted) > len(names):
@@ -616,7 +699,7 @@ async def _run_here(
             scores = release.score(scored).tolist()
         else:
             scores = release.score(scored[np.newaxis]).tolist()
-    return outputs, scores
+    return outputs, scores, scored
 
 
 _AT_ONCE = (0,)  # the waiting time of the only request in a batch

@@ -11,14 +11,17 @@ have to agree on this?
     repository.py      what could be served, and asking for it
     classification.py  an output as its best classes
     shared_memory.py   tensors in memory that callers on this machine lend
+    examples.py        what may be kept of an escalation, and what the edge had said
     settings.py        what a server traces and logs, asked for and changed by callers
     doors.py           what both doors do with a request, and offer beside inference
     known_messages.py  quick ways through requests and answers that look like earlier ones
     grpc_calls.py      calls and streams over bytes, errors translated
     grpc_service.py    serves any InferenceServer over gRPC
-    grpc_transport.py  the two ways to carry those calls: grpcio, and our own:
-    grpc_door.py         sockets, tasks, time; grpc_headers.py: gRPC in the headers of HTTP/2
-    http2.py             one connection of HTTP/2, pure; header_blocks.py: its headers
+    grpc_transport.py  the two ways to carry those calls: grpcio_door.py, and our own:
+    grpc_door.py         who is let in, and the end; grpc_connection.py: calls, tasks, time
+    grpc_messages.py     messages in bodies, packed or not; grpc_room.py: how many at a time
+    grpc_headers.py      gRPC in the headers of HTTP/2; lingering.py: the end of a connection
+    http2.py             one connection of HTTP/2, pure; its http2_frames.py, header_blocks.py
     rest_codec.py      requests and responses as JSON and raw bytes
     big_json.py        large JSON in pieces, so that others are answered meanwhile
     rest_service.py    serves any InferenceServer over HTTP

@@ -130,7 +130,7 @@ class Client:
             answer = await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             # Not by us, who would see a CancelledError: by a server that stops (see
-            # ``grpc_service.stop``). Another one, or the next start of this one, may answer.
+            # ``grpcio_door.stop``). Another one, or the next start of this one, may answer.
             cancelled = error.code() is grpc.StatusCode.CANCELLED
             kind = Unavailable if cancelled else ERRORS.get(error.code().name, ServerFault)
             raise kind(

@@ -1,4 +1,4 @@
-"""Calls over bytes: what one costs beyond grpcio, and how errors leave by the door.
+"""Calls over bytes, whatever carries them, and how errors leave by the door.
 
 A unary call that fails ends with a status. A stream of requests outlives the failure of one:
 the error travels in-band with the id of its request and the next ones are answered, unless
@@ -6,13 +6,10 @@ the caller sent the metadata ``triton_grpc_error: true``, which asks for the end
 """
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
-from typing import Any, Never, Protocol, TypeAlias
-
-import grpc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, Protocol
 
 from fogline_protocol import inference
 from fogline_protocol.errors import InferenceError, ServerFault
@@ -50,58 +47,10 @@ class Methods(Protocol):
 
 Metadata = tuple[tuple[str, str | bytes], ...]  # bytes where the name ends in ``-bin``
 Admit = Callable[[str, Metadata], Awaitable[None]]  # by the path; InferenceError refuses the call
-Carrier = grpc.aio.ServicerContext[bytes, bytes]  # grpcio's own
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
 STREAM_IN_FLIGHT = 64  # requests of one stream; the next ones wait unread, on the caller's side
 
 log = logging.getLogger("fogline.grpc")
-
-
-def handler(methods: Methods, streams: Collection[str] = ()) -> grpc.GenericRpcHandler:
-    """Return grpcio's handler for methods over bytes; ``streams`` are paths of streams of them.
-
-    It translates errors at the door.
-    """
-    return _Handler(methods, streams)
-
-
-class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, methods: Methods, streams: Collection[str]) -> None:
-        self._methods = methods
-        self._streams = streams
-
-    def service(self, details: grpc.HandlerCallDetails) -> Handler:
-        path = details.method
-        method = self._methods.get(path)
-        if method is None:
-            return None
-        return stream(path, method) if path in self._streams else unary(path, method)
-
-
-class Admitting(grpc.aio.ServerInterceptor):
-    """Lets grpcio ask ``admit`` before a byte of a request is parsed."""
-
-    def __init__(self, admit: Admit) -> None:
-        self._admit = admit
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Refuse, or go on; the handler runs in this very task (test_admission.py checks that)."""
-        try:
-            await self._admit(details.method, tuple(details.invocation_metadata or ()))
-        except InferenceError as error:
-            problem = error  # the name of an except clause ends with it
-
-            # As a stream, so that nothing is waited for: it suits unary calls as well.
-            async def refuse(_requests: Any, context: Carrier) -> None:
-                await abort(context, problem)
-
-            return grpc.stream_stream_rpc_method_handler(refuse)
-        return await continuation(details)
 
 
 def pushback(error: InferenceError) -> tuple[tuple[str, str], ...]:
@@ -135,24 +84,6 @@ def text_of(error: InferenceError) -> str:
     return text
 
 
-async def abort(context: Carrier, error: InferenceError) -> Never:
-    """End a call of grpcio with the status and the text of ``error``; nothing else aborts one."""
-    code = getattr(grpc.StatusCode, error.grpc_code)
-    await context.abort(code, text_of(error), pushback(error))
-
-
-def unary(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
-    """Return the handler of one unary method."""
-
-    async def call(data: bytes, context: Carrier) -> bytes:
-        try:
-            return await translating(path, method, data, context)
-        except InferenceError as error:
-            await abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(call)
-
-
 async def translating(path: str, method: Method, data: bytes, context: Context) -> bytes:
     """Return the answer of ``method``.
 
@@ -171,27 +102,6 @@ async def translating(path: str, method: Method, data: bytes, context: Context) 
         raise ServerFault(f"{path} failed, see the server's log") from error
 
 
-def stream(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
-    """Return the handler of a stream of inference requests, answered in their order.
-
-    ``method`` answers one of them with a ``ModelStreamInferResponse``. Requests of one stream run
-    side by side, up to ``STREAM_IN_FLIGHT``.
-    """
-
-    async def call(requests: AsyncIterator[bytes], context: Carrier) -> None:
-        async def arriving() -> AsyncIterator[bytes]:
-            with contextlib.suppress(grpc.aio.BaseError):  # the caller broke off
-                async for data in requests:
-                    yield data
-
-        try:
-            await answer_stream(path, method, arriving(), context, context.write)
-        except InferenceError as error:
-            await abort(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(call)
-
-
 async def answer_stream(
     path: str,
     method: Method,
@@ -199,7 +109,10 @@ async def answer_stream(
     context: Context,
     write: Callable[[bytes], Awaitable[None]],
 ) -> None:
-    """Answer a stream of inference requests, whatever carries it, as ``stream`` says.
+    """Answer a stream of inference requests, whatever carries it, in their order.
+
+    ``method`` answers one of them with a ``ModelStreamInferResponse``. Requests of one stream run
+    side by side, up to ``STREAM_IN_FLIGHT``.
 
     Raises:
         InferenceError: the stream is to end with its status.

@@ -10,13 +10,11 @@ import re
 from typing import Final
 from urllib.parse import quote
 
-import grpc
-
 from fogline_protocol import grpc_calls, http2
 from fogline_protocol.errors import BadRequest, InferenceError, Overloaded, Unsupported
 from fogline_protocol.grpc_calls import Metadata
 from fogline_protocol.header_blocks import Headers
-from fogline_protocol.http2 import Block
+from fogline_protocol.http2_frames import Block
 
 ENCODINGS: Final = {"gzip": 31, "deflate": 15}  # of messages, with zlib's name for each (wbits)
 _ACCEPTED: Final = b"identity,gzip,deflate"
@@ -24,6 +22,12 @@ _CONTENT_TYPE: Final = (b"content-type", b"application/grpc")
 _OK: Final = (b":status", b"200")
 ANSWER: Final = Block((_OK, _CONTENT_TYPE))  # the headers of an answer that has messages
 DONE: Final = Block(((b"grpc-status", b"0"),))  # the trailers of a good one
+# Source: gRPC's statuscodes.md. As grpcio has them, which takes far more than this to import.
+_CODES: Final = {
+    "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": 4, "NOT_FOUND": 5, "ALREADY_EXISTS": 6,
+    "PERMISSION_DENIED": 7, "RESOURCE_EXHAUSTED": 8, "UNIMPLEMENTED": 12, "INTERNAL": 13,
+    "UNAVAILABLE": 14, "UNAUTHENTICATED": 16,
+}  # fmt: skip
 
 _PSEUDO: Final = frozenset((b":method", b":path", b":scheme", b":authority"))
 _NEEDED: Final = (b":method", b":path", b":scheme")
@@ -116,7 +120,7 @@ def trailers(error: InferenceError) -> Block:
 
 
 def _status(error: InferenceError) -> tuple[tuple[bytes, bytes], ...]:
-    code = getattr(grpc.StatusCode, error.grpc_code).value[0]
+    code = _CODES[error.grpc_code]
     # A field's value must not begin or end with a space.
     text = quote(grpc_calls.text_of(error).strip(), safe=_PLAIN, errors="replace")
     hints = ((key.encode(), value.encode()) for key, value in grpc_calls.pushback(error))

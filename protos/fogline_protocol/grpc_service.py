@@ -2,19 +2,16 @@
 
 The handlers are registered under the literal path ``inference.GRPCInferenceService``; the
 messages are ours (see ``inference.proto``). Handlers take and give bytes, so what a request
-costs beyond grpcio is decided in ``inference.py`` alone.
+costs beyond the door is decided in ``inference.py`` alone.
 """
 
-import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
 from fogline_protocol import (
-    grpc_calls,
     inference,
     model_config,
     repository,
@@ -34,47 +31,8 @@ SERVICE = "inference.GRPCInferenceService"
 STREAM = f"/{SERVICE}/ModelStreamInfer"
 HEALTH = "grpc.health.v1.Health"
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20  # sixteen times grpcio's default, which images exceed
-SETTLE_S = 0.1  # between the decision to stop and the stop, for calls that are on their way in
 
 M = TypeVar("M", bound=Message)
-
-
-def new_server(
-    *,
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
-    share_port: bool = False,
-) -> grpc.aio.Server:
-    """Return a server that accepts messages up to the limit.
-
-    It refuses to share its port, unless it is one of several that were started to share it.
-    """
-    return grpc.aio.server(
-        interceptors=list(interceptors),
-        options=[
-            # With the default, a second server starts silently on the same port and takes
-            # some of the calls.
-            ("grpc.so_reuseport", int(share_port)),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-        ],
-    )
-
-
-async def stop(server: grpc.aio.Server, grace_s: float) -> None:
-    """Stop a server: calls in flight have ``grace_s`` to finish, new ones are refused.
-
-    gRPC cancels calls that have arrived but were not accepted yet, so those come first.
-    """
-    await asyncio.sleep(SETTLE_S)
-    await server.stop(grace_s)
-
-
-def handler(
-    server: InferenceServer, control: ModelControl | None = None, extras: Extras = NOTHING_EXTRA
-) -> grpc.GenericRpcHandler:
-    """Return the handler to add to a ``grpc.aio.Server``; see ``methods``."""
-    return grpc_calls.handler(methods(server, control, extras), {STREAM})
 
 
 def methods(

@@ -5,14 +5,11 @@ library, the reference: what a client may expect is what it gets there.
 """
 
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import grpc
-
-from fogline_protocol import grpc_calls, grpc_service
+from fogline_protocol import grpc_service
 from fogline_protocol.grpc_calls import Admit, Methods
 from fogline_protocol.grpc_door import GrpcDoor
 
@@ -104,38 +101,24 @@ class _Grpcio:
     def __init__(
         self, methods: Methods, max_message_bytes: int, admit: Admit | None, share_port: bool
     ) -> None:
-        self._server = grpc_service.new_server(
+        from fogline_protocol.grpcio_door import GrpcioDoor  # with it comes Google's library
+
+        self._door = GrpcioDoor(
+            methods,
+            streams={grpc_service.STREAM},
             max_message_bytes=max_message_bytes,
-            interceptors=[] if admit is None else [grpc_calls.Admitting(admit)],
+            admit=admit,
             share_port=share_port,
         )
-        handler = grpc_calls.handler(methods, {grpc_service.STREAM})
-        self._server.add_generic_rpc_handlers((handler,))
-        self._started = False
 
     async def listen(self, host: str, port: int, tls: Pair | None = None) -> int:
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if tls is None:
-            return await self._opened(lambda: self._server.add_insecure_port(address))
-        pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-        credentials = grpc.ssl_server_credentials([pair])
-        return await self._opened(lambda: self._server.add_secure_port(address, credentials))
+        pair = None
+        if tls is not None:
+            pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+        return await self._door.listen(host, port, pair)
 
     async def listen_unix(self, path: Path) -> None:
-        await self._opened(lambda: self._server.add_insecure_port(f"unix:{path}"))
+        await self._door.listen_unix(path)
 
     async def stop(self, grace_s: float | None) -> None:
-        if grace_s is None or not self._started:
-            await self._server.stop(None)
-        else:
-            await grpc_service.stop(self._server, grace_s)
-
-    async def _opened(self, add_port: Callable[[], int]) -> int:
-        try:
-            port = add_port()
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        if not self._started:
-            self._started = True
-            await self._server.start()
-        return port
+        await self._door.stop(grace_s)

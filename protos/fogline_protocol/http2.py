@@ -9,24 +9,44 @@ cut into pieces, the same follows.
 
 What a peer can make us keep is bounded: headers by ``MAX_BLOCK_BYTES``, what arrives by the windows
 that we grant, answers by ``MAX_STREAMS``, which count until their last byte was taken. What it can
-make us do without asking for anything is bounded by ``_Budget``; time comes in as a number.
+make us do without asking for anything is bounded by ``_Budget``; time comes in as a number. Frames
+as such are in ``http2_frames``.
 
 Source: RFC 9113 (HTTP/2). Priorities are ignored, as its section 5.3.2 allows.
 """
 
-import enum
-import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from fogline_protocol import header_blocks
 from fogline_protocol.header_blocks import BadBlock, BlockReader, Headers, TooLong
+from fogline_protocol.http2_frames import (
+    ACK,
+    DEFAULT_WINDOW,
+    END_HEADERS,
+    END_STREAM,
+    HEADER,
+    LARGEST,
+    LONG,
+    PADDED,
+    PEER_FRAME_BYTES,
+    PREFACE,
+    PRIORITY,
+    SETTING,
+    Block,
+    Code,
+    Fault,
+    Kind,
+    Setting,
+    bare,
+    expect,
+    frame,
+    on_connection,
+)
 
 Head = TypeVar("Head")
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 MAX_STREAMS = 512  # at a time; callers of grpcio that want more wait on their side
 STREAM_WINDOW = 1 << 18  # of a stream that was granted nothing: a picture fits
 CONNECTION_WINDOW = 1 << 24  # refilled as bytes arrive: it bounds what is on its way, no more
@@ -35,61 +55,8 @@ MAX_HEADER_LIST_BYTES = 16 << 10  # that we promise to take
 MAX_BLOCK_BYTES = 2 * MAX_HEADER_LIST_BYTES  # beyond it we do not even read on to refuse it
 MAX_CONTINUATIONS = 64  # of one block (CVE-2024-27316)
 MAX_SETTINGS = 32  # in one frame, as nghttp2 has it
-DEFAULT_WINDOW = 65_535
-LARGEST = (1 << 31) - 1  # of windows and stream ids
-PEER_FRAME_BYTES = 1 << 14  # what every peer takes
+FREE_UPDATES = 10  # of windows, for every request that came and every frame of an answer
 DIRECT_BYTES = PEER_FRAME_BYTES  # an answer up to it leaves at once, if the windows have room
-
-_FRAME = struct.Struct(">HBBBI")
-_SETTING = struct.Struct(">HI")
-_LONG = struct.Struct(">I")
-
-
-class Kind(enum.IntEnum):
-    """Frames by their number on the wire."""
-
-    DATA = 0
-    HEADERS = 1
-    PRIORITY = 2
-    RST_STREAM = 3
-    SETTINGS = 4
-    PUSH_PROMISE = 5
-    PING = 6
-    GOAWAY = 7
-    WINDOW_UPDATE = 8
-    CONTINUATION = 9
-
-
-class Code(enum.IntEnum):
-    """Why a stream or a connection ends."""
-
-    NO_ERROR = 0
-    PROTOCOL_ERROR = 1
-    INTERNAL_ERROR = 2
-    FLOW_CONTROL_ERROR = 3
-    SETTINGS_TIMEOUT = 4
-    STREAM_CLOSED = 5
-    FRAME_SIZE_ERROR = 6
-    REFUSED_STREAM = 7
-    CANCEL = 8
-    COMPRESSION_ERROR = 9
-    CONNECT_ERROR = 10
-    ENHANCE_YOUR_CALM = 11
-    INADEQUATE_SECURITY = 12
-
-
-class Setting(enum.IntEnum):
-    """What a SETTINGS frame may set."""
-
-    HEADER_TABLE_SIZE = 1
-    ENABLE_PUSH = 2
-    MAX_CONCURRENT_STREAMS = 3
-    INITIAL_WINDOW_SIZE = 4
-    MAX_FRAME_SIZE = 5
-    MAX_HEADER_LIST_SIZE = 6
-
-
-END_STREAM, ACK, END_HEADERS, PADDED, PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
 
 # Numbers of what arrives most often, without the detour over an enum.
 _DATA, _HEADERS = int(Kind.DATA), int(Kind.HEADERS)
@@ -126,34 +93,6 @@ class Closed(NamedTuple):
 
 
 Event = Request[Head] | Data | Reset | Closed
-
-
-class Block:
-    """A list of headers as a frame, but for the number of its stream; made once, sent often."""
-
-    __slots__ = ("closing", "opening", "payload")
-
-    def __init__(self, headers: Headers) -> None:
-        self.payload = header_blocks.write(headers)
-        length = len(self.payload)
-        if length > PEER_FRAME_BYTES:
-            raise ValueError(f"headers of {length} bytes do not fit a frame of every peer")
-        self.opening = length.to_bytes(3, "big") + bytes((Kind.HEADERS, END_HEADERS))
-        self.closing = length.to_bytes(3, "big") + bytes((Kind.HEADERS, END_HEADERS | END_STREAM))
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Return a frame."""
-    length = len(payload)
-    return _FRAME.pack(length >> 8, length & 0xFF, kind, flags, stream) + payload
-
-
-class _Fault(Exception):
-    """The peer broke a rule, and the connection ends by it."""
-
-    def __init__(self, code: Code, text: str) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class _StreamFault(Exception):
@@ -194,7 +133,7 @@ class _Budget:
         self.left = min(self.burst, self.left + (now - self.at) * self.per_s)
         self.at = now
         if self.left < 1:
-            raise _Fault(Code.ENHANCE_YOUR_CALM, f"too many {self.what}")
+            raise Fault(Code.ENHANCE_YOUR_CALM, f"too many {self.what}")
         self.left -= 1
 
 
@@ -226,15 +165,18 @@ class Connection(Generic[Head]):
         # with short deadlines break off many. The other one is far above what pings take.
         self._resets = _Budget(2000, 500, "streams broken off")
         self._nuisances = _Budget(10_000, 1000, "frames that ask for nothing")
+        # One may change the window of every open stream, which costs as much as a call.
+        self._changes = _Budget(1000, 50, "changes of settings")
+        self._updates = FREE_UPDATES  # of windows that the peer may still send for nothing
         settings = {
             Setting.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
             Setting.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
             Setting.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
             Setting.MAX_HEADER_LIST_SIZE: MAX_HEADER_LIST_BYTES,
         }
-        payload = b"".join(_SETTING.pack(key, value) for key, value in settings.items())
+        payload = b"".join(SETTING.pack(key, value) for key, value in settings.items())
         self._out.append(frame(Kind.SETTINGS, 0, 0, payload))
-        more = _LONG.pack(CONNECTION_WINDOW - DEFAULT_WINDOW)
+        more = LONG.pack(CONNECTION_WINDOW - DEFAULT_WINDOW)
         self._out.append(frame(Kind.WINDOW_UPDATE, 0, 0, more))
 
     # What arrives
@@ -244,45 +186,53 @@ class Connection(Generic[Head]):
         events: list[Event[Head]] = []
         if self.closed:
             return events
+        begun, at = b"", 0
         if self._received or not self._begun:
-            self._received += data
+            # Of a frame whose length is known only the rest is put to it: what follows is read
+            # where it lies.
+            known = self._begun and self._needed > 9
+            at = self._needed - len(self._received) if known else len(data)
+            self._received += data[:at]
             # Preface or not is clear before it is whole.
             good = self._begun or PREFACE.startswith(self._received)
             if len(self._received) < self._needed and good:
                 return events
-            data = bytes(self._received)
+            begun = bytes(self._received)
             self._received.clear()
-        at, end = 0, len(data)
         try:
-            if not self._begun:
-                if not data.startswith(PREFACE):
-                    raise _Fault(Code.PROTOCOL_ERROR, "this is not HTTP/2: its preface is missing")
-                self._begun, at = True, len(PREFACE)
-            while end - at >= 9:
-                high, low, kind, flags, stream = _FRAME.unpack_from(data, at)
-                length = high << 8 | low
-                if length > MAX_FRAME_BYTES:
-                    raise _Fault(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-                after = at + 9 + length
-                if after > end:
-                    break
-                payload = data[at + 9 : after]
-                at = after
-                self.frames += 1
-                try:
-                    self._frame(kind, flags, stream & LARGEST, payload, now, events)
-                except _StreamFault as fault:
-                    self._resets.spend(now)
-                    self._break_off(fault.stream, fault.code, events)
-        except _Fault as fault:
+            if begun:
+                self._read(begun, 0, now, events)
+            self._read(data, at, now, events)
+        except Fault as fault:
             self._fail(fault.code, str(fault), events)
-            return events
-        self._needed = 9
+        return events
+
+    def _read(self, data: bytes, at: int, now: float, events: list[Event[Head]]) -> None:
+        """Read the frames that lie in ``data`` from ``at`` on, and keep what is left."""
+        end = len(data)
+        if not self._begun:
+            if not data.startswith(PREFACE):
+                raise Fault(Code.PROTOCOL_ERROR, "this is not HTTP/2: its preface is missing")
+            self._begun, at = True, len(PREFACE)
+        while end - at >= 9:
+            high, low, kind, flags, stream = HEADER.unpack_from(data, at)
+            length = high << 8 | low
+            if length > MAX_FRAME_BYTES:
+                raise Fault(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            after = at + 9 + length
+            if after > end:
+                break
+            payload = data[at + 9 : after]
+            at = after
+            self.frames += 1
+            try:
+                self._frame(kind, flags, stream & LARGEST, payload, now, events)
+            except _StreamFault as fault:
+                self._resets.spend(now)
+                self._break_off(fault.stream, fault.code, events)
         if at < end:
             self._received += data[at:]
-            if end - at >= 9:
-                self._needed = 9 + (high << 8 | low)
-        return events
+            self._needed = 9 if end - at < 9 else 9 + (high << 8 | low)
 
     @property
     def partial(self) -> bool:
@@ -309,18 +259,18 @@ class Connection(Generic[Head]):
         events: list[Event[Head]],
     ) -> None:  # fmt: skip
         if self._block is not None and (kind != Kind.CONTINUATION or self._block[0] != stream):
-            raise _Fault(Code.PROTOCOL_ERROR, "a header block is broken off by another frame")
+            raise Fault(Code.PROTOCOL_ERROR, "a header block is broken off by another frame")
         if not self._settled:
             if kind != Kind.SETTINGS or flags & ACK:
-                raise _Fault(Code.PROTOCOL_ERROR, "the first frame must be SETTINGS")
+                raise Fault(Code.PROTOCOL_ERROR, "the first frame must be SETTINGS")
             self._settled = True
         if kind == _DATA:
             self._data(flags, stream, payload, now, events)
         elif kind == _HEADERS:
             if not stream:
-                raise _Fault(Code.PROTOCOL_ERROR, "HEADERS without a stream")
+                raise Fault(Code.PROTOCOL_ERROR, "HEADERS without a stream")
             if flags & (PADDED | PRIORITY):
-                payload = _bare(flags, payload)
+                payload = bare(flags, payload)
             if flags & END_HEADERS:
                 self._headers(flags, stream, payload, now, events)
             else:
@@ -335,12 +285,12 @@ class Connection(Generic[Head]):
         # The windows of streams bound what arrives; the connection's is refilled long before it ends.
         self._unsaid += size
         if self._unsaid >= CONNECTION_WINDOW // 4:
-            self._out.append(frame(Kind.WINDOW_UPDATE, 0, 0, _LONG.pack(self._unsaid)))
+            self._out.append(frame(Kind.WINDOW_UPDATE, 0, 0, LONG.pack(self._unsaid)))
             self._unsaid = 0
         found = self._streams.get(stream)
         if found is None:
             if stream > self._last or not stream % 2:
-                raise _Fault(Code.PROTOCOL_ERROR, f"DATA on stream {stream}, which is idle")
+                raise Fault(Code.PROTOCOL_ERROR, f"DATA on stream {stream}, which is idle")
             self._nuisances.spend(now)  # it may have crossed our end of the stream
             return
         if found.ended:
@@ -349,7 +299,7 @@ class Connection(Generic[Head]):
         if found.credit < 0:
             raise _StreamFault(stream, Code.FLOW_CONTROL_ERROR)
         if flags & PADDED:
-            payload = _bare(PADDED, payload)
+            payload = bare(PADDED, payload)
             self.grant(stream, size - len(payload))
         ended = bool(flags & END_STREAM)
         if ended:
@@ -363,17 +313,17 @@ class Connection(Generic[Head]):
         self, flags: int, stream: int, block: bytes, now: float, events: list[Event[Head]]
     ) -> None:
         if len(block) > MAX_BLOCK_BYTES:
-            raise _Fault(Code.ENHANCE_YOUR_CALM, f"a header block of {len(block)} bytes")
+            raise Fault(Code.ENHANCE_YOUR_CALM, f"a header block of {len(block)} bytes")
         try:
             head = self._blocks.read(block)
         except TooLong as error:
-            raise _Fault(Code.ENHANCE_YOUR_CALM, str(error)) from None
+            raise Fault(Code.ENHANCE_YOUR_CALM, str(error)) from None
         except BadBlock as error:
-            raise _Fault(Code.COMPRESSION_ERROR, str(error)) from None
+            raise Fault(Code.COMPRESSION_ERROR, str(error)) from None
         ended = bool(flags & END_STREAM)
         if stream <= self._last or not stream % 2:
             if not stream % 2:
-                raise _Fault(Code.PROTOCOL_ERROR, f"stream {stream} is not a client's to open")
+                raise Fault(Code.PROTOCOL_ERROR, f"stream {stream} is not a client's to open")
             found = self._streams.get(stream)
             if found is None:  # trailers may have crossed our end of the stream
                 self._nuisances.spend(now)
@@ -387,10 +337,12 @@ class Connection(Generic[Head]):
             return
         self._last = stream
         if stream > self._refuse_after:
+            self._nuisances.spend(now)
             return  # GOAWAY told the peer that it may ask elsewhere
         if len(self._streams) >= MAX_STREAMS:
             raise _StreamFault(stream, Code.REFUSED_STREAM)
         self._streams[stream] = _Stream(self._stream_window, ended)
+        self._updates += FREE_UPDATES
         events.append(Request(stream, head, ended))
 
     def _seldom(
@@ -401,35 +353,40 @@ class Connection(Generic[Head]):
             case Kind.CONTINUATION:
                 self._continuation(flags, stream, payload, now, events)
             case Kind.WINDOW_UPDATE:
+                # Who reads much sends many; who was sent nothing has no reason to.
+                if self._updates:
+                    self._updates -= 1
+                else:
+                    self._nuisances.spend(now)
                 self._window_update(stream, payload)
             case Kind.RST_STREAM:
-                _expect(len(payload) == 4, "RST_STREAM")
+                expect(len(payload) == 4, "RST_STREAM")
                 self._known_or_past(stream, "RST_STREAM")
                 self._resets.spend(now)
                 if self._streams.pop(stream, None) is not None:
-                    events.append(Reset(stream, _LONG.unpack(payload)[0]))
+                    events.append(Reset(stream, LONG.unpack(payload)[0]))
             case Kind.SETTINGS:
-                self._nuisances.spend(now)
+                (self._nuisances if flags & ACK else self._changes).spend(now)
                 self._settings(flags, stream, payload)
             case Kind.PING:
-                _expect(len(payload) == 8, "PING")
-                _on_connection(stream, "PING")
+                expect(len(payload) == 8, "PING")
+                on_connection(stream, "PING")
                 self._nuisances.spend(now)
                 if not flags & ACK:
                     self._out.append(frame(Kind.PING, ACK, 0, payload))
             case Kind.PRIORITY:
                 if not stream:
-                    raise _Fault(Code.PROTOCOL_ERROR, "PRIORITY without a stream")
+                    raise Fault(Code.PROTOCOL_ERROR, "PRIORITY without a stream")
                 self._nuisances.spend(now)
                 if len(payload) != 5:
                     self._known_or_past(stream, "PRIORITY of a wrong length")
                     raise _StreamFault(stream, Code.FRAME_SIZE_ERROR)
             case Kind.GOAWAY:
-                _on_connection(stream, "GOAWAY")
-                _expect(len(payload) >= 8, "GOAWAY")
+                on_connection(stream, "GOAWAY")
+                expect(len(payload) >= 8, "GOAWAY")
                 self._nuisances.spend(now)
             case Kind.PUSH_PROMISE:
-                raise _Fault(Code.PROTOCOL_ERROR, "a client cannot push")
+                raise Fault(Code.PROTOCOL_ERROR, "a client cannot push")
             case _:  # extensions are ignored (RFC 9113, 5.5)
                 self._nuisances.spend(now)
 
@@ -437,11 +394,11 @@ class Connection(Generic[Head]):
         self, flags: int, stream: int, payload: bytes, now: float, events: list[Event[Head]]
     ) -> None:
         if self._block is None:
-            raise _Fault(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
+            raise Fault(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
         _, first_flags, block, count = self._block
         block += payload
         if len(block) > MAX_BLOCK_BYTES or count >= MAX_CONTINUATIONS:
-            raise _Fault(
+            raise Fault(
                 Code.ENHANCE_YOUR_CALM,
                 f"a header block of {len(block)} bytes in {count + 2} frames, and no end",
             )
@@ -452,14 +409,14 @@ class Connection(Generic[Head]):
             self._block = (stream, first_flags, block, count + 1)
 
     def _window_update(self, stream: int, payload: bytes) -> None:
-        _expect(len(payload) == 4, "WINDOW_UPDATE")
-        more = _LONG.unpack(payload)[0] & LARGEST
+        expect(len(payload) == 4, "WINDOW_UPDATE")
+        more = LONG.unpack(payload)[0] & LARGEST
         if not stream:
             if not more:
-                raise _Fault(Code.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
+                raise Fault(Code.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
             self._window += more
             if self._window > LARGEST:
-                raise _Fault(Code.FLOW_CONTROL_ERROR, "the connection's window overflows")
+                raise Fault(Code.FLOW_CONTROL_ERROR, "the connection's window overflows")
             return
         self._known_or_past(stream, "WINDOW_UPDATE")
         found = self._streams.get(stream)
@@ -484,40 +441,40 @@ class Connection(Generic[Head]):
                 self._ready = deque(number for number in self._ready if number in self._streams)
 
     def _settings(self, flags: int, stream: int, payload: bytes) -> None:
-        _on_connection(stream, "SETTINGS")
+        on_connection(stream, "SETTINGS")
         if flags & ACK:
-            _expect(not payload, "SETTINGS with ACK")
+            expect(not payload, "SETTINGS with ACK")
             return
-        _expect(len(payload) % 6 == 0, "SETTINGS")
+        expect(len(payload) % 6 == 0, "SETTINGS")
         if len(payload) > 6 * MAX_SETTINGS:
-            raise _Fault(Code.ENHANCE_YOUR_CALM, f"{len(payload) // 6} settings in one frame")
-        for key, value in dict(_SETTING.iter_unpack(payload)).items():  # the last of each holds
+            raise Fault(Code.ENHANCE_YOUR_CALM, f"{len(payload) // 6} settings in one frame")
+        for key, value in dict(SETTING.iter_unpack(payload)).items():  # the last of each holds
             if key == Setting.INITIAL_WINDOW_SIZE:
                 if value > LARGEST:
-                    raise _Fault(Code.FLOW_CONTROL_ERROR, f"an initial window of {value} bytes")
+                    raise Fault(Code.FLOW_CONTROL_ERROR, f"an initial window of {value} bytes")
                 more, self._stream_window = value - self._stream_window, value
                 for number, found in self._streams.items():
                     self._widen(number, found, more)
                     if found.window > LARGEST:
-                        raise _Fault(Code.FLOW_CONTROL_ERROR, f"the window of {number} overflows")
+                        raise Fault(Code.FLOW_CONTROL_ERROR, f"the window of {number} overflows")
             elif key == Setting.MAX_FRAME_SIZE:
                 if not PEER_FRAME_BYTES <= value < 1 << 24:
-                    raise _Fault(Code.PROTOCOL_ERROR, f"a maximum frame size of {value} bytes")
+                    raise Fault(Code.PROTOCOL_ERROR, f"a maximum frame size of {value} bytes")
                 self._frame_bytes = min(value, MAX_FRAME_BYTES)
             elif key == Setting.ENABLE_PUSH and value > 1:
-                raise _Fault(Code.PROTOCOL_ERROR, f"ENABLE_PUSH is 0 or 1, got {value}")
+                raise Fault(Code.PROTOCOL_ERROR, f"ENABLE_PUSH is 0 or 1, got {value}")
         self._out.append(frame(Kind.SETTINGS, ACK, 0))
 
     def _known_or_past(self, stream: int, what: str) -> None:
         if not stream:
-            raise _Fault(Code.PROTOCOL_ERROR, f"{what} without a stream")
+            raise Fault(Code.PROTOCOL_ERROR, f"{what} without a stream")
         if stream > self._last or not stream % 2:
-            raise _Fault(Code.PROTOCOL_ERROR, f"{what} on stream {stream}, which is idle")
+            raise Fault(Code.PROTOCOL_ERROR, f"{what} on stream {stream}, which is idle")
 
     def _break_off(self, stream: int, code: Code, events: list[Event[Head]]) -> None:
         if self._streams.pop(stream, None) is not None:
             events.append(Reset(stream, code))
-        self._out.append(frame(Kind.RST_STREAM, 0, stream, _LONG.pack(code)))
+        self._out.append(frame(Kind.RST_STREAM, 0, stream, LONG.pack(code)))
 
     def _fail(self, code: Code, text: str, events: list[Event[Head]]) -> None:
         self.go_away(code, text)
@@ -604,7 +561,7 @@ class Connection(Generic[Head]):
     def reset(self, stream: int, code: Code) -> None:
         """Break a stream off."""
         if self._streams.pop(stream, None) is not None:
-            self._out.append(frame(Kind.RST_STREAM, 0, stream, _LONG.pack(code)))
+            self._out.append(frame(Kind.RST_STREAM, 0, stream, LONG.pack(code)))
 
     def credit(self, stream: int) -> int:
         """Return how many bytes the peer may still send on a stream."""
@@ -616,15 +573,19 @@ class Connection(Generic[Head]):
         found = self._streams.get(stream)
         if found is not None and not found.ended and more > 0:
             found.credit += more
-            self._out.append(frame(Kind.WINDOW_UPDATE, 0, stream, _LONG.pack(more)))
+            self._out.append(frame(Kind.WINDOW_UPDATE, 0, stream, LONG.pack(more)))
 
     def go_away(self, code: Code = Code.NO_ERROR, text: str = "", *, last: bool = True) -> None:
         """Announce the end; ``last``: no stream that comes from here on is answered."""
         if last:
             self._refuse_after = min(self._refuse_after, self._last)
         number = self._refuse_after if last else LARGEST
-        payload = _LONG.pack(number) + _LONG.pack(code) + text.encode()[:1024]
+        payload = LONG.pack(number) + LONG.pack(code) + text.encode()[:1024]
         self._out.append(frame(Kind.GOAWAY, 0, 0, payload))
+
+    def ping(self) -> None:
+        """Ask whether the peer is there: any frame of it says so."""
+        self._out.append(frame(Kind.PING, 0, 0, b"fogline?"))
 
     @property
     def sendable(self) -> bool:
@@ -654,8 +615,9 @@ class Connection(Generic[Head]):
                 continue
             first = found.queue[0]
             size = min(len(first), found.window, self._window, self._frame_bytes)
-            self._out.append(_FRAME.pack(size >> 8, size & 0xFF, Kind.DATA, 0, stream))
+            self._out.append(HEADER.pack(size >> 8, size & 0xFF, Kind.DATA, 0, stream))
             self._out.append(first[:size])  # copied once, by the join
+            self._updates += FREE_UPDATES
             found.window -= size
             self._window -= size
             found.queued -= size
@@ -676,29 +638,5 @@ class Connection(Generic[Head]):
         """Our side of a stream has ended; so has the other, or it is told that nobody listens."""
         del self._streams[stream]
         if not found.ended:
-            code = _LONG.pack(Code.NO_ERROR)  # RFC 9113, 8.1: the answer holds nevertheless
+            code = LONG.pack(Code.NO_ERROR)  # RFC 9113, 8.1: the answer holds nevertheless
             self._out.append(frame(Kind.RST_STREAM, 0, stream, code))
-
-
-def _bare(flags: int, payload: bytes) -> bytes:
-    """Return a payload without padding and priority."""
-    at, end = 0, len(payload)
-    if flags & PADDED:
-        if not payload:
-            raise _Fault(Code.FRAME_SIZE_ERROR, "padding without its length")
-        at, end = 1, end - payload[0]
-    if flags & PRIORITY:
-        at += 5
-    if end < at:
-        raise _Fault(Code.PROTOCOL_ERROR, "padding is longer than its frame")
-    return payload[at:end]
-
-
-def _expect(right: bool, what: str) -> None:
-    if not right:
-        raise _Fault(Code.FRAME_SIZE_ERROR, f"{what} of a wrong length")
-
-
-def _on_connection(stream: int, what: str) -> None:
-    if stream:
-        raise _Fault(Code.PROTOCOL_ERROR, f"{what} on a stream")

@@ -37,7 +37,6 @@ from tests.benchmarks.servers import Model, Server
 
 ROUNDS = 9
 SECONDS = 1.0  # of one side in one round: short, so that both see the same neighbors
-PRIORITY = 10  # over whatever else the machine does, where we may
 SETTLE_S = 2.0  # after the first answer, before a server counts as idle
 GRPCIO = ("--door", "grpcio")
 STEADY_PER_S = 200.0  # well below what one core can do, as a server has it that is not overloaded
@@ -85,8 +84,7 @@ def at_most(
 def main(rows: list[str] | None = None, report: Path | None = None) -> None:
     """Measure and print the named rows, or all; write them to ``report`` as JSON."""
     h2load.require()
-    with contextlib.suppress(PermissionError):
-        os.nice(-PRIORITY)  # all sides alike inherit it
+    servers.put_first(os.getpid())  # the raw session and the load generator; servers are too
     print(f"serving: {ROUNDS} rounds of {SECONDS:g} s a side, {os.cpu_count()} cores, "
           f"{platform.machine()}, ONNX Runtime {onnxruntime.__version__}, one thread per run\n\n"
           "| what | bar | measured | | behind it | command |\n"

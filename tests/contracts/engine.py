@@ -27,6 +27,12 @@ class RunContract:
         np.testing.assert_array_equal(doubled(outputs), x * 2)
         assert {len(array) for array in outputs.values()} == {rows}
 
+    async def test_requests_that_are_joined_run_as_one(self, engine):
+        requests = [{"x": np.full((rows, 3), rows, np.float32)} for rows in (2, 1, 4)]
+        outputs = await engine.run(engine.join(requests))
+        expected = np.concatenate([request["x"] * 2 for request in requests])
+        np.testing.assert_array_equal(doubled(outputs), expected)
+
     async def test_a_deadline_that_is_far_away_changes_nothing(self, engine):
         x = np.ones((2, 3), np.float32)
         outputs = await engine.run({"x": x}, time.monotonic() + 60)

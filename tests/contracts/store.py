@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -10,14 +11,20 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, delete, insert, select, text, update
 
 from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet.callers import NO_LIMITS, CallerLimits
 from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, WantedRelease
 from cloud_hub.fleet.devices import Devices
-from cloud_hub.fleet.identity import NO_LIMITS, CallerLimits, Identity
+from cloud_hub.fleet.identity import Identity
 from cloud_hub.fleet.link import Arrival, Document
+from cloud_hub.insight.example_files import ExampleFiles
+from cloud_hub.insight.example_rows import Selection
+from cloud_hub.insight.examples import Bounds, Examples
 from cloud_hub.insight.history import History
+from cloud_hub.metrics import Metrics
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol.v1 import fleet_pb2 as pb
+from tests.examples import numbered, numbers_of, offer, read, settled
 
 NOW = 1_790_000_000.0
 
@@ -35,9 +42,15 @@ def names(connection: Connection) -> set[str]:
 
 
 def _back_to_0003(connection: Connection) -> None:
+    for table in (schema.sighting, schema.example):
+        table.drop(connection)
     for column in ("rate", "burst", "concurrency"):
         connection.execute(text(f"ALTER TABLE token DROP COLUMN {column}"))
     connection.execute(text("UPDATE alembic_version SET version_num='0003'"))
+
+
+def _files(folder: Path) -> int:
+    return sum(len(path.name) == 64 for path in folder.rglob("*"))
 
 
 class StoreContract:
@@ -243,3 +256,154 @@ class StoreContract:
         await controller().epoch_published("e2")
         assert await controller().last_epoch() == "e2"
         assert [one.published_generation for one in await controller().twins()] == [0, 0]
+
+    # Examples that devices let the hub keep
+
+    @pytest.fixture
+    def keep(self, store: Store, tmp_path: Path) -> Callable[..., Examples]:
+        """Return a function that opens the examples of the store, with bounds and a clock."""
+
+        def opened(
+            quota_bytes: int = 1 << 30,
+            retention_s: float = 0.0,
+            clock: Callable[[], float] = lambda: NOW,
+        ) -> Examples:
+            bounds = Bounds(quota_bytes, retention_s)
+            files = ExampleFiles(tmp_path / "examples")
+            return Examples(store, files, bounds, Metrics().of_examples(), clock)
+
+        return opened
+
+    async def test_the_same_content_is_kept_once_and_counted(
+        self, keep: Callable[..., Examples], tmp_path: Path
+    ) -> None:
+        now = NOW
+        async with keep(clock=lambda: now) as examples:
+            for _ in range(3):
+                offer(examples, numbered(1, 2))
+            now += 1
+            offer(examples, numbered(2, 2, 3), source="door é", reason="preferred")
+            await settled(examples)
+        async with keep() as examples:  # after a new start
+            found, left_out = await read(examples)
+            assert (numbers_of(found), left_out) == ([1, 2, 3], 0)
+            facts = {float(one.inputs["x"][0]): one.facts for one in found}
+            assert {number: one.count for number, one in facts.items()} == {1: 3, 2: 2, 3: 1}
+            assert (facts[2].source, facts[2].reason) == ("door é", "preferred")
+            assert _files(tmp_path) == 3
+            (kept,) = await examples.summary(None)
+            assert (kept.tenant, kept.model, kept.examples) == ("default", "double", 3)
+            assert kept.bytes > 3 * 4096
+
+    async def test_both_answers_come_back_with_what_is_known_of_them(
+        self, keep: Callable[..., Examples]
+    ) -> None:
+        async with keep() as examples:
+            offer(examples, numbered(7), reason="audit", propensity=0.01, source="s")
+            await settled(examples)
+            ((one,), _) = await read(examples)
+        assert one.edge["logits"].tolist() == [14, 2, 4]
+        assert one.hub["logits"].tolist() == [21, 3, 6]
+        f = one.facts
+        assert (f.at, f.device, f.source, f.reason) == (NOW, "kiosk", "s", "audit")
+        assert (f.propensity, f.release, f.hub_model) == (0.01, "double@1.0.0", "judge")
+        assert (f.edge_sha256, f.hub_sha256, f.count) == ("e" * 64, "b" * 64, 1)
+        assert f.score == pytest.approx(0.1)
+
+    async def test_tenants_and_models_share_nothing(self, keep: Callable[..., Examples]) -> None:
+        async with keep() as examples:
+            for tenant in ("acme", "other/../x"):
+                for model in ("double", "triple"):
+                    offer(examples, numbered(1), tenant=tenant, model=model)
+            await settled(examples)
+            await examples.delete("acme", Selection("double"))
+            assert [(one.tenant, one.model) for one in await examples.summary(None)] == [
+                ("acme", "triple"), ("other/../x", "double"), ("other/../x", "triple"),
+            ]  # fmt: skip
+            assert await read(examples, tenant="acme") == ([], 0)
+            ((one,), left_out) = await read(examples, tenant="other/../x")
+            assert (one.inputs["x"][0], left_out) == (1, 0)
+
+    async def test_a_device_is_forgotten_and_what_others_sent_stays(
+        self, keep: Callable[..., Examples], tmp_path: Path
+    ) -> None:
+        async with keep() as examples:
+            offer(examples, numbered(1, 2, 3), device="a")
+            offer(examples, numbered(3, 4), device="b", source="cam")
+            deleted = await examples.delete(None, Selection(device="a"))  # queued ones, too
+            assert (deleted.sightings, deleted.examples) == (3, 2)
+            found, _ = await read(examples)
+            assert numbers_of(found) == [3, 4]
+            assert {one.facts.device for one in found} == {"b"}
+            assert _files(tmp_path) == 2
+            assert (await examples.delete(None, Selection(source="nobody"))).sightings == 0
+            assert (await examples.delete(None, Selection(source="cam"))).examples == 2
+            assert await examples.summary(None) == []
+
+    async def test_what_is_selected_by_device_source_and_time_is_what_comes(
+        self, keep: Callable[..., Examples]
+    ) -> None:
+        now = NOW
+        async with keep(clock=lambda: now) as examples:
+            for at, device, source in ((0, "a", ""), (10, "b", "cam"), (20, "a", "cam")):
+                now = NOW + at
+                offer(examples, numbered(at), device=device, source=source)
+            offer(examples, numbered(0), device="b")  # comes again, from another
+            await settled(examples)
+            for selection, numbers in (
+                ({"device": "a"}, [0, 20]),
+                ({"device": "b"}, [0, 10]),
+                ({"source": ""}, [0]),
+                ({"source": "cam", "since": NOW + 11}, [20]),
+                ({"since": NOW + 10}, [0, 10, 20]),
+                ({"until": NOW + 10}, [0]),
+                ({"since": NOW + 10, "until": NOW + 20}, [10]),
+            ):
+                found, _ = await read(examples, **selection)
+                assert numbers_of(found) == numbers
+
+    async def test_the_quota_holds_and_the_oldest_of_the_largest_go_first(
+        self, keep: Callable[..., Examples]
+    ) -> None:
+        now = NOW
+        async with keep(clock=lambda: now) as examples:
+            offer(examples, numbered(*range(10)), model="small")
+            await settled(examples)
+            (small,) = await examples.summary(None)
+        async with keep(5 * small.bytes, clock=lambda: now) as examples:
+            for at in range(100):
+                now = NOW + at
+                offer(examples, numbered(at))
+                if at == 50:
+                    offer(examples, numbered(0))  # it came again, so it is not old
+                await settled(examples)
+            kept = {one.model: one for one in await examples.summary(None)}
+            assert kept["small"] == small  # whatever the chatty one does
+            assert sum(one.bytes for one in kept.values()) <= 5 * small.bytes
+            found, left_out = await read(examples)
+            assert left_out == 0
+            assert numbers_of(found) == list(map(float, range(60, 100)))
+        async with keep(2 * small.bytes, clock=lambda: now) as examples:  # less than before
+            await examples.tidy()
+            held = sum(one.bytes for one in await examples.summary(None))
+            assert 1.8 * small.bytes < held <= 2 * small.bytes
+        async with keep(0) as examples:  # off: nothing new, and nothing goes
+            await examples.tidy()
+            assert not examples.accepting
+            assert sum(one.bytes for one in await examples.summary(None)) == held
+
+    async def test_what_has_not_come_for_long_goes(self, keep: Callable[..., Examples]) -> None:
+        now = NOW
+        async with keep(retention_s=100, clock=lambda: now) as examples:
+            offer(examples, numbered(1, 2), device="a")
+            now += 60
+            offer(examples, numbered(2, 3), device="b")
+            await settled(examples)
+            now += 41  # what a sent is 101 s old, what b sent 41
+            await examples.tidy()
+            found, _ = await read(examples)
+            assert numbers_of(found) == [2, 3]
+            assert {one.facts.device for one in found} == {"b"}
+            now += 100
+            await examples.tidy()
+            assert await examples.summary(None) == []

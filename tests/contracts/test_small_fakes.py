@@ -7,7 +7,7 @@ import pytest
 from cloud_hub.fleet import reports
 from edge_agent.fleet.telemetry import REPORT
 from edge_agent.inference.uplink import Uplink
-from fogline_protocol import grpc_calls, grpc_service
+from fogline_protocol import grpcio_door
 from fogline_protocol.client import Client
 from fogline_protocol.errors import InferenceError
 from fogline_protocol.v1 import fleet_pb2 as pb
@@ -20,13 +20,13 @@ REPORTED = pb.Telemetry(device="kiosk", boot_id="b", sequence=1).SerializeToStri
 @pytest.fixture(params=["real", "fake"])
 async def fleet_door(request):
     """The address of a door that takes reports, and what has arrived behind it."""
-    server = grpc_service.new_server()
+    server = grpcio_door.new_server()
     if request.param == "fake":
         door = FleetDoor()
         handler, arrived = door.handler, door.reports
     else:
         arrived = []
-        handler = grpc_calls.handler(reports.methods(arrived.append, pb.ContactResponse))
+        handler = grpcio_door.handler(reports.methods(arrived.append, pb.ContactResponse))
     server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

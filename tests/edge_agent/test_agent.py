@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from edge_agent import Agent, AgentConfig, InferRequest
 from edge_agent.errors import ConfigRefused, ReleaseRefused, StartRefused
-from fogline_protocol import grpc_calls
+from fogline_protocol import grpcio_door
 from fogline_protocol.client import Client
 from fogline_protocol.errors import BadRequest, Overloaded
 from fogline_protocol.v1 import fleet_pb2
@@ -335,7 +335,7 @@ class FleetDoor:
 
     def __init__(self) -> None:
         self.reports: list[fleet_pb2.Telemetry] = []
-        self.handler = grpc_calls.handler({"/fogline.v1.Fleet/Report": self._report})
+        self.handler = grpcio_door.handler({"/fogline.v1.Fleet/Report": self._report})
 
     async def _report(self, data: bytes, _context: Any) -> bytes:
         self.reports.append(fleet_pb2.Telemetry.FromString(data))

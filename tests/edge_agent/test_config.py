@@ -30,13 +30,15 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
 def test_every_kind_of_option_can_come_from_the_environment() -> None:
     environment = {
         "FOGLINE_AGENT_BUNDLE": os.pathsep.join(["/a", "/b"]),
-        "FOGLINE_AGENT_PRIVATE": "true",
+        "FOGLINE_AGENT_ALLOW_SHARED_MEMORY": "true",
         "FOGLINE_AGENT_DRAIN_S": "0.5",
         "FOGLINE_AGENT_DATA": "/data",
+        "FOGLINE_AGENT_KEEP": "digits, faces/door 3",
     }
     found = load({}, environment, None)
+    assert found.keep == ("digits", "faces/door 3")
     assert found.bundle == (Path("/a"), Path("/b"))
-    assert (found.private, found.drain_s, found.data) == (True, 0.5, Path("/data"))
+    assert (found.allow_shared_memory, found.drain_s, found.data) == (True, 0.5, Path("/data"))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,10 @@ def test_every_kind_of_option_can_come_from_the_environment() -> None:
         ('hub = "hub:0"', "hub: port 0 is nobody's address"),
         ('hub = "h:1"\nhub_ca = "/none.pem"', r"hub_ca: /none\.pem is not a file"),
         (f'unix = "/{"x" * 107}"', "unix: a socket's path has at most 107 bytes"),
+        ('keep = ["digits/"]', "keep: expected MODEL or MODEL/SOURCE, .*got 'digits/'"),
+        ('keep = ["Digits"]', "keep: expected MODEL or MODEL/SOURCE"),
+        ("keep = [1]", r"keep in .*: expected a list of texts, got \[1\]"),
+        ('keep = "digits"\nprivate = true', "keep: this agent is private"),
         ("threads = ", "agent.toml: Invalid value"),
     ],
 )

@@ -26,7 +26,7 @@ from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed, Pauses
 from edge_agent.update.disk import LocalDisk
 from edge_agent.update.slots import Pointer, Slots, Target
-from fogline_protocol import documents, grpc_calls
+from fogline_protocol import documents, grpcio_door
 from fogline_protocol.inference import InferRequest
 from fogline_protocol.mqtt import BrokerAddress, MqttClient, Outgoing
 from fogline_protocol.v1 import fleet_pb2 as pb
@@ -49,7 +49,7 @@ class Contacts:
         self.http = http
         self.asked = 0
         self.door = Serving(
-            FakeHub(), [grpc_calls.handler(reports.methods(lambda _: None, self._tell))]
+            FakeHub(), [grpcio_door.handler(reports.methods(lambda _: None, self._tell))]
         )
 
     def _tell(self) -> pb.ContactResponse:
@@ -312,7 +312,7 @@ async def test_what_is_wanted_is_fetched_committed_served_and_kept(
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(("127.0.0.1", BrokerAddress.parse(hub.fleet.broker).port))
             taken.listen()
-            async with Hub(options.model_copy(update={"grpc": address})) as again:
+            async with Hub(replace(options, grpc=address)) as again:
                 assert again.fleet.broker != hub.fleet.broker
                 began = again.fleet.controller
                 assert [one.connected for one in await began.twins()] == [False]

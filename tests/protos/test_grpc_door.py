@@ -2,10 +2,7 @@
 
 import asyncio
 import contextlib
-import contextvars
-import datetime
 import gzip
-import ipaddress
 import shutil
 import socket
 import ssl
@@ -16,81 +13,40 @@ import zlib
 import grpc
 import hpack
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fogline_protocol import grpc_door, header_blocks, http2
-from fogline_protocol.errors import BadRequest, Unauthenticated
+from fogline_protocol import (
+    grpc_connection,
+    grpc_headers,
+    header_blocks,
+    http2_frames,
+    lingering,
+)
+from fogline_protocol.errors import ERRORS, Unauthenticated
 from fogline_protocol.grpc_calls import STREAM_IN_FLIGHT
 from fogline_protocol.grpc_door import GrpcDoor
-from fogline_protocol.http2 import Code, Kind, frame
+from fogline_protocol.http2_frames import Code, Kind, frame
+from tests.protos.raw_peer import (
+    LIMIT,
+    WHO,
+    Methods,
+    Raw,
+    client_side,
+    connections_of,
+    made_pair,
+    message,
+    opened,
+    raw_call,
+    server_side,
+    until,
+)
 from tests.protos.test_http2 import streams_of_bytes
-
-LIMIT = 1 << 20
-WHO = contextvars.ContextVar("WHO", default="nobody")
-
-
-class Methods(dict):
-    """What the door serves; ``gate`` holds ``/t/Wait`` and notes who was given up."""
-
-    def __init__(self):
-        self.gate = asyncio.Event()
-        self.waiting = self.given_up = 0
-        self.asked = []
-        super().__init__(
-            {
-                "/t/Echo": self.echo, "/t/Wait": self.wait, "/t/Large": self.large,
-                "/t/Told": self.told, "/t/Stream": self.streamed,
-            }
-        )  # fmt: skip
-
-    async def echo(self, data, context):
-        return data
-
-    async def streamed(self, data, context):
-        self.asked.append(data)
-        if data == b"bad":
-            raise BadRequest("bad")
-        return data * 100_000 if data.startswith(b"large") else data
-
-    async def wait(self, data, context):
-        self.waiting += 1
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.given_up += 1
-            raise
-        finally:
-            self.waiting -= 1
-        return data
-
-    async def large(self, data, context):
-        return b"x" * int(data)
-
-    async def told(self, data, context):
-        left = context.time_remaining()
-        metadata = [pair for pair in context.invocation_metadata() if pair[0] != "user-agent"]
-        return repr((metadata, left and round(left), WHO.get())).encode()
 
 
 @pytest.fixture
 def methods():
     return Methods()
-
-
-@contextlib.asynccontextmanager
-async def opened(methods, admit=None, **options):
-    door = GrpcDoor(methods, streams={"/t/Stream"}, max_message_bytes=LIMIT, admit=admit)
-    port = await door.listen("127.0.0.1", 0, **options)
-    door.address = f"127.0.0.1:{port}"
-    try:
-        yield door
-    finally:
-        await door.stop(None)
 
 
 @pytest.fixture
@@ -103,78 +59,6 @@ async def door(methods):
 async def channel(door):
     async with grpc.aio.insecure_channel(door.address) as channel:
         yield channel
-
-
-async def until(condition):
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-def message(data, flag=0):
-    return bytes([flag]) + len(data).to_bytes(4, "big") + data
-
-
-class Raw:
-    """A peer that sends what it likes and reads frames."""
-
-    def __init__(self, reader, writer):
-        self.reader, self.writer = reader, writer
-        self.decoder = hpack.Decoder()
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def of(cls, door, *, begin=True, settings=b""):
-        reader, writer = await asyncio.open_connection(*door.address.split(":"))
-        raw = cls(reader, writer)
-        if begin:
-            raw.send(http2.PREFACE + frame(Kind.SETTINGS, 0, 0, settings))
-        try:
-            yield raw
-        finally:
-            writer.close()
-
-    def send(self, data):
-        self.writer.write(data)
-
-    def ask(self, stream, path, *more, data=None, end=True, **pseudo):
-        headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x"}
-        headers |= {":" + key: value for key, value in pseudo.items()}
-        pairs = [*headers.items(), ("content-type", "application/grpc"), ("te", "trailers"), *more]
-        last = dict(pairs)  # the last of a name counts
-        block = header_blocks.write([(k.encode(), v.encode()) for k, v in last.items()])
-        ended = end and data is None
-        self.send(frame(Kind.HEADERS, http2.END_HEADERS | ended, stream, block))
-        if data is not None:
-            self.send(frame(Kind.DATA, int(end), stream, data))
-
-    async def frame(self):
-        head = await self.reader.readexactly(9)
-        payload = await self.reader.readexactly(int.from_bytes(head[:3], "big"))
-        kind, flags, stream = Kind(head[3]), head[4], int.from_bytes(head[5:], "big")
-        if kind is Kind.HEADERS:
-            payload = dict(self.decoder.decode(payload))
-        return kind, flags, stream, payload
-
-    async def next(self, *kinds, stream=None):
-        async with asyncio.timeout(10):
-            while True:
-                found = await self.frame()
-                if found[0] in kinds and stream in (None, found[2]):
-                    return found
-
-    async def status(self, stream=1):
-        """The status and text that end a call."""
-        while True:
-            _, flags, _, headers = await self.next(Kind.HEADERS, stream=stream)
-            if flags & http2.END_STREAM:
-                return int(headers["grpc-status"]), headers.get("grpc-message", "")
-
-    async def closed(self):
-        async with asyncio.timeout(10):
-            with contextlib.suppress(ConnectionError):
-                while await self.reader.read(1 << 16):
-                    pass
 
 
 async def test_metadata_deadline_and_who_calls_reach_the_method(methods):
@@ -233,7 +117,7 @@ async def test_compressed_messages_are_read_small_and_large(channel, way):
         ({"grpc-encoding": "gzip"}, message(b"not gzip", 1), 3, "not what gzip makes"),
         (
             {"grpc-encoding": "gzip"},
-            message(gzip.compress(b"cut short")[:-3], 1),
+            message(gzip.compress(b"cut short", mtime=0)[:-3], 1),
             3,
             "ends early or goes on",
         ),
@@ -259,6 +143,13 @@ async def test_what_is_wrong_with_a_call_is_said_and_the_connection_goes_on(
         assert text in found[1].replace("%25", "%")
         raw.ask(3, "/t/Echo", data=message(b"good"))
         assert (await raw.next(Kind.DATA, stream=3))[3] == message(b"good")
+
+
+@pytest.mark.parametrize("kind", ERRORS.values())
+def test_every_error_has_the_number_that_grpcio_gives_its_status(kind):
+    number, _ = getattr(grpc.StatusCode, kind.grpc_code).value
+    trailers = dict(hpack.Decoder().decode(grpc_headers.trailers(kind("why")).payload))
+    assert trailers["grpc-status"] == str(number)
 
 
 async def test_an_unknown_compression_is_told_what_is_known(door):
@@ -451,21 +342,21 @@ async def test_who_begins_and_does_not_go_on_is_sent_away(door, methods):
         await until(lambda: len(door.connections) == 4)
         now = time.monotonic()
         door.sweep(now)
-        door.sweep(now + grpc_door.HANDSHAKE_S + 1)
+        door.sweep(now + grpc_connection.HANDSHAKE_S + 1)
         await silent.closed()
         await until(lambda: len(door.connections) == 3)
-        door.sweep(now + grpc_door.ARRIVAL_S + 1)
+        door.sweep(now + grpc_connection.ARRIVAL_S + 1)
         assert "does not arrive" in (await cut.next(Kind.GOAWAY))[3][8:].decode()
         assert (await half.status())[0] == 4
         await until(lambda: len(door.connections) == 2)
-        door.sweep(now + grpc_door.ARRIVAL_S + grpc_door.IDLE_S + 2)
+        door.sweep(now + grpc_connection.ARRIVAL_S + grpc_connection.IDLE_S + 2)
         await idle.next(Kind.GOAWAY)
         await idle.closed()
         await until(lambda: not door.connections)
 
 
 async def test_who_does_not_read_is_not_read_from_and_sent_away_in_the_end(door, methods):
-    wide = (4).to_bytes(2, "big") + http2.LARGEST.to_bytes(4, "big")
+    wide = (4).to_bytes(2, "big") + http2_frames.LARGEST.to_bytes(4, "big")
     async with Raw.of(door, settings=wide) as raw:
         raw.writer.transport.pause_reading()
         raw.send(frame(Kind.WINDOW_UPDATE, 0, 0, (1 << 30).to_bytes(4, "big")))
@@ -478,13 +369,8 @@ async def test_who_does_not_read_is_not_read_from_and_sent_away_in_the_end(door,
         assert transport.get_write_buffer_size() < 2 * (1 << 20)
         now = time.monotonic()
         door.sweep(now)
-        door.sweep(now + grpc_door.UNREAD_S + 1)
+        door.sweep(now + lingering.UNREAD_S + 1)
         await until(lambda: not door.connections)
-
-
-async def connections_of(door, count):
-    await until(lambda: len(door.connections) == count)
-    return tuple(door.connections)
 
 
 async def test_a_stream_whose_reader_is_slow_is_not_read_on(door, methods):
@@ -535,33 +421,11 @@ async def test_a_unix_socket_is_a_door_too(methods, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    certificate = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name)
-        .public_key(key.public_key()).serial_number(1)
-        .not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tls")
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return folder / "cert.pem", folder / "key.pem"
+    return made_pair(tmp_path_factory.mktemp("tls"))
 
 
 async def test_encrypted_calls_agree_on_h2_and_nothing_else_is_let_in(methods, pair):
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server.load_cert_chain(*pair)
-    async with opened(methods, tls=server) as door:
+    async with opened(methods, tls=server_side(pair)) as door:
         credentials = grpc.ssl_channel_credentials(pair[0].read_bytes())
         async with grpc.aio.secure_channel(door.address, credentials) as channel:
             echo = channel.unary_unary("/t/Echo")
@@ -626,17 +490,6 @@ def test_whatever_strangers_send_the_door_serves_on_and_keeps_nothing(pieces):
     asyncio.run(attempt())
 
 
-def raw_call(number, path=b"/a"):
-    """Return the frames of a call with an empty message, as no library would time them."""
-    head = header_blocks.write(
-        [
-            (b":method", b"POST"), (b":path", path), (b":scheme", b"http"), (b":authority", b"x"),
-            (b"te", b"trailers"), (b"content-type", b"application/grpc"),
-        ]
-    )  # fmt: skip
-    return http2.frame(1, 4, number, head) + http2.frame(0, 1, number, bytes(5))
-
-
 async def test_an_answer_behind_a_window_that_never_opens_is_given_up():
     async def large(_data, _context):
         return bytes(1 << 20)
@@ -644,39 +497,45 @@ async def test_an_answer_behind_a_window_that_never_opens_is_given_up():
     async with opened({"/a": large}) as door:
         _, writer = await asyncio.open_connection(*door.address.split(":"))
         no_window = struct.pack(">HI", 4, 0)  # SETTINGS_INITIAL_WINDOW_SIZE
-        writer.write(http2.PREFACE + http2.frame(4, 0, 0, no_window) + raw_call(1))
+        writer.write(http2_frames.PREFACE + http2_frames.frame(4, 0, 0, no_window) + raw_call(1))
         await until(lambda: door.connections and next(iter(door.connections))._http.waiting())
         (connection,) = door.connections
         now = time.monotonic()
         connection.sweep(now)
-        connection.sweep(now + grpc_door.UNREAD_S - 1)
+        connection.sweep(now + lingering.UNREAD_S - 1)
         assert connection._http.waiting()
-        connection.sweep(now + grpc_door.UNREAD_S + 1)
+        connection.sweep(now + lingering.UNREAD_S + 1)
         assert not connection._http.waiting()
         writer.close()
 
 
-async def test_a_door_that_closes_lets_a_slow_reader_have_the_whole_answer():
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_door_that_closes_lets_a_slow_reader_have_the_whole_answer(encrypted, pair):
     async def large(_data, _context):
         return bytes(1_000_000)
 
-    async with opened({"/a": large}) as door:
+    options = {"tls": server_side(pair)} if encrypted else {}
+    async with opened({"/a": large}, **options) as door:
         small = socket.socket()  # so that most of the answers wait on the door's side
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
         small.setblocking(False)
         host, port = door.address.split(":")
         await asyncio.get_running_loop().sock_connect(small, (host, int(port)))
-        reader, writer = await asyncio.open_connection(sock=small, limit=1 << 14)
+        security = {"ssl": client_side(pair), "server_hostname": "localhost"} if encrypted else {}
+        reader, writer = await asyncio.open_connection(sock=small, limit=1 << 14, **security)
         wide = struct.pack(">HI", 4, 1 << 30)
-        more = http2.frame(8, 0, 0, struct.pack(">I", 1 << 30))  # WINDOW_UPDATE
-        writer.write(http2.PREFACE + http2.frame(4, 0, 0, wide) + more)
+        more = frame(8, 0, 0, struct.pack(">I", 1 << 30))  # WINDOW_UPDATE
+        writer.write(http2_frames.PREFACE + frame(4, 0, 0, wide) + more)
         writer.write(b"".join(raw_call(number) for number in (1, 3, 5, 7)))
-        received = await reader.read(1000)
+        received = await reader.readexactly(1000)
+        (connection,) = door.connections
         stopping = asyncio.create_task(door.stop(10.0))
+        # Nothing is read before the door has said all it has to say.
+        await until(lambda: connection._http.streams == 0 or connection._full)
         while data := await reader.read(1 << 16):
             received += data
             with contextlib.suppress(ConnectionError):
-                writer.write(http2.frame(8, 0, 0, struct.pack(">I", 1)))  # as readers do
+                writer.write(frame(8, 0, 0, struct.pack(">I", 1)))  # as readers do
         await stopping
         writer.close()
     assert len(received) > 4_000_000

@@ -10,26 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fogline_protocol import header_blocks, http2
-from fogline_protocol.http2 import (
-    Block,
-    Closed,
-    Code,
-    Connection,
-    Data,
-    Kind,
-    Request,
-    Reset,
-    frame,
-)
+from fogline_protocol import header_blocks, http2, http2_frames
+from fogline_protocol.http2 import Closed, Connection, Data, Request, Reset
+from fogline_protocol.http2_frames import Block, Code, Kind, frame
 
 ASKED = header_blocks.write(
     [(b":method", b"POST"), (b":path", b"/s/M"), (b":scheme", b"http"), (b"te", b"trailers")]
 )
 HEAD = Block(((b":status", b"200"),))
 DONE = Block(((b"grpc-status", b"0"),))
-BEGIN = http2.PREFACE + frame(Kind.SETTINGS, 0, 0)
-END = http2.END_STREAM | http2.END_HEADERS
+BEGIN = http2_frames.PREFACE + frame(Kind.SETTINGS, 0, 0)
+END = http2_frames.END_STREAM | http2_frames.END_HEADERS
 
 
 def begun():
@@ -39,7 +30,7 @@ def begun():
     return connection
 
 
-def ask(stream, flags=http2.END_HEADERS):
+def ask(stream, flags=http2_frames.END_HEADERS):
     return frame(Kind.HEADERS, flags, stream, ASKED)
 
 
@@ -157,9 +148,9 @@ def test_every_body_arrives_whole_in_both_directions_whatever_the_windows(
         (ask(2), Code.PROTOCOL_ERROR),
         (ask(1) + frame(Kind.DATA, 0, 3, b"x"), Code.PROTOCOL_ERROR),
         (frame(Kind.DATA, 0, 0, b"x"), Code.PROTOCOL_ERROR),
-        (ask(1) + frame(Kind.DATA, http2.PADDED, 1, b"\x05abc"), Code.PROTOCOL_ERROR),
-        (ask(1) + frame(Kind.DATA, http2.PADDED, 1, b""), Code.FRAME_SIZE_ERROR),
-        (frame(Kind.HEADERS, END | http2.PRIORITY, 1, b"\0\0"), Code.PROTOCOL_ERROR),
+        (ask(1) + frame(Kind.DATA, http2_frames.PADDED, 1, b"\x05abc"), Code.PROTOCOL_ERROR),
+        (ask(1) + frame(Kind.DATA, http2_frames.PADDED, 1, b""), Code.FRAME_SIZE_ERROR),
+        (frame(Kind.HEADERS, END | http2_frames.PRIORITY, 1, b"\0\0"), Code.PROTOCOL_ERROR),
         (frame(Kind.HEADERS, 0, 1, ASKED) + frame(Kind.PING, 0, 0, b"8" * 8), Code.PROTOCOL_ERROR),
         (
             frame(Kind.HEADERS, 0, 1, ASKED) + frame(Kind.CONTINUATION, 4, 3, b""),
@@ -171,19 +162,19 @@ def test_every_body_arrives_whole_in_both_directions_whatever_the_windows(
         (frame(Kind.PING, 0, 1, b"8" * 8), Code.PROTOCOL_ERROR),
         (frame(Kind.SETTINGS, 0, 0, b"12345"), Code.FRAME_SIZE_ERROR),
         (frame(Kind.SETTINGS, 0, 1, b""), Code.PROTOCOL_ERROR),
-        (frame(Kind.SETTINGS, http2.ACK, 0, setting(4, 9)), Code.FRAME_SIZE_ERROR),
+        (frame(Kind.SETTINGS, http2_frames.ACK, 0, setting(4, 9)), Code.FRAME_SIZE_ERROR),
         (frame(Kind.SETTINGS, 0, 0, setting(2, 2)), Code.PROTOCOL_ERROR),
         (frame(Kind.SETTINGS, 0, 0, setting(4, 1 << 31)), Code.FLOW_CONTROL_ERROR),
         (frame(Kind.SETTINGS, 0, 0, setting(5, 16_383)), Code.PROTOCOL_ERROR),
         (frame(Kind.SETTINGS, 0, 0, setting(5, 1 << 24)), Code.PROTOCOL_ERROR),
         (
             ask(1)
-            + frame(Kind.WINDOW_UPDATE, 0, 1, number(http2.LARGEST - 65_535))
+            + frame(Kind.WINDOW_UPDATE, 0, 1, number(http2_frames.LARGEST - 65_535))
             + frame(Kind.SETTINGS, 0, 0, setting(4, 65_536)),
             Code.FLOW_CONTROL_ERROR,
         ),
         (frame(Kind.WINDOW_UPDATE, 0, 0, number(0)), Code.PROTOCOL_ERROR),
-        (frame(Kind.WINDOW_UPDATE, 0, 0, number(http2.LARGEST)), Code.FLOW_CONTROL_ERROR),
+        (frame(Kind.WINDOW_UPDATE, 0, 0, number(http2_frames.LARGEST)), Code.FLOW_CONTROL_ERROR),
         (frame(Kind.WINDOW_UPDATE, 0, 1, number(1)), Code.PROTOCOL_ERROR),
         (frame(Kind.WINDOW_UPDATE, 0, 0, b"123"), Code.FRAME_SIZE_ERROR),
         (frame(Kind.RST_STREAM, 0, 1, number(8)), Code.PROTOCOL_ERROR),
@@ -216,7 +207,10 @@ def test_a_broken_rule_of_the_connection_ends_it_with_its_code(data, code):
         (ask(1, END) + ask(1, END), Code.STREAM_CLOSED),
         (ask(1) + ask(1), Code.PROTOCOL_ERROR),  # trailers end a request
         (ask(1) + frame(Kind.WINDOW_UPDATE, 0, 1, number(0)), Code.PROTOCOL_ERROR),
-        (ask(1) + frame(Kind.WINDOW_UPDATE, 0, 1, number(http2.LARGEST)), Code.FLOW_CONTROL_ERROR),
+        (
+            ask(1) + frame(Kind.WINDOW_UPDATE, 0, 1, number(http2_frames.LARGEST)),
+            Code.FLOW_CONTROL_ERROR,
+        ),
         (ask(1) + frame(Kind.PRIORITY, 0, 1, b"123"), Code.FRAME_SIZE_ERROR),
     ],
 )
@@ -246,27 +240,27 @@ def test_what_is_not_http2_is_seen_at_its_first_wrong_byte(first):
 
 
 def test_the_first_frame_must_be_settings():
-    (closed,) = Connection(list).receive(http2.PREFACE + ask(1), 0.0)
+    (closed,) = Connection(list).receive(http2_frames.PREFACE + ask(1), 0.0)
     assert "SETTINGS" in closed.text
 
 
 def test_padding_and_priority_are_left_out_and_padding_is_given_back():
     connection = begun()
     payload = b"\x04" + b"\x80\0\0\1\x10" + ASKED + b"\0" * 4
-    flags = http2.END_HEADERS | http2.PADDED | http2.PRIORITY
+    flags = http2_frames.END_HEADERS | http2_frames.PADDED | http2_frames.PRIORITY
     (asked,) = connection.receive(frame(Kind.HEADERS, flags, 1, payload), 0.0)
     assert dict(asked.head)[b":path"] == b"/s/M"
-    padded = frame(Kind.DATA, http2.PADDED | http2.END_STREAM, 1, b"\x03abc\0\0\0")
-    more = frame(Kind.DATA, http2.PADDED, 1, b"\x03abc\0\0\0")
+    padded = frame(Kind.DATA, http2_frames.PADDED | http2_frames.END_STREAM, 1, b"\x03abc\0\0\0")
+    more = frame(Kind.DATA, http2_frames.PADDED, 1, b"\x03abc\0\0\0")
     assert connection.receive(more + padded, 0.0) == [Data(1, b"abc", False), Data(1, b"abc", True)]
     assert (Kind.WINDOW_UPDATE, 1) in kinds(connection)
 
 
 def test_headers_may_come_in_pieces():
     connection = begun()
-    data = frame(Kind.HEADERS, http2.END_STREAM, 1, ASKED[:5])
+    data = frame(Kind.HEADERS, http2_frames.END_STREAM, 1, ASKED[:5])
     data += frame(Kind.CONTINUATION, 0, 1, ASKED[5:9])
-    data += frame(Kind.CONTINUATION, http2.END_HEADERS, 1, ASKED[9:])
+    data += frame(Kind.CONTINUATION, http2_frames.END_HEADERS, 1, ASKED[9:])
     (asked,) = connection.receive(data, 0.0)
     assert (asked.stream, asked.ended) == (1, True)
 
@@ -282,8 +276,8 @@ def test_unknown_frames_priorities_and_settings_are_ignored():
 def test_a_ping_is_given_back_and_the_answer_to_one_is_not():
     connection = begun()
     connection.receive(frame(Kind.PING, 0, 0, b"12345678"), 0.0)
-    connection.receive(frame(Kind.PING, http2.ACK, 0, b"12345678"), 0.0)
-    assert frames(connection.take(0)) == [(Kind.PING, http2.ACK, 0, b"12345678")]
+    connection.receive(frame(Kind.PING, http2_frames.ACK, 0, b"12345678"), 0.0)
+    assert frames(connection.take(0)) == [(Kind.PING, http2_frames.ACK, 0, b"12345678")]
 
 
 def test_an_answer_to_a_request_that_still_arrives_tells_its_peer_to_stop():
@@ -295,7 +289,7 @@ def test_an_answer_to_a_request_that_still_arrives_tells_its_peer_to_stop():
         Kind.HEADERS, Kind.DATA, Kind.HEADERS, Kind.RST_STREAM
     ]  # fmt: skip
     assert found[-1][3] == number(Code.NO_ERROR)
-    assert connection.receive(frame(Kind.DATA, http2.END_STREAM, 1, b"late"), 0.0) == []
+    assert connection.receive(frame(Kind.DATA, http2_frames.END_STREAM, 1, b"late"), 0.0) == []
 
 
 def test_a_large_answer_does_not_hold_up_a_small_one():
@@ -344,7 +338,7 @@ def test_after_the_last_word_new_streams_are_not_for_us_and_old_ones_finish():
     connection = begun()
     connection.receive(ask(1, END), 0.0)
     connection.go_away(last=False)
-    assert frames(connection.take(0))[0][3][:4] == number(http2.LARGEST)
+    assert frames(connection.take(0))[0][3][:4] == number(http2_frames.LARGEST)
     assert len(connection.receive(ask(3, END), 0.0)) == 1
     connection.go_away(last=True)
     assert frames(connection.take(0))[0][3][:4] == number(3)
@@ -364,6 +358,7 @@ FLOODS = {
     "settings (CVE-2019-9515)": lambda n: frame(Kind.SETTINGS, 0, 0),
     "empty data (CVE-2019-9518)": lambda n: (ask(1) if n == 0 else b"") + frame(Kind.DATA, 0, 1),
     "priorities": lambda n: frame(Kind.PRIORITY, 0, 1, b"12345"),
+    "windows that nobody reads through": lambda n: frame(Kind.WINDOW_UPDATE, 0, 0, number(1)),
     "unknown frames": lambda n: frame(99, 0, 0),
     "data for a stream that is over": lambda n: (
         ask(1) + frame(Kind.RST_STREAM, 0, 1, number(8)) if n == 0 else b""
@@ -384,6 +379,52 @@ def test_a_flood_ends_its_connection_and_the_same_spread_over_time_does_not(floo
         connection.receive(FLOODS[flood](n), n / 30)
         connection.take(0)
     assert not connection.closed
+
+
+def test_settings_that_change_every_stream_are_few():
+    connection = begun()
+    for n in range(http2.MAX_STREAMS):
+        connection.receive(ask(2 * n + 1), 0.0)
+    done = 0
+    while not connection.closed:
+        connection.receive(frame(Kind.SETTINGS, 0, 0, setting(4, done % 2)), 0.0)
+        done += 1
+    assert done < 2000
+
+
+def test_requests_after_the_last_word_end_some_time():
+    connection = begun()
+    connection.go_away(last=True)
+    for n in range(20_000):
+        connection.receive(ask(2 * n + 1, END), 0.0)
+    assert connection.closed
+
+
+@pytest.mark.parametrize(("count", "size"), [(400, 400_000), (6000, 1000)])
+def test_who_opens_windows_as_it_reads_is_no_flood(count, size):
+    connection = begun()
+    connection.receive(frame(Kind.SETTINGS, 0, 0, setting(4, 1 << 20)), 0.0)
+    for n in range(count):
+        stream = 2 * n + 1
+        connection.receive(ask(stream, END), 0.0)
+        connection.respond(stream, HEAD, DONE, b"x" * size)
+        while connection.sendable:
+            for kind, _, _, payload in frames(connection.take(1 << 20)):
+                if kind is Kind.DATA:
+                    more = frame(Kind.WINDOW_UPDATE, 0, 0, number(len(payload)))
+                    connection.receive(more + frame(Kind.WINDOW_UPDATE, 0, stream, number(1)), 0.0)
+    assert not connection.closed
+
+
+def test_a_ping_of_ours_is_answered_by_any_peer():
+    connection, peer = begun(), Peer(65_535, 16_384)
+    connection = Connection(list)
+    connection.receive(peer.sent(), 0.0)
+    connection.ping()
+    before = connection.frames
+    peer.receive(connection.take(0))
+    assert connection.receive(peer.sent(), 0.0) == []
+    assert connection.frames > before
 
 
 @pytest.mark.parametrize("piece", [b"", b"\0\x01a\x01b" * 100, b"\0" * 20_000])
@@ -415,7 +456,7 @@ valid = st.builds(
     payloads,
 )
 likely = st.sampled_from(
-    [ask(n, flags) for n in (1, 3, 5, 7, 9) for flags in (END, http2.END_HEADERS)]
+    [ask(n, flags) for n in (1, 3, 5, 7, 9) for flags in (END, http2_frames.END_HEADERS)]
     + [frame(Kind.DATA, n & 1, n | 1, b"\0\0\0\0\1x") for n in range(6)]
     + [frame(Kind.RST_STREAM, 0, n, number(8)) for n in (1, 3)]
     + [frame(Kind.WINDOW_UPDATE, 0, n, number(50)) for n in (0, 1, 3)]

@@ -265,7 +265,7 @@ async def test_a_stream_reads_and_writes_shared_memory(echo, table, memory):
 async def test_a_region_stays_until_the_last_request_that_uses_it(echo, table, memory):
     key, handle = memory(32)
     table.register(RegionStatus("r", key, 0, 32))
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = opened(key)
     echo.gates["slow"] = asyncio.Event()
     async with (
         grpc_door(echo, extras=Extras(shared_memory=table)) as address,
@@ -286,7 +286,13 @@ async def test_a_region_stays_until_the_last_request_that_uses_it(echo, table, m
     del call
     echo.calls.clear()
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) < descriptors  # and then its file is closed
+    assert opened(key) == before - 1  # and then its file is closed; the caller has it open, too
+
+
+def opened(key: str) -> int:
+    """Return how often this process has a shared memory object open."""
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(link) == f"/dev/shm{key}" for link in links if os.path.islink(link))
 
 
 @pytest.mark.parametrize(

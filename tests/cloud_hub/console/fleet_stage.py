@@ -17,6 +17,9 @@ from cloud_hub.engines.launch import Launcher
 from cloud_hub.fleet.devices import Device, Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.link import Arrival
+from cloud_hub.insight.example_files import ExampleFiles
+from cloud_hub.insight.examples import Bounds, Examples
+from cloud_hub.metrics import Metrics
 from cloud_hub.store.store import Store
 from fogline_protocol import release
 from fogline_protocol.v1 import fleet_pb2 as pb
@@ -66,9 +69,13 @@ class Stage:
                 Fleet, self.store, self._data, Launcher().open, self.devices, lambda report: None
             )
             self.console.operated = self.fleet
+            files = ExampleFiles(self._data / "examples")
+            metrics = Metrics().of_examples()
+            self.examples = Examples(self.store, files, Bounds(1 << 20, 86400.0), metrics)
+            self.console.examples = self.examples
             publishing = asyncio.create_task(self.fleet.controller.publish(self.broker, "default"))
             try:
-                async with self.console.served():
+                async with self.examples, self.console.served():
                     yield self
             finally:
                 publishing.cancel()

@@ -13,9 +13,10 @@ from aiohttp import web
 
 from cloud_hub.console.access import Authenticate
 from cloud_hub.console.app import add_console
+from cloud_hub.fleet.callers import Caller
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
-from cloud_hub.fleet.identity import Caller
+from cloud_hub.insight.examples import Examples
 from cloud_hub.insight.history import Decided, DeviceLine, Overview, Series
 
 NOW = 1_790_000_000.0
@@ -149,6 +150,7 @@ class Console:
     grpc_address: str = "127.0.0.1:8001"
     devices: Devices = field(default_factory=lambda: Devices([], 30.0))
     operated: Fleet | None = None  # needed by the pages of devices and models only
+    examples: Examples | None = None  # needed by the page of models only
     clock: Callable[[], float] = lambda: NOW
     port: int = 0
 
@@ -172,6 +174,7 @@ class Console:
             fleet=self.operated or cast(Fleet, NOBODY),
             scratch=Path(),
             models=lambda: self.models,
+            examples=self.examples or cast(Examples, NOBODY),
             authenticate=self.authenticate,
             hub_name="hub <one>",
             grpc_address=self.grpc_address,

@@ -1,3 +1,4 @@
+import json
 import math
 import re
 from collections.abc import AsyncIterator
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_hub.console import release_views
+from cloud_hub.fleet.identity import Caller
 from tests.cloud_hub.console.fleet_stage import Stage
+from tests.examples import numbered, offer, settled
 
 
 @pytest.fixture
@@ -140,3 +143,61 @@ def test_a_report_of_hostile_size_is_cut() -> None:
     for _ in range(200):
         deep = {"x": deep}
     assert release_views.report({"deep": deep})
+
+
+async def test_kept_examples_are_told_with_their_size_and_what_comes_next(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    text = await page(session, f"{stage.url}/models")
+    assert "0 B of 1.05 MB (0%) are in use" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "fogline-agent run --keep digits" in text
+    offer(stage.examples, numbered(1, 2, 3), model="digits")
+    offer(stage.examples, numbered(1), model="faces", tenant="shop <1>")
+    await settled(stage.examples)
+    text = await page(session, f"{stage.url}/models")
+    rows = re.findall(
+        r'<th scope="row">([a-z]+)</th>\s*<td>(.*?)</td>\s*<td class="number">(\d+)', text
+    )
+    assert rows == [("digits", "default", "3"), ("faces", "shop &lt;1&gt;", "1")]
+    assert "fogline data export digits --since 7d --out digits-hard.npz" in text
+    assert 'role="alert"' not in text
+    stage.examples.trouble = "No space left on device"
+    assert "were not kept: No space left on device" in await page(session, f"{stage.url}/models")
+
+
+async def test_who_shows_a_token_sees_exports_and_deletes_its_tenants_examples_only(
+    staged: Stage, session: aiohttp.ClientSession
+) -> None:
+    async def authenticate(token: str) -> Caller | None:
+        return Caller(token, "", token) if token in ("acme", "rival") else None
+
+    staged.console.authenticate = authenticate
+    async with staged.served() as stage:
+        url = f"{stage.url}/api/v1/examples"
+
+        async def status(method: str, url: str, token: str) -> tuple[int, str]:
+            headers = {"Authorization": f"Bearer {token}"}
+            async with session.request(method, url, headers=headers) as response:
+                return response.status, await response.text(errors="replace")
+
+        offer(stage.examples, numbered(1, 2), tenant="acme")
+        offer(stage.examples, numbered(3), tenant="rival")
+        await settled(stage.examples)
+        assert (await status("GET", url, "stranger"))[0] == 401
+        for tenant, n in (("acme", 2), ("rival", 1)):
+            _, text = await status("GET", url, tenant)
+            (seen,) = json.loads(text)["models"]
+            assert (seen["tenant"], seen["examples"]) == (tenant, n)
+            code, text = await status("GET", f"{url}/double", tenant)
+            assert (code, text.count('"device":"kiosk"')) == (200, n)
+            code, text = await status("GET", f"{url}/double?tenant=other", tenant)
+            assert (code, "sees no other" in text) == (400, True)
+            models = await status("GET", f"{stage.url}/models", tenant)
+            assert f"<td>{tenant}</td>" in models[1]
+            assert models[1].count('<th scope="row">double</th>') == 1
+        assert (await status("DELETE", url, "acme"))[0] == 400  # nothing is said
+        assert (await status("DELETE", f"{url}?sauce=1", "acme"))[0] == 400
+        assert (await status("DELETE", f"{url}?all=1", "acme"))[0] == 200
+        (left,) = await stage.examples.summary(None)
+        assert left.tenant == "rival"
+        assert (await status("DELETE", f"{url}?all=1", "stranger"))[0] == 401

@@ -52,6 +52,51 @@ def test_whatever_is_sent_arrives(messages):
         other.close()
 
 
+numbers = st.sampled_from(NUMERIC).flatmap(
+    lambda dtype: nps.array_shapes(min_dims=0, max_dims=2, min_side=0).flatmap(
+        lambda shape: st.lists(
+            st.integers(0, 5).flatmap(lambda rows: nps.arrays(dtype, (rows, *shape))), min_size=1
+        )
+    )
+)
+
+
+@given(st.lists(numbers, min_size=1, max_size=3), st.booleans())
+def test_what_is_joined_arrives_without_another_copy(columns, between):
+    requests = [
+        {str(number): parts[at] for number, parts in enumerate(columns)}
+        for at in range(min(map(len, columns)))
+    ]
+    ours, theirs = Channel.pair()
+    other = Channel(theirs)
+    try:
+        joined = ours.join(requests)
+        if between:  # nobody sent this
+            joined = ours.join(requests)
+        before = ours._memory.copy()
+        ours.send({}, joined)
+        np.testing.assert_array_equal(ours._memory, before)
+        _, received = other.receive()
+        for name in requests[0]:
+            expected = np.concatenate([request[name] for request in requests])
+            assert received[name].dtype == expected.dtype
+            np.testing.assert_array_equal(received[name], expected)
+            np.testing.assert_array_equal(joined[name], expected)
+            assert np.shares_memory(joined[name], ours._memory) or not expected.size
+    finally:
+        ours.close()
+        other.close()
+
+
+def test_what_was_joined_is_sent_as_it_is_and_not_what_took_its_place(ends):
+    ours, other = ends
+    joined = ours.join([{"x": np.zeros(3, np.uint8)}, {"x": np.ones(3, np.uint8)}])
+    ours.send({}, {"x": np.full(2 * SMALLEST, 7, np.uint8)})  # needs other memory
+    assert other.receive()[1]["x"].min() == 7
+    ours.send({}, joined)
+    np.testing.assert_array_equal(other.receive()[1]["x"], [0, 0, 0, 1, 1, 1])
+
+
 def test_memory_grows_with_what_is_sent_and_is_kept(ends):
     ours, other = ends
     for size in (10, SMALLEST, 10, 3 * SMALLEST, SMALLEST):
@@ -106,6 +151,8 @@ def test_no_descriptor_is_left_open():
     for size in (10, 2 * SMALLEST):
         ours.send({}, {"x": np.zeros(size, np.uint8)})
         other.receive()
+    for size in (3 * SMALLEST, 5 * SMALLEST):  # joined, and never sent
+        ours.join([{"x": np.zeros(size, np.uint8)}])
     ours.close()
     other.close()
     assert count() == before

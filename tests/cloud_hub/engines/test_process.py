@@ -20,6 +20,7 @@ from cloud_hub.engines.priority import NICE, at_low_priority
 from cloud_hub.engines.process import Job, ProcessEngine
 from cloud_hub.errors import ModelRefused
 from fogline_protocol.errors import BadRequest, ServerFault
+from tests import onnx_bytes
 
 DATA = Path(__file__).parents[2] / "edge_agent" / "data"
 DOUBLE = DATA / "double.onnx"  # x FP32 [n, 3] -> its double
@@ -102,6 +103,36 @@ async def test_answers_stay_what_they_were_when_the_next_run_is_over(engine):
     await engine.run({"x": np.full((2, 3), 7, np.float32)})
     (doubled,) = first.values()
     np.testing.assert_array_equal(doubled, 2 * X["x"])
+
+
+async def test_what_was_joined_for_one_that_died_runs_on_its_successor(engine):
+    joined = engine.join([X, {"x": np.full((1, 3), 4, np.float32)}])
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.starts == 2)
+    (values,) = (await engine.run(joined)).values()
+    np.testing.assert_array_equal(values, [[2, 2, 2], [2, 2, 2], [8, 8, 8]])
+
+
+async def test_requests_are_joined_while_it_is_replaced(engine):
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while engine.pid is not None:  # looked at every turn: it is not for long
+            await asyncio.sleep(0)
+    (values,) = (await engine.run(engine.join([X, X]))).values()
+    np.testing.assert_array_equal(values, np.full((4, 3), 2))
+
+
+async def test_texts_are_joined_too():
+    engine = await Launcher(threads=1).open(TEXT)
+    (spec,) = engine.inputs
+    texts = [np.array(words, object).reshape(-1, 1) for words in ([b"a"], [b"", b"long" * 9])]
+    requests = [{spec.name: text} for text in texts]
+    joined = await engine.run(engine.join(requests))
+    apart = [await engine.run(request) for request in requests]
+    for name, values in joined.items():
+        expected = np.concatenate([outputs[name] for outputs in apart])
+        np.testing.assert_array_equal(values, expected)
+    await engine.close()
 
 
 async def test_one_that_dies_over_a_batch_costs_that_batch_and_is_replaced(engine):
@@ -287,11 +318,43 @@ async def test_short_runs_stay_in_the_hub_and_others_do_not(tmp_path):
     await unknown.close()
 
 
+def test_a_slow_model_that_was_tried_in_the_hub_leaves_no_memory_there(tmp_path):
+    # 12 layers of 1 MiB: pieces that glibc keeps when they are freed.
+    names = [f"c{layer}" for layer in range(12)]
+    values = ["x", *(f"y{layer}" for layer in range(11)), "y"]
+    nodes = [("Add", [values[i], names[i]], [values[i + 1]]) for i in range(12)]
+    large = onnx_bytes.model(
+        nodes, [("x", "INT64", ["n", 1])], [("y", "INT64", ["n", 1 << 17])],
+        constants={name: range(i, i + (1 << 17)) for i, name in enumerate(names)},
+    )  # fmt: skip
+    (tmp_path / "slow.onnx").write_bytes(large)
+    code = f"""
+import asyncio, re
+from pathlib import Path
+from cloud_hub.engines.launch import Launcher
+from cloud_hub.engines.process import ProcessEngine
+
+def anonymous_kb():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+async def main():
+    engine = await Launcher(threads=1).open(Path({str(tmp_path / "slow.onnx")!r}))
+    assert isinstance(engine, ProcessEngine)
+    await engine.close()
+
+before = anonymous_kb()
+asyncio.run(main())
+assert anonymous_kb() - before < 8 << 10, (before, anonymous_kb())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 async def test_an_engine_has_the_threads_that_its_settings_say():
-    counts = []
-    for threads in (1, 3):
-        engine = await Launcher(threads=1).open(TEXT, threads=threads)
+    def threads_of(engine):
         assert isinstance(engine, ProcessEngine)
-        counts.append(len(os.listdir(f"/proc/{engine.pid}/task")))
-        await engine.close()
-    assert counts[1] - counts[0] == 2
+        return len(os.listdir(f"/proc/{engine.pid}/task"))
+
+    one, three = [await Launcher(threads=1).open(TEXT, threads=threads) for threads in (1, 3)]
+    await until(lambda: threads_of(three) - threads_of(one) == 2)  # loading needed more for a while
+    await one.close()
+    await three.close()

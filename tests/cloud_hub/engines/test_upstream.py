@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloud_hub.engines import upstream as module
 from cloud_hub.engines.engine import DIGEST, EngineLost
-from cloud_hub.engines.upstream import Upstream, UpstreamDown, UpstreamEngine
-from cloud_hub.errors import ModelRefused
-from cloud_hub.fleet.identity import Caller
+from cloud_hub.engines.upstream import Upstream, UpstreamEngine
+from cloud_hub.errors import ModelRefused, UpstreamDown
+from cloud_hub.fleet.callers import Caller
 from cloud_hub.inference.admission import Callers, admitting
 from cloud_hub.metrics import Metrics
-from fogline_protocol import grpc_service, grpc_transport
+from fogline_protocol import grpc_service, grpc_transport, grpcio_door
 from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -284,8 +284,8 @@ async def test_a_server_says_itself_when_it_may_be_asked_again(engine, door, pus
         await context.abort(grpc.StatusCode.UNAVAILABLE, "shedding", trailing)
 
     await door.stop()
-    server = grpc_service.new_server()
-    contract = grpc_service.handler(Hub())
+    server = grpcio_door.new_server()
+    contract = grpcio_door.handler(grpc_service.methods(Hub()))
 
     class Shedding(grpc.GenericRpcHandler):
         def service(self, details):

@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import select
 
 from cloud_hub.errors import ConfigRefused
-from cloud_hub.fleet.identity import NO_LIMITS, CallerLimits, Identity
+from cloud_hub.fleet.callers import NO_LIMITS, CallerLimits
+from cloud_hub.fleet.identity import Identity
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -173,7 +174,7 @@ async def test_a_second_hub_does_not_share_the_port_in_silence(hub, tmp_path):
         async with Hub(second):
             pass
     with pytest.raises(StartRefused, match=r"cannot listen on"):
-        async with Hub(second.model_copy(update={"front_processes": 0})):
+        async with Hub(replace(second, front_processes=0)):
             pass
 
 

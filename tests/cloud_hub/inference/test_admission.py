@@ -13,7 +13,7 @@ from aiohttp import web
 from tritonclient.utils import InferenceServerException
 
 from cloud_hub.engines.launch import Launcher
-from cloud_hub.fleet.identity import Caller, CallerLimits
+from cloud_hub.fleet.callers import Caller, CallerLimits
 from cloud_hub.inference import admission
 from cloud_hub.inference.admission import CALLER, LOCAL, Admission
 from cloud_hub.inference.repository import Limits, Repository

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from cloud_hub.engines.engine import EngineLost
+from cloud_hub.engines.engine import EngineLost, join
+from cloud_hub.engines.inline import InlineEngine
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.metrics import Metrics
 from fogline_protocol.errors import (
@@ -37,6 +38,9 @@ class Doubling:
 
     async def ready(self):
         return
+
+    def join(self, requests):
+        return join(requests)
 
     async def run(self, inputs, deadline=None):
         self.deadlines.append(deadline)
@@ -130,6 +134,47 @@ async def test_requests_that_wait_together_share_a_batch_and_get_their_own_rows(
     assert [a["y"].ravel().tolist() for a in answers] == [[0], [2], [4, 6], [8]]
     assert engine.batches == [1, 4]
     assert notes.ran == [(1, 1), (4, 3)]
+
+
+async def test_an_engine_has_its_next_batch_before_callers_go_on_with_their_answers(
+    batcher, engine
+):
+    async def ask():
+        await batcher.infer(rows(0), None)
+        return list(engine.batches)
+
+    engine.free.clear()
+    first = asyncio.create_task(ask())
+    await engine.running.wait()
+    (second,) = await queued(batcher, rows(1, 2))
+    engine.free.set()
+    assert await first == [1, 2]
+    await second
+
+
+async def test_answers_leave_between_two_runs_on_the_loop(notes):
+    class Session:
+        platform = provider = "fake"
+        inputs = outputs = ()
+        runs = 0
+
+        def run(self, inputs):
+            self.runs += 1
+            return inputs
+
+        def close(self):
+            pass
+
+    session = Session()
+    engine = InlineEngine(session, 0.0)
+
+    async def ask():
+        await batcher.infer(rows(0), None)
+        return session.runs
+
+    async with serving(engine, observer=notes, max_batch=1) as batcher:
+        assert await asyncio.gather(ask(), ask(), ask()) == [1, 2, 3]
+    await engine.close()
 
 
 async def test_a_caller_who_leaves_while_queued_costs_no_engine_time(batcher, engine):

@@ -1,0 +1,103 @@
+"""Room is given out in turn and never beyond its limit, and messages in pieces take little of it."""
+
+import gzip
+import sys
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fogline_protocol.errors import BadRequest, Overloaded
+from fogline_protocol.grpc_messages import Message, Turn, unpacked
+from fogline_protocol.grpc_room import Room
+
+LIMIT = 100
+steps = st.lists(
+    st.tuples(st.just("ask"), st.integers(0, 150))
+    | st.tuples(st.just("release"), st.integers(0, 20))
+    | st.tuples(st.just("resize"), st.integers(0, 20), st.integers(0, 50))
+    | st.tuples(st.just("take"), st.integers(0, 150))
+    | st.tuples(st.just("put"), st.just(0)),
+    min_size=20,
+    max_size=60,
+)
+
+
+@given(steps)
+def test_room_is_never_given_out_twice_and_always_in_the_order_of_asking(steps):
+    room, leases, came, left, taken = Room(LIMIT), [], [], set(), []
+    for step in steps:
+        match step:
+            case ("ask", size):
+                number = len(leases)
+                leases.append(room.lease(size, lambda number=number: came.append(number)))
+            case ("release", number) if number < len(leases):
+                leases[number].release()
+                left.add(number)
+            case ("resize", number, size) if number < len(leases):
+                leases[number].resize(min(size, leases[number].size))
+            case ("take", size):
+                waits = any(not lease.had for n, lease in enumerate(leases) if n not in left)
+                if room.take(size):
+                    assert not waits
+                    taken.append(size)
+            case ("put", _) if taken:
+                room.put(taken.pop())
+        had = [lease for lease in leases if lease.had]
+        assert room.used == sum(lease.size for lease in had) + sum(taken)
+        # Whoever is larger than all of it is there without anybody else who takes any.
+        sizes = [*(lease.size for lease in had), *taken]
+        assert room.used <= LIMIT or sum(size > 0 for size in sizes) == 1
+        assert came == sorted(came)
+        assert len(set(came)) == len(came)
+        waiting = [n for n, lease in enumerate(leases) if not lease.had and n not in left]
+        if waiting:  # for a reason
+            assert room.used + leases[waiting[0]].size > LIMIT
+            assert room.used
+    for lease in leases:
+        lease.release()
+        lease.release()
+    for size in taken:
+        room.put(size)
+    assert room.used == 0
+
+
+def test_who_asks_for_little_does_not_pass_who_asked_for_much_before():
+    room = Room(LIMIT)
+    first, much, little = (room.lease(size, lambda: None) for size in (60, 60, 1))
+    assert (first.had, much.had, little.had) == (True, False, False)
+    assert not room.take(1)
+    much.release()  # it does not wait any longer
+    assert little.had
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_message_in_tiny_pieces_takes_little_more_than_its_bytes(size):
+    data = bytes(range(256)) * 800
+    whole = b"\0" + len(data).to_bytes(4, "big") + data
+    message = Message()
+    told = [message.add(whole[at : at + size]) for at in range(0, len(whole), size)]
+    assert sum(told) == 1
+    assert message.expected == message.have == len(data)
+    assert sum(map(sys.getsizeof, message.pieces)) < 1.3 * len(data)
+    assert b"".join(message.pieces) == data
+
+
+def test_what_does_not_begin_like_a_message_is_refused_at_its_first_five_bytes():
+    message = Message()
+    assert not message.add(b"\2\0\0\0")
+    with pytest.raises(BadRequest, match="begins with 0 or 1"):
+        message.add(b"\0")
+
+
+async def test_a_message_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked_to_the_end():
+    bomb = gzip.compress(bytes(16 << 20))
+    assert len(bomb) < 1 << 15
+    tracemalloc.start()
+    try:
+        with pytest.raises(Overloaded, match="once it was unpacked"):
+            await unpacked(Turn(Room(1 << 20), 1 << 20), bomb, "gzip", 1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    finally:
+        tracemalloc.stop()
