@@ -119,4 +119,3 @@ def train(
             total += float(loss.detach())
         progress(epoch, how.epochs, f"training, loss {total / steps:.3f}, epoch")
     return net.eval()
-

@@ -10,9 +10,11 @@ anew each time: it is quick, and certificates are dated. Digests of what a bundl
 depend on recipe, data, code and tools alone; timings and certificates lie beside it.
 """
 
+import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +27,24 @@ from fogline_models import (
     hooks,
     measure,
     quantize,
+    report,
     sensitivity,
     session,
     sources,
 )
-from fogline_models.assemble import BUNDLES, Built, Hub, Measured, finish
+from fogline_models.assemble import Built, Hub, Measured, finish
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
+from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
-from fogline_models.session import CPU, Session, hardware_class
+from fogline_models.session import Session, hardware_class
 from fogline_models.steps import Say, Steps, code, tools
 from fogline_protocol import documents, hardware, release
 from fogline_protocol.release import BundleDirectory, BundleRefused
 from fogline_protocol.tensors import Array
 
+BUNDLES = "bundles"
 SELF_TEST_SCENES = 32  # of training, if there is no split for it
 RANGE_SCENES = 1024
 LATENCY_BATCHES = (1, 8, 32)
@@ -65,6 +70,48 @@ def build(
     return _Build(recipe, out, steps, say, now).run()
 
 
+def export_only(recipe: Recipe, steps: Steps) -> Path:
+    """Return the folder that the source of the recipe's only release becomes.
+
+    Raises:
+        BadInput, MissingExtra: as ``build``.
+    """
+    steps.expect(2)
+    return _Build(
+        recipe, Path(), steps, lambda line: None, lambda: datetime.datetime.now(datetime.UTC)
+    ).export_only()
+
+
+def quantize_file(
+    model: Path,
+    form: str,
+    ranges: Mapping[str, Array] | None,
+    path: Path,
+    *,
+    keep: tuple[str, ...] = (),
+    sweep: float | None = None,
+    say: Say,
+    props: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Write one form of an fp32 file to ``path`` and return the nodes that stayed fp32.
+
+    With ``sweep`` the fewest nodes are found for which agreement with fp32 reaches it.
+
+    Raises:
+        BadInput: as ``quantize`` and ``sensitivity.mixed``.
+    """
+    if sweep is not None:
+        if ranges is None:
+            raise BadInput("quantize: a sweep measures agreement on training items: give it some")
+        choice, _ = sensitivity.mixed(
+            model, form, ranges, ranges, sweep, clock=time.monotonic, progress=_sweeping(say)
+        )
+        say(f"{len(choice.keep)} nodes stay fp32")
+        keep = (*keep, *choice.keep)
+    quantize.quantize(model, form, ranges, props or {}, path, keep=keep)
+    return keep
+
+
 class _Build:
     def __init__(
         self,
@@ -79,14 +126,13 @@ class _Build:
         self._steps = steps
         self._say = say
         self._now = now
+        self._data: tuple[report.Input, ...] = ()
         self._exported: dict[tuple[str, str], Path] = {}  # by model and version
         self._finished: dict[tuple[str, str], Built] = {}
 
     def run(self) -> tuple[Built, ...]:
         recipe = self._recipe
-        quantized = [
-            sum(name != FP32 for name in recipe.variants(each)) for each in recipe.release
-        ]
+        quantized = [sum(name != FP32 for name in recipe.variants(each)) for each in recipe.release]
         self._steps.expect(1 + sum(3 + count for count in quantized))
         splits = self._splits()
         for name in recipe.data.publish:
@@ -95,12 +141,19 @@ class _Build:
             _publish_scenes(splits, self._out / "splits.json")
         return tuple(self._release(each, splits) for each in recipe.release)
 
-    def _splits(self) -> Mapping[str, Items]:
+    def export_only(self) -> Path:
+        return self._export(self._recipe.release[0], self._splits(only_training=True))
+
+    def _splits(self, *, only_training: bool = False) -> Mapping[str, Items]:
         recipe = self._recipe
         folder = recipe.folder
         facts: dict[str, object] = {"labels": recipe.labels, **code(data)}
         if recipe.data.make:
-            facts |= {"make": recipe.data.make, "hooks": hooks.digests(folder), **tools("numpy", extra="models")}
+            facts |= {
+                "make": recipe.data.make,
+                "hooks": hooks.digests(folder),
+                **tools("numpy", extra="models"),
+            }
         else:
             facts["files"] = {
                 name: _digest(folder / path, f"data.files.{name}")
@@ -112,7 +165,7 @@ class _Build:
                 found = hooks.load(folder, recipe.data.make, "data.make")()
             else:
                 found = {name: data.read(folder / p) for name, p in recipe.data.files.items()}
-            splits = _completed(found)
+            splits = _completed(found, only_training=only_training)
             for name, items in splits.items():
                 data.check(items, f"data: split {name}")
                 data.check_labels(items, recipe.labels, f"data: split {name}")
@@ -123,6 +176,10 @@ class _Build:
 
         made = self._steps.make(recipe.family, "data", facts, make)
         splits = {path.stem: data.read(path) for path in sorted(made.glob("*.npz"))}
+        self._data = tuple(
+            report.Input(path.name, splits[path.stem].sha256, path.stat().st_size, "data")
+            for path in sorted(made.glob("*.npz"))
+        )
         for name in (*recipe.data.also, *recipe.data.publish):
             if name not in splits:
                 raise BadInput(f"data: there is no split {name!r}, only {', '.join(splits)}")
@@ -135,31 +192,31 @@ class _Build:
         prepared = folder / sources.PREPARED
         if prepared.is_dir():
             splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
+        exported = sources.Exported.read(folder)
+        signature = sources.signature(folder / sources.FP32, each.source)
         files = {FP32: folder / sources.FP32}
         for name in recipe.variants(each):
             if name != FP32:
                 files[name] = self._quantize(each, name, files[FP32], splits["ranges"])
         hub = self._hub(each)
-        outputs = self._outputs(each, files, splits, hub)
-        costs = self._measure(each, files, splits["evaluation"])
-        built = finish(
-            Measured(
-                recipe=recipe,
-                release=each,
-                exported=sources.Exported.read(folder),
-                golden=self._golden(each),
-                files=files,
-                splits=splits,
-                outputs=outputs,
-                costs=costs,
-                hub=hub,
-                parent=self._parent(each),
-                inputs=self._inputs(each, folder),
-            ),
-            self._out / BUNDLES / each.folder,
-            now=self._now(),
-            say=self._say,
+        found = Measured(
+            recipe=recipe,
+            release=each,
+            exported=exported,
+            signature=signature,
+            extras=sources.extras(folder),
+            golden=self._golden(each),
+            files=files,
+            splits=splits,
+            outputs=self._outputs(each, files, splits, hub, signature),
+            costs=self._measure(each, files, splits["evaluation"]),
+            hub=hub,
+            parent=self._parent(each),
+            inputs=self._inputs(each),
+            steps=_did(each, exported, files),
         )
+        target = self._out / BUNDLES / each.folder
+        built = finish(found, target, now=self._now(), say=self._say)
         self._finished[each.model, each.version] = built
         return built
 
@@ -181,10 +238,10 @@ class _Build:
             **code(export, graph, sources),
         }
         if source.torch:
-            packages, extra = ("torch", "onnx", "onnxscript", "numpy"), "models"
+            packages = ["torch", "onnx", "onnxscript", "numpy"]
             facts |= {"torch": source.torch, "hooks": hooks.digests(recipe.folder)}
         elif source.huggingface is not None:
-            packages, extra = ("torch", "onnx", "transformers", "optimum-onnx"), "hf"
+            packages = ["torch", "onnx", "transformers", "optimum-onnx"]
             place = recipe.folder / source.huggingface
             facts["huggingface"] = {
                 path.relative_to(place).as_posix(): documents.sha256_of_file(path)
@@ -192,13 +249,13 @@ class _Build:
                 if path.is_file()
             }
         else:
-            packages, extra = ("onnx",), "models"
+            packages = ["onnx"]
             assert source.onnx is not None
             facts["onnx"] = _digest(recipe.folder / source.onnx, "source.onnx")
         return self._steps.make(
             each.title,
             "export",
-            {**facts, **tools(*packages, extra=extra)},
+            {**facts, **tools(*packages, extra="hf" if source.huggingface else "models")},
             lambda into, say: sources.make(recipe, each, seen, into, say),
         )
 
@@ -215,10 +272,16 @@ class _Build:
         }
 
         def make(into: Path, say: Say) -> None:
-            keep = each.keep.get(form, ())
-            if form in each.sweep:
-                keep = (*keep, *sensitivity.nodes_to_keep(fp32, form, ranges.inputs, each.sweep[form], say))
-            quantize.quantize(fp32, form, ranges.inputs, props, into / f"{form}.onnx", keep=keep)
+            quantize_file(
+                fp32,
+                form,
+                ranges.inputs,
+                into / f"{form}.onnx",
+                keep=each.keep.get(form, ()),
+                sweep=each.sweep.get(form),
+                say=say,
+                props=props,
+            )
 
         return self._steps.make(each.title, f"quantize {form}", facts, make) / f"{form}.onnx"
 
@@ -228,13 +291,16 @@ class _Build:
         files: Mapping[str, Path],
         splits: Mapping[str, Items],
         hub: Hub | None,
+        signature: Signature,
     ) -> Mapping[str, Mapping[str, Array]]:
         """Return what every variant, and the hub's model, gives on the splits: by split, name."""
         wanted = ("evaluation", *self._recipe.data.also, "ranges", "self_test")
+        output = signature.outputs[0].name
         sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
             "splits": {name: splits[name].sha256 for name in wanted},
+            "output": output,
             "hardware": hardware_class(),
             **code(session),
         }
@@ -243,18 +309,17 @@ class _Build:
             arrays: dict[str, Array] = {}
             for name, path in sessions.items():
                 running = Session(path)
+                rows = min(RUN_ROWS, each.max_batch) if signature.batched else 1
                 for split in wanted:
-                    rows = min(RUN_ROWS, each.max_batch) or len(splits[split])
-                    for output, array in running.run(splits[split].inputs, rows).items():
-                        arrays[f"{split}/{name}/{output}"] = array
+                    answers = running.run(splits[split].inputs, rows)
+                    arrays[f"{split}/{name}"] = answers[output]
             archive.save(into / "outputs.npz", arrays)
 
         made = self._steps.make(each.title, "run", facts, make)
         found: dict[str, dict[str, Array]] = {split: {} for split in wanted}
         for key, array in archive.read(made / "outputs.npz").items():
-            split, name, output = key.split("/", 2)
-            if output == each.output:
-                found[split][name] = array
+            split, name = key.split("/", 1)
+            found[split][name] = array
         return found
 
     def _measure(
@@ -270,12 +335,13 @@ class _Build:
 
         def make(into: Path, say: Say) -> None:
             costs = measure.measure(files, items.inputs, batches)
-            text = json.dumps({name: measure.to_json(cost) for name, cost in costs.items()})
+            say("; ".join(f"{name} {_micros(cost)}" for name, cost in costs.items()))
+            text = json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()})
             (into / "costs.json").write_text(text, encoding="utf-8")
 
         made = self._steps.make(each.title, "measure", facts, make)
         document = json.loads((made / "costs.json").read_text(encoding="utf-8"))
-        return {name: measure.from_json(cost) for name, cost in document.items()}
+        return {name: measure.cost_from(cost) for name, cost in document.items()}
 
     def _hub(self, each: ReleaseRecipe) -> Hub | None:
         """Return the model that a release escalates to, of this recipe or from a folder."""
@@ -296,16 +362,28 @@ class _Build:
             return mine.directory
         return _bundle(self._recipe.folder / each.parent, "parent")
 
+    def _inputs(self, each: ReleaseRecipe) -> tuple[report.Input, ...]:
+        """Return what a release was made from: the recipe, its code, the data."""
+        recipe = self._recipe
+        found = [
+            report.Input(path.name, documents.sha256_of_file(path), path.stat().st_size, what)
+            for path, what in (
+                *((path, "code of the recipe") for path in sorted(recipe.folder.glob("*.py"))),
+                *_given(recipe, each),
+            )
+        ]
+        return (*found, *self._data)
+
     def _golden(self, each: ReleaseRecipe) -> Mapping[str, Array]:
         version = each.version if each.accident is None else each.accident.golden_of
         return archive.read(self._exported[each.model, version] / sources.GOLDEN)
 
 
-def _completed(found: Mapping[str, Items]) -> dict[str, Items]:
+def _completed(found: Mapping[str, Items], *, only_training: bool) -> dict[str, Items]:
     """Return the splits with those that can be taken from training."""
     splits = dict(found)
     training = splits.get("training")
-    if "evaluation" not in splits:
+    if "evaluation" not in splits and not only_training:
         raise BadInput(
             f"data: there is no split evaluation, only {', '.join(splits)}: without held-out "
             "items nothing can be said of a model"
@@ -319,6 +397,52 @@ def _completed(found: Mapping[str, Items]) -> dict[str, Items]:
     else:
         splits["training"] = splits["ranges"]
     return splits
+
+
+def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
+    """Yield the files that the recipe names as what a release is made from."""
+    source = each.source
+    if source.onnx is not None:
+        yield recipe.folder / source.onnx, "the model"
+    if source.huggingface is not None:
+        for path in sorted((recipe.folder / source.huggingface).rglob("*")):
+            if path.is_file():
+                yield path, "the model"
+    if each.examples is not None:
+        yield recipe.folder / each.examples, "hard examples"
+
+
+def _did(
+    each: ReleaseRecipe, exported: sources.Exported, files: Mapping[str, Path]
+) -> tuple[report.Step, ...]:
+    """Say what was done, in words that depend on the recipe alone."""
+    source = each.source
+    arguments = ", ".join(f"{name}={value!r}" for name, value in source.arguments.items())
+    made = (
+        f"{source.torch}({arguments})" if source.torch else str(source.huggingface or source.onnx)
+    )
+    count = f", {exported.parameters:,} parameters" if exported.parameters is not None else ""
+    steps = [report.Step("export", f"{made} from {exported.origin}{count}")]
+    for name in files:
+        if name != FP32:
+            kept = ", ".join(each.keep.get(name, ()))
+            swept = f", a sweep for {each.sweep[name]:g} agreement" if name in each.sweep else ""
+            left = f", left fp32: {kept}" if kept else ""
+            steps.append(
+                report.Step(f"quantize {name}", quantize.FORMS[name].hardware + left + swept)
+            )
+    return tuple(steps)
+
+
+def _sweeping(say: Say) -> sensitivity.Progress:
+    def progress(done: int, total: int, seconds_left: float) -> None:
+        say(f"sweep, {done} of {total}, {seconds_left:.0f} s left")
+
+    return progress
+
+
+def _micros(cost: Cost) -> str:
+    return f"{next(iter(cost.latency_us.values())).median:.0f} us"
 
 
 def _digest(path: Path, key: str) -> str:

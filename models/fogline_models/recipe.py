@@ -157,7 +157,8 @@ class Recipe:
     targets: tuple[str, ...] = ("x86_64",)  # classes of hardware
     license: str = "apache-2.0"
     datasets: tuple[str, ...] = ()  # names for the model card
-    notes: str = ""  # Markdown for every model card: what the data is, what it does not show
+    # For every model card, by heading, in Markdown: what the data is, what it does not show.
+    notes: Mapping[str, str] = field(default_factory=dict)
     gates: Gates = field(default_factory=Gates)
     certificate: Certificate = field(default_factory=Certificate)
     folder: Path = Path()  # set by ``read``: where the recipe lies
@@ -176,21 +177,31 @@ def read(path: Path) -> Recipe:
         MissingExtra: pydantic is not installed.
     """
     file = _find(path)
-    require("pydantic", extra="models")
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"{file}: {error}") from None
     _check_keys(document, Recipe, str(file), hidden=("folder",))
+    return checked({**document, "folder": file.parent}, str(file))
+
+
+def checked(document: Mapping[str, Any], where: str) -> Recipe:
+    """Return the recipe that a document describes.
+
+    Raises:
+        BadInput: a value is wrong; the message opens with ``where``.
+        MissingExtra: pydantic is not installed.
+    """
+    require("pydantic", extra="models")
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        recipe = TypeAdapter(Recipe).validate_python({**document, "folder": file.parent})
+        recipe = TypeAdapter(Recipe).validate_python(document)
     except ValidationError as error:
-        raise BadInput(f"{file}: {_sentence(error)}") from None
+        raise BadInput(f"{where}: {_sentence(error)}") from None
     problem = _contradiction(recipe)
     if problem is not None:
-        raise BadInput(f"{file}: {problem}")
+        raise BadInput(f"{where}: {problem}")
     return recipe
 
 

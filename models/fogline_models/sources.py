@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fogline_models import archive, data, graph, hooks
 from fogline_models.data import Items
@@ -112,7 +111,7 @@ def _from_torch(
     answers = export(
         module,
         _specs(examples, source),
-        source.outputs,
+        tuple(TensorSpec(name, "FP32", (-1,)) for name in source.outputs),  # only their names
         examples,
         release.max_batch,
         props(recipe, release, "fp32"),
@@ -128,17 +127,35 @@ def _from_onnx(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Pat
     source = release.source
     assert source.onnx is not None
     examples = splits["self_test"].inputs
-    bounds = {name: (low, high) for axes in source.dynamic.values() for name, low, high in axes.values()}
     graph.adopt(
         recipe.folder / source.onnx,
         props(recipe, release, "fp32"),
         into / FP32,
-        bounds=bounds,
+        bounds=_bounds(source),
         examples=examples,
     )
     answers = Session(into / FP32).run(examples, release.max_batch or 1)
     save_golden(into, examples, answers)
     Exported("onnx").save(into)
+
+
+def signature(fp32: Path, source: Source) -> graph.Signature:
+    """Return what a source's file takes and gives."""
+    return graph.signature(graph.load(fp32, step="bundle"), _bounds(source), step="bundle")
+
+
+def extras(folder: Path) -> dict[str, bytes]:
+    """Return the further files that a bundle carries, by name."""
+    root = folder / FILES
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _bounds(source: Source) -> dict[str, tuple[int, int]]:
+    return {n: (low, high) for axes in source.dynamic.values() for n, low, high in axes.values()}
 
 
 def save_golden(into: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
@@ -154,8 +171,7 @@ def _specs(inputs: Mapping[str, Array], source: Source) -> tuple[TensorSpec, ...
         return (-1, *(-1 if at in open_axes else n for at, n in enumerate(array.shape[1:], 1)))
 
     return tuple(
-        TensorSpec(name, datatype_of(array), shape(name, array))
-        for name, array in inputs.items()
+        TensorSpec(name, datatype_of(array), shape(name, array)) for name, array in inputs.items()
     )
 
 

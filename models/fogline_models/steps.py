@@ -84,9 +84,7 @@ class Steps:
         """Announce how many more steps there will be, so that each can say which one it is."""
         self._total += count
 
-    def make(
-        self, title: str, step: str, facts: Facts, do: Callable[[Path, Say], None]
-    ) -> Path:
+    def make(self, title: str, step: str, facts: Facts, do: Callable[[Path, Say], None]) -> Path:
         """Return the folder with what the step makes of its facts.
 
         Args:
