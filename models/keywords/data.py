@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ from fogline_models.errors import BadInput
 
 from . import espeak
 
-Waves = NDArray[np.float32]  # [n, 8000], one second at 8 kHz, from -1 to 1 in steps of 16 bits
+Waves = NDArray[np.float32]  # [n, 8000], one second at 8 kHz, from -1 to 1
+Floats = NDArray[np.float32]
 Rng = np.random.Generator
 
 RATE_HZ = 8000
@@ -56,12 +58,12 @@ RATES = range(120, 201)  # words per minute
 PITCHES = range(20, 81)  # of 0 to 99, around the voice's own
 
 # Utterances of every split, and noisy copies of each; training is noisy anew in every epoch.
-TRAINING = 2400
+TRAINING = 2000
 SELF_TEST = 16
 CALIBRATION = 1000
-EVALUATION, DRIFT = 400, 400
+EVALUATION, DRIFT = 400, 300
 RANGES = 256  # of the training utterances
-COPIES = {"ranges": 2, "self_test": 1, "calibration": 1, "evaluation": 3, "drift": 2}
+COPIES = {"ranges": 2, "self_test": 1, "calibration": 1, "evaluation": 2, "drift": 2}
 SAMPLING = (
     "one noisy copy per synthetic utterance; word, voice (of 8), accent, rate, pitch and noise "
     "drawn independently and uniformly"
@@ -215,9 +217,7 @@ def _cut(wave: NDArray[np.float64]) -> Waves:
     return _as_pcm(wave[loud[0] : loud[-1] + 1][:SAMPLES])
 
 
-def heard(
-    clips: Waves, rng: Rng, max_stretch: float = 0.0
-) -> tuple[Waves, NDArray[np.float64]]:
+def heard(clips: Waves, rng: Rng, max_stretch: float = 0.0) -> tuple[Waves, Floats]:
     """Return clean clips as a cheap microphone hears them, and the SNR of each in dB.
 
     The word begins anywhere in the second, is reflected once, and is drowned by noise of some
@@ -236,17 +236,17 @@ def heard(
     return np.concatenate([part for part, _ in parts]), np.concatenate([snr for _, snr in parts])
 
 
-def _heard(clips: Waves, rng: Rng, max_stretch: float) -> tuple[Waves, NDArray[np.float64]]:
+def _heard(clips: Waves, rng: Rng, max_stretch: float) -> tuple[Waves, Floats]:
     count = len(clips)
 
-    def drawn(low: float, high: float) -> NDArray[np.float64]:
-        return rng.uniform(low, high, (count, 1))
+    def drawn(low: float, high: float) -> Floats:
+        return rng.uniform(low, high, (count, 1)).astype(np.float32)
 
     pace = np.exp(drawn(-max_stretch, max_stretch))
-    length = SAMPLES - (clips[:, ::-1] != 0).argmax(axis=1)[:, None]
+    length = (SAMPLES - (clips[:, ::-1] != 0).argmax(axis=1)[:, None]).astype(np.float32)
     heard_for = np.minimum(np.ceil(length / pace), SAMPLES)
     start = np.floor(drawn(0, 1) * (SAMPLES - heard_for + 1))
-    source = (np.arange(SAMPLES) - start) * pace
+    source = (np.arange(SAMPLES, dtype=np.float32) - start) * pace
     speech = _read(clips, source)
     power = (speech**2).sum(axis=1, keepdims=True) / heard_for
     speech += drawn(0, MAX_ECHO) * _read(clips, source - drawn(*ECHO_S) * RATE_HZ)
@@ -256,7 +256,7 @@ def _heard(clips: Waves, rng: Rng, max_stretch: float) -> tuple[Waves, NDArray[n
     mixed = speech + noise * np.sqrt(power / 10 ** (snr_db / 10))
     level = 10 ** (drawn(*LEVEL_DB) / 20)
     mixed *= level / np.abs(mixed).max(axis=1, keepdims=True)
-    return _as_pcm(mixed), snr_db[:, 0]
+    return mixed, snr_db[:, 0]
 
 
 def band(snr_db: float) -> str:
@@ -265,18 +265,17 @@ def band(snr_db: float) -> str:
     return f"{low:+d} to {low + BAND_DB:+.0f} dB"
 
 
-def _read(clips: Waves, at: NDArray[np.float64]) -> NDArray[np.float64]:
+def _read(clips: Waves, at: Floats) -> Waves:
     """Return every clip at positions ``[n, 8000]`` between its samples, silence outside it."""
-    low = np.floor(at).astype(np.int64)
-    part = (at - low).astype(np.float32)
-    padded = np.pad(clips, ((0, 0), (1, 1)))  # silence before the first sample and after the last
-    low = np.clip(low + 1, 0, SAMPLES)
+    padded = np.pad(clips, ((0, 0), (1, 2)))  # silence before the first sample and after the last
+    at = np.clip(at + 1, 0, SAMPLES + 1)
+    low = at.astype(np.int64)
     found = np.take_along_axis(padded, low, axis=1)
-    found += part * (np.take_along_axis(padded, low + 1, axis=1) - found)
-    return np.where((at > -1) & (at < SAMPLES), found, 0.0)
+    found += (at - low).astype(np.float32) * (np.take_along_axis(padded, low + 1, axis=1) - found)
+    return found
 
 
-def _noise(slope: NDArray[np.float64], hum: NDArray[np.float64], rng: Rng) -> NDArray[np.float64]:
+def _noise(slope: Floats, hum: Floats, rng: Rng) -> Waves:
     """Return noise ``[n, 8000]`` of power 1.
 
     Args:
@@ -285,20 +284,21 @@ def _noise(slope: NDArray[np.float64], hum: NDArray[np.float64], rng: Rng) -> ND
         rng: what all else is drawn from.
     """
     count = len(slope)
-    frequency = np.arange(SAMPLES // 2 + 1) * (RATE_HZ / SAMPLES)  # steps of 1 Hz
-    color = (np.maximum(frequency, LOWEST_NOISE_HZ) / LOWEST_NOISE_HZ) ** (-slope / 2)
-    white = rng.standard_normal((2, count, len(frequency)))
-    spectrum = _of_power_1((white[0] + 1j * white[1]) * color) * np.sqrt(1 - hum)
+    frequency = np.arange(SAMPLES // 2 + 1, dtype=np.float32) * (RATE_HZ / SAMPLES)  # 1 Hz apart
+    color = np.exp(-slope / 2 * np.log(np.maximum(frequency / LOWEST_NOISE_HZ, 1)))
+    white = rng.standard_normal((count, 2 * len(frequency)), np.float32).view(np.complex64)
+    spectrum = _of_power_1(white * color) * np.sqrt(1 - hum)
     lines = rng.choice((50, 60), (count, 1)) * np.arange(1, HARMONICS + 1)
     waves = np.exp(2j * np.pi * rng.uniform(size=lines.shape)) / np.arange(1, HARMONICS + 1)
     spectrum[np.arange(count)[:, None], lines] += _of_power_1(waves) * np.sqrt(hum)
-    return np.fft.irfft(spectrum, SAMPLES)
+    return np.fft.irfft(spectrum, SAMPLES).astype(np.float32)
 
 
-def _of_power_1(spectrum: NDArray[np.complex128]) -> NDArray[np.complex128]:
+def _of_power_1(spectrum: NDArray[Any]) -> NDArray[Any]:
     """Scale one-sided spectra ``[n, ...]`` so that their waves have mean square 1 (Parseval)."""
-    total: NDArray[np.float64] = 2 * (np.abs(spectrum) ** 2).sum(axis=1, keepdims=True)
-    return spectrum * (SAMPLES / np.sqrt(total))
+    total = 2 * (np.abs(spectrum) ** 2).sum(axis=1, keepdims=True)
+    scaled: NDArray[Any] = spectrum * (SAMPLES / np.sqrt(total))
+    return scaled
 
 
 def _as_pcm(waves: NDArray[np.float64]) -> Waves:

@@ -5,7 +5,7 @@
 An order is a line `gmw/en-US+f2<tab>160<tab>50<tab>yes`: voice, words per minute, pitch, word. Each is
 answered with the number of samples, as uint32, and the samples, as int16, little-endian.
 
-The library is a quarter of a millisecond per word where its program takes a process each, but
+The library takes a millisecond per word where its program takes a process each, but
 it keeps the phase of its oscillators from word to word: so the same orders give the same
 samples in a fresh process only.
 """
@@ -24,9 +24,7 @@ ABSENT = (
 _SYNCHRONOUS = 2  # hand samples to a callback before espeak_Synth returns
 _WORDS_PER_MINUTE, _PITCH = 1, 3
 _BY_CHARACTER, _UTF8 = 1, 1
-_CALLBACK = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
-)
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
 
 def say(library: str, orders: Iterator[str]) -> Iterator[bytes]:
@@ -41,15 +39,15 @@ def say(library: str, orders: Iterator[str]) -> Iterator[bytes]:
         sys.exit(ABSENT)
     heard: list[bytes] = []
 
-    @_CALLBACK
-    def hear(samples: "ctypes._Pointer[ctypes.c_short]", count: int, _events: int) -> int:
-        if samples and count:
+    def hear(samples: int | None, count: int, _events: int | None) -> int:
+        if samples:  # the last call for a word brings none
             heard.append(ctypes.string_at(samples, 2 * count))
         return 0
 
     if espeak.espeak_Initialize(_SYNCHRONOUS, 0, None, 0) != RATE_HZ:
         sys.exit("espeak-ng is installed, but not its voices: apt-get install espeak-ng-data")
-    espeak.espeak_SetSynthCallback(hear)
+    callback = _CALLBACK(hear)  # held on to for as long as it is called
+    espeak.espeak_SetSynthCallback(callback)
     for order in orders:
         voice, rate, pitch, word = order.rstrip("\n").split("\t")
         heard.clear()
