@@ -7,6 +7,7 @@ passed ONNX's checker and was compared with torch, on the given inputs and on ra
 other sizes.
 """
 
+import ast
 import contextlib
 import io
 import logging
@@ -29,6 +30,7 @@ STEP = "export"
 OPSET = 20
 MAX_RELATIVE_DIFFERENCE = 1e-4  # to torch, of the largest output; measured: 3e-8 to 1e-6
 BATCH = "batch"
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes the module of a node
 
 
 def export(
@@ -80,20 +82,34 @@ def export(
         raise BadInput(f"{STEP}: the exporter returned nothing for this module")
     staged = path.with_name(f".{path.name}.staged")
     try:
-        graph.finish(program.model_proto, props, staged, opset=OPSET, step=STEP)
-        _check_open(program.model_proto, asked)
+        model = program.model_proto  # made anew by every access
+        _name_by_module(model)
+        graph.finish(model, props, staged, opset=OPSET, step=STEP)
+        _check_open(model, asked)
         session = Session(staged)
         expected = _torch(module, asked, examples)
         for name, array in expected.items():
             if not np.isfinite(array).all():
                 raise BadInput(f"{STEP}: torch's output {name!r} is not finite on the examples")
         _compare(session.run(examples, max_batch), expected, "the examples")
-        for drawn in _draw(asked, examples, max_batch):
-            _compare_drawn(session, module, asked, drawn)
+        for what, drawn in _draw(asked, examples, max_batch):
+            _compare_drawn(session, module, asked, drawn, what)
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
     return expected
+
+
+def _name_by_module(model: Any) -> None:
+    """Put its module in front of the name of every node, as in ``front_end/node_Conv_71``.
+
+    So a recipe can say which part of a module it means, and a sweep which layer it found.
+    """
+    for node in model.graph.node:
+        noted = {entry.key: entry.value for entry in node.metadata_props}
+        scopes = ast.literal_eval(noted.get(NAME_SCOPES, "[]"))  # from the outside in, itself last
+        if len(scopes) > 1 and scopes[-2]:
+            node.name = f"{scopes[-2]}/{node.name}"
 
 
 def _shapes(asked: graph.Signature, max_batch: int) -> tuple[dict[int, Any], ...]:
@@ -149,8 +165,12 @@ def _check_open(model: Any, asked: graph.Signature) -> None:
 
 def _draw(
     asked: graph.Signature, examples: Mapping[str, Array], max_batch: int
-) -> Iterator[dict[str, Array]]:
-    """Yield random inputs, smaller and larger than the examples, of values like theirs."""
+) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Yield inputs and what they are: random ones like the examples, of other sizes; nothing.
+
+    Nothing, which is silence or a black image, because the exporter takes adding less than 1e-8
+    for adding 0 and drops it: log(x + 1e-9) is then -inf where torch's is a number.
+    """
     rng = np.random.default_rng(0)
     for rows, stretch in ((1, 0.5), (min(max_batch, 3), 1.5)):
         sizes: dict[str, int] = {}
@@ -166,11 +186,12 @@ def _draw(
                 drawn[spec.name] = noise.astype(example.dtype)
             else:  # an index must index something: only values that the examples have
                 drawn[spec.name] = rng.choice(example.ravel(), shape)
-        yield drawn
+        yield "random inputs", drawn
+    yield "inputs of zeros", {name: np.zeros_like(array[:1]) for name, array in drawn.items()}
 
 
 def _compare_drawn(
-    session: Session, module: Any, asked: graph.Signature, drawn: Mapping[str, Array]
+    session: Session, module: Any, asked: graph.Signature, drawn: Mapping[str, Array], what: str
 ) -> None:
     sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in drawn.items())
     try:
@@ -186,7 +207,7 @@ def _compare_drawn(
         raise BadInput(
             f"{STEP}: the module answers inputs of shape {sizes}, the file does not: {error}"
         ) from None
-    _compare(found, want, f"random inputs of shape {sizes}")
+    _compare(found, want, f"{what} of shape {sizes}")
 
 
 def _compare(found: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:

@@ -21,6 +21,7 @@ A file is written only if onnxruntime runs it and its answers are numbers.
 import contextlib
 import difflib
 import enum
+import fnmatch
 import logging
 import tempfile
 import warnings
@@ -252,7 +253,7 @@ class Prepared:
                 f"{STEP}: form {form} reads ranges off training inputs: give it some, or take "
                 "int8-dynamic"
             )
-        self._check_keep(form, keep)
+        keep = self._kept(form, keep)
         with _quiet():
             try:
                 match chosen.way:
@@ -379,15 +380,20 @@ class Prepared:
         if form.way is Way.CAST:
             _check_close(form, Session(self._path).run(rows, ALL_ROWS), answers)
 
-    def _check_keep(self, form: str, keep: Collection[str]) -> None:
+    def _kept(self, form: str, keep: Collection[str]) -> set[str]:
+        """Return the nodes that are meant, patterns filled in."""
         names = [node.name for node in self.nodes(form)]
+        kept: set[str] = set()
         for name in keep:
-            if name not in names:
+            found = [name] if name in names else fnmatch.filter(names, name)
+            if not found:
                 near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
                 raise BadInput(
                     f"{STEP}: cannot keep {name!r}: form {form} quantizes no node of that name; "
                     f"the nearest are {', '.join(map(repr, near)) or 'none'}"
                 )
+            kept.update(found)
+        return kept
 
 
 @contextlib.contextmanager

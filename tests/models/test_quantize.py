@@ -180,6 +180,16 @@ def test_nodes_without_names_get_names_to_be_kept_by(net: Path) -> None:
     assert names[0] in {node.name for node in model.graph.node}
 
 
+def test_a_pattern_keeps_every_node_that_it_fits(tmp_path: Path) -> None:
+    weights = [nets.random(8, 8, seed=seed) for seed in range(3)]
+    net = nets.save(nets.mlp(*weights), tmp_path / "fp32.onnx")
+    model = written(net, "int8-qdq", ROWS, keep=["dense[01]"])
+    others = [array for array in arrays(model).values() if array.shape == (8, 8)]
+    assert sorted(str(array.dtype) for array in others) == ["float32", "float32", "int8"]
+    with pytest.raises(BadInput, match=r"cannot keep 'front_end/\*': .* the nearest are"):
+        written(net, "int8-qdq", ROWS, keep=["dense*", "front_end/*"])
+
+
 def test_keeping_what_does_not_exist_names_what_is_near(tmp_path: Path) -> None:
     net = nets.save(nets.mlp(nets.random(8, 8), nets.random(8, 8)), tmp_path / "fp32.onnx")
     with pytest.raises(BadInput, match=r"cannot keep 'dense2'.*'dense[01]'"):

@@ -50,6 +50,27 @@ def export_to(folder: Path, module: Any) -> Path:
     return path
 
 
+def test_nodes_are_named_after_the_module_that_they_come_from(tmp_path: Path) -> None:
+    inner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(data.SIDE**2, 10))
+    module = torch.nn.Sequential()
+    module.add_module("front_end", torch.nn.Sigmoid())
+    module.add_module("classifier", inner)
+    model = onnx.load(str(export_to(tmp_path, module.eval())))
+    owners = {node.op_type: node.name.rpartition("/")[0] for node in model.graph.node}
+    assert owners["Sigmoid"] == "front_end"
+    assert owners["Gemm"] == "classifier.1"
+
+
+def test_a_file_that_differs_from_torch_only_on_zeros_is_refused(tmp_path: Path) -> None:
+    class Loud(torch.nn.Module):  # type: ignore[misc]  # unknown where torch is not installed
+        def forward(self, image: Any) -> Any:
+            return torch.log(image * image + 1e-9).flatten(1)[:, :10]
+
+    # The exporter drops the addition: on silence the file answers -inf where torch has -20.7.
+    with pytest.raises(BadInput, match=r"^export: output 'logits' differs .* on inputs of zeros"):
+        export_to(tmp_path, Loud().eval())
+
+
 def test_an_export_computes_what_torch_computes_at_any_batch(tmp_path: Path) -> None:
     module = net()
     session = Session(export_to(tmp_path, module))
