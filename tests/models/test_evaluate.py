@@ -161,14 +161,12 @@ def test_the_figures_of_the_committed_edge_release_are_those_of_its_readme(digit
         traffic = dict(file)
     found = release.read(digits / "bundles" / "digits-1.0.0")
     hub = release.read(digits / "bundles" / "digits-hub-1.0.0")
-    inputs = {"image": traffic["main_images"]}
+    inputs = {"image": traffic["input.image"]}
     outputs = {
         v.name: Session(found.file(v.path)).run(inputs, 64)["logits"] for v in found.bundle.variants
     }
     theirs = Session(hub.file("variants/fp32.onnx")).run(inputs, 64)["logits"]
-    held_out = HeldOut(
-        traffic["main_digit"], traffic["main_labels"], names=tuple(found.bundle.labels)
-    )
+    held_out = HeldOut(traffic["scene"], traffic["label"], names=tuple(found.bundle.labels))
     evaluation = evaluate.evaluate(outputs, held_out, hub=theirs, hub_model="digits-hub")
     assert (evaluation.items, evaluation.scenes) == (960, 240)
     int8 = evaluation.variants["int8-qdq"]

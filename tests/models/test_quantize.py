@@ -26,7 +26,7 @@ ROWS = {"x": RNG.standard_normal((32, 8)).astype(np.float32)}
 def traffic(digits: Path) -> dict[str, dict[str, Array]]:
     """Scanned digits to read ranges off, and others to compare answers on."""
     with np.load(digits / "traffic.npz") as archive:
-        images = archive["main_images"]
+        images = archive["input.image"]
     return {"ranges": {"image": images[:300]}, "items": {"image": images[300:700]}}
 
 
