@@ -58,6 +58,7 @@ class CertificateLine:
 
     id: str
     sentence: str
+    held_out: str  # what the report says of it; may be empty
     variant: str
     hardware_class: str
     threshold: str
@@ -135,7 +136,7 @@ def release_page(
     line = release_line(release, adoption, numbers, now=now)
     report = report_views.read(document)
     variants = list(_variants(release, report))
-    certificates = [_certificate(one, now) for one in issued]
+    certificates = [_certificate(one, report, now) for one in issued]
     holding = [one.certificate for one in issued if _state(one, now) == "Holds"]
     classes = _classes(release, lines, holding)
 
@@ -295,12 +296,15 @@ def _state(one: Issued, now: float) -> str:
     return "Expired" if one.certificate.expires_at.timestamp() <= now else "Holds"
 
 
-def _certificate(one: Issued, now: float) -> CertificateLine:
+def _certificate(one: Issued, report: Report | None, now: float) -> CertificateLine:
     document = one.certificate
     never = document.threshold == NEVER
     return CertificateLine(
         id=one.id,
         sentence=promise(document),
+        held_out=report.together.get((document.variant, document.hardware_class), "")
+        if report is not None
+        else "",
         variant=document.variant,
         hardware_class=document.hardware_class,
         threshold="always escalates" if never else f"{document.threshold:.4f}",

@@ -67,6 +67,8 @@ class Report:
 
     reference: str
     hub_model: str
+    hub: Figures | None  # of the hub's model on the same items
+    together: Mapping[tuple[str, str], str]  # edge and hub, by variant and hardware class
     held_out: str
     variants: Mapping[str, Figures]
     labelled: bool
@@ -122,6 +124,13 @@ def read(document: Mapping[str, Any]) -> Report | None:
     return Report(
         reference=words(_at(evaluation, "reference")),
         hub_model=words(_at(evaluation, "hub_model")),
+        hub=_figures(_at(evaluation, "hub"), None, None, "", precision="", size_bytes=None)
+        if _share(_at(evaluation, "hub", "accuracy", "value")) is not None
+        else None,
+        together={
+            (words(_at(each, "variant")), words(_at(each, "hardware_class"))): _together(each)
+            for each in _items(_at(found, "escalation"), LINES_SHOWN)
+        },
         held_out=f"{many(int(items), 'held-out item')} of {many(int(scenes), 'scene')}"
         + (f": {what}" if what else "")
         if items is not None and scenes is not None
@@ -200,6 +209,28 @@ def _figures(
             _micros(latency), "" if ratio is None else f"{ratio:.2f} \N{MULTIPLICATION SIGN}"
         ),
         slow=ratio is not None and ratio > 1.02,
+    )
+
+
+def _together(found: Any) -> str:
+    """Return what a pair gives on the held-out items at its certified threshold."""
+    escalated = _share(_at(found, "at", "escalated"))
+    differs = _share(_at(found, "at", "disagreement"))
+    if escalated is None or differs is None:
+        return ""
+    said = (
+        f"On the workshop's held-out items {figures.percent(escalated)} escalate and "
+        f"{figures.percent(differs)} are answered differently than by the hub"
+    )
+    pair, edge, hub = (
+        _share(_at(found, *path))
+        for path in (("at", "accuracy"), ("accuracy_edge",), ("accuracy_hub",))
+    )
+    if pair is None or edge is None or hub is None:
+        return f"{said}."
+    return (
+        f"{said}; the two together are right on {figures.percent(pair)}, the device alone on "
+        f"{figures.percent(edge)}, the hub alone on {figures.percent(hub)}."
     )
 
 

@@ -11,6 +11,7 @@ Numbers are integers per model, from 1, because the Open Inference Protocol's ve
 """
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -459,13 +460,18 @@ def _before(connection: Connection, bundle: Bundle) -> _Before:
 _COLUMNS = [c for c in schema.release.c if c.name not in ("index_document", "report")]
 
 
+@functools.lru_cache(maxsize=1024)  # releases do not change, and every page lists them
+def _bundle(document: str) -> Bundle:
+    return release.parse(document.encode())
+
+
 def _release(row: Row[Any]) -> Release:
     return Release(
         model=row.model,
         number=row.number,
         version=row.version,
         bundle_sha256=row.bundle_sha256,
-        bundle=release.parse(row.document.encode()),
+        bundle=_bundle(row.document),
         accepted_at=row.accepted_at,
         forced=row.forced,
         size_bytes=row.size_bytes,

@@ -10,6 +10,7 @@ from typing import Any
 from fogline_protocol import release
 from fogline_protocol.release import Parent, Processing
 
+DIGITS = Path(__file__).parents[3] / "models/digits/bundles/digits-1.1.0"
 HOSTILE = "<script>alert('&')</script>"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title>
 <style>h1 { color: rgb(1, 2, 3) }</style><h1 style="margin: 0">A report of \N{SNOWMAN}</h1></html>
@@ -97,7 +98,15 @@ def report(**changes: Any) -> dict[str, Any]:
                 "hub_model": "digits-hub",
                 "hub": figures(0.97, -0.03),
             },
-            "escalation": [],
+            "escalation": [
+                {
+                    "variant": "int8-qdq",
+                    "hardware_class": release.read(DIGITS).certificates[0].hardware_class,
+                    "at": {"escalated": 0.25, "disagreement": 0.022, "accuracy": 0.965},
+                    "accuracy_edge": 0.865,
+                    "accuracy_hub": 0.984,
+                }
+            ],
         },
         "decisions": {
             "shipped": ["int8-qdq", "fp32"],
