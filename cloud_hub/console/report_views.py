@@ -19,6 +19,8 @@ LONGEST_FACT = 200
 LONGEST_SENTENCE = 600
 VARIANTS_SHOWN = 24
 SLICES_SHOWN = 8
+GAINS_SHOWN = 16
+DATA_SHOWN = 12
 LINES_SHOWN = 60  # of inputs, of steps, of what is known of the machine
 SCHEMA = 1
 
@@ -62,6 +64,17 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Gain:
+    """A release beside its parent on the same items."""
+
+    data: str
+    name: str  # a slice, or all items
+    items: str
+    accuracy: Said
+    gained: Said  # points; the note is the interval
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A report of the workshop."""
 
@@ -81,6 +94,10 @@ class Report:
     steps: Sequence[tuple[str, str]]
     inputs: Sequence[tuple[str, str, str, str]]  # name, what, size, SHA-256
     changes: Sequence[str]  # against the parent, as the workshop saw it
+    gains: Sequence[Gain]
+    more_gains: int
+    also: Sequence[tuple[str, str, Sequence[tuple[str, Said]]]]  # data, items, accuracy by model
+    uncertified: str  # why a release that escalates has no certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +136,7 @@ def read(document: Mapping[str, Any]) -> Report | None:
         (name for name in _shipped_first(document, measured) if _at(measured, name, "slices")), ""
     )
     slices = sorted(_slices(_at(measured, sliced, "slices")), key=lambda part: part.bar[0])
+    gains = list(_gains(_at(found, "gains")))
     items, scenes = _number(_at(evaluation, "items")), _number(_at(evaluation, "scenes"))
     what = words(_at(found, "held_out"), LONGEST_SENTENCE)
     return Report(
@@ -156,6 +174,20 @@ def read(document: Mapping[str, Any]) -> Report | None:
             for each in _items(_at(found, "parent", "changes"), LINES_SHOWN)
             if (said := words(each, LONGEST_SENTENCE))
         ],
+        gains=gains[:GAINS_SHOWN],
+        more_gains=max(len(gains) - GAINS_SHOWN, 0),
+        also=[
+            (
+                words(name),
+                _count(_at(data, "items")),
+                [
+                    (words(model), _rate(rate))
+                    for model, rate in _pairs(_at(data, "accuracy"))[:VARIANTS_SHOWN]
+                ],
+            )
+            for name, data in _pairs(_at(found, "also"))[:DATA_SHOWN]
+        ],
+        uncertified=words(_at(found, "uncertified"), LONGEST_SENTENCE),
     )
 
 
@@ -241,10 +273,9 @@ def _slices(found: Any) -> Iterator[Slice]:
             continue
         low = _share(_at(part, "accuracy", "lower"))
         high = _share(_at(part, "accuracy", "upper"))
-        items = _number(_at(part, "items"))
         yield Slice(
             name=words(_at(part, "name")) or figures.NOTHING,
-            items=figures.NOTHING if items is None else figures.count(items),
+            items=_count(_at(part, "items")),
             accuracy=_rate(_at(part, "accuracy")),
             bar=(
                 round(100 * share, 1),
@@ -252,6 +283,25 @@ def _slices(found: Any) -> Iterator[Slice]:
                 round(100 * (share if high is None else max(high, low or 0)), 1),
             ),
         )
+
+
+def _gains(found: Any) -> Iterator[Gain]:
+    for data, parts in _pairs(found):
+        for part in _items(parts, LINES_SHOWN):
+            loss = _at(part, "loss")
+            if (gained := _loss(loss, -1)).value != figures.NOTHING:
+                yield Gain(
+                    data=words(data),
+                    name=words(_at(part, "name")) or figures.NOTHING,
+                    items=_count(_at(part, "items")),
+                    accuracy=_rate(_at(part, "accuracy")),
+                    gained=gained,
+                )
+
+
+def _count(value: Any) -> str:
+    number = _number(value)
+    return figures.NOTHING if number is None else figures.count(number)
 
 
 def _input(each: Any) -> tuple[str, str, str, str]:
@@ -274,15 +324,16 @@ def _rate(found: Any) -> Said:
     return Said(figures.percent(value), f"{100 * low:.1f} to {figures.percent(high)}")
 
 
-def _loss(found: Any) -> Said:
-    value = _number(_at(found, "value"))
+def _loss(found: Any, sign: int = 1) -> Said:
+    """Return a difference in points: what is lost, or with the other sign what is gained."""
+    value, *ends = (_number(_at(found, end)) for end in ("value", "lower", "upper"))
     if value is None or abs(value) > 1:
         return Said()
-    low, high = _number(_at(found, "lower")), _number(_at(found, "upper"))
+    low, high = ends[::sign]
     if low is None or high is None or max(abs(low), abs(high)) > 1:
-        return Said(_points(value))
-    noise = ", within noise" if low <= 0 <= high else ""
-    return Said(_points(value), f"{_points(low)} to {_points(high)}{noise}")
+        return Said(_points(sign * value))
+    noise = ", within noise" if sign * low <= 0 <= sign * high else ""
+    return Said(_points(sign * value), f"{_points(sign * low)} to {_points(sign * high)}{noise}")
 
 
 def _points(share: float) -> str:

@@ -181,6 +181,8 @@ async def test_a_release_shows_what_the_workshop_found_and_refused(
         "held-out items 25.0% escalate and 2.2% are answered differently than by the hub; the two "
         "together are right on 96.5%, the device alone on 86.5%, the hub alone on 98.4%.",
         ">to compare<",
+        "<td>+4.2<small>+1.0 to +7.0</small></td>",
+        "<td>87.1%<small>86.1 to 88.1%</small></td>",
         'href="/models/digits/4/report.html"',
         "Image classification",
     ):
@@ -301,6 +303,14 @@ async def test_a_release_without_a_report_says_how_one_comes(
     text = await page(session, f"{stage.url}/models/digits/4")
     assert "No report came with this release" in text
     assert "No certificate is attached" in text
+
+
+async def test_a_release_without_a_certificate_says_why_if_the_workshop_does(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await accept(stage, tmp_path / "b", certified=False)
+    text = await page(session, f"{stage.url}/models/digits/4")
+    assert "The workshop says: 12 scenes cannot carry 1 %: 299 are needed" in text
 
 
 async def test_models_and_releases_are_paged_on_the_server(

@@ -53,6 +53,15 @@ def test_figures_are_said_with_their_intervals() -> None:
     assert fp16.sentence.startswith("fp16 refused: loses 3.1 points")
     assert [part.name for part in found.slices] == [f"writers {n}" for n in range(14, 6, -1)]
     assert found.more_slices == 7
+    (gain,) = found.gains
+    assert (gain.name, gain.items, gain.gained.value) == ("writers 3", "40", "+4.2")
+    assert gain.gained.note == "+1.0 to +7.0"
+    ((data, items, models),) = found.also
+    assert (data, items) == ("new writers", "240")
+    assert [(name, accuracy.value) for name, accuracy in models] == [
+        ("int8-qdq", "87.1%"),
+        ("digits-hub", figures.NOTHING),
+    ]
 
 
 def test_vectors_have_a_cosine_and_no_accuracy() -> None:

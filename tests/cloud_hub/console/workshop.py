@@ -98,6 +98,26 @@ def report(**changes: Any) -> dict[str, Any]:
                 "hub_model": "digits-hub",
                 "hub": figures(0.97, -0.03),
             },
+            "uncertified": "12 scenes cannot carry 1 %: 299 are needed",
+            "gains": {
+                "new writers": [
+                    {
+                        "name": "writers 3",
+                        "items": 40,
+                        "scenes": 10,
+                        "accuracy": rate(0.9, 0.05),
+                        "agreement": None,
+                        "loss": {"value": -0.042, "lower": -0.07, "upper": -0.01},
+                    }
+                ]
+            },
+            "also": {
+                "new writers": {
+                    "items": 240,
+                    "scenes": 60,
+                    "accuracy": {"int8-qdq": rate(0.871), "digits-hub": None},
+                }
+            },
             "escalation": [
                 {
                     "variant": "int8-qdq",
