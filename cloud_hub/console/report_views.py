@@ -159,7 +159,7 @@ def read(document: Mapping[str, Any]) -> Report | None:
         slices=slices[:SLICES_SHOWN],
         sliced=words(sliced),
         more_slices=max(len(slices) - SLICES_SHOWN, 0),
-        batch=batch,
+        batch=words(batch),
         machine=[
             (plain(words(name)), words(value) or _fact(value))
             for name, value in _pairs(document.get("machine"))

@@ -149,11 +149,6 @@ def test_a_report_of_hostile_size_is_cut() -> None:
     assert report_views.facts({"deep": deep})
 
 
-def test_a_report_that_no_encoding_takes_is_said_all_the_same() -> None:
-    groups = report_views.facts({"\ud800": "\udfff\x00", "list": ["\ud800"]})
-    str(groups).encode()
-
-
 async def accept(stage: Stage, folder: Path, **changes: Any) -> Release:
     digits = Path(__file__).parents[3] / "models" / "digits"
     return await stage.fleet.releases.accept(workshop.bundle(folder, digits, **changes))

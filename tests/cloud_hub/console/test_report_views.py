@@ -1,5 +1,6 @@
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,20 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
     max_leaves=30,
 )
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text that a page gets."""
+    if isinstance(value, str):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from texts(getattr(value, field.name))
+    elif isinstance(value, dict):
+        yield from texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from texts(each)
 
 
 @st.composite
@@ -99,7 +114,8 @@ def test_whatever_a_report_holds_it_is_said_in_texts_that_a_page_can_hold(
 ) -> None:
     found = report_views.read(document)
     groups = report_views.facts(document)
-    f"{found}{groups}".encode()
+    for text in texts([groups, found]):
+        assert text.replace("\N{NO-BREAK SPACE}", " ").isprintable()
     if found is not None:
         assert len(found.variants) <= report_views.VARIANTS_SHOWN
         assert len(found.slices) <= report_views.SLICES_SHOWN
@@ -120,3 +136,11 @@ def test_long_and_many_are_cut() -> None:
     assert len(found.variants) == report_views.VARIANTS_SHOWN
     assert len(found.steps) == len(found.machine) == report_views.LINES_SHOWN
     assert len(str(found)) < 300_000
+
+
+def test_a_text_that_no_encoding_takes_is_said_all_the_same() -> None:
+    document = workshop.report(machine={"\ud800": "\udfff\x00"})
+    document["figures"]["held_out"] = document["timings"] = "\ud800"
+    groups = report_views.facts({"\ud800": "\udfff\x00", "list": ["\ud800", {"\ud800": 1}]})
+    for text in texts([groups, report_views.read(document)]):
+        text.encode()
