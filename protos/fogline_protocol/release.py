@@ -393,6 +393,11 @@ def _contradiction(bundle: Bundle) -> str | None:
             return f"variant {variant.name!r} has no self-test tolerance"
     if bundle.self_test.path not in bundle.files:
         return "the self-test vectors are not listed"
+    if bundle.parent is not None:
+        if not SEMANTIC_VERSION.fullmatch(bundle.parent.version):
+            return f"the parent's version {bundle.parent.version!r} is not a semantic version"
+        if not re.fullmatch(r"[0-9a-f]{64}", bundle.parent.bundle_sha256):
+            return "the parent has no SHA-256"
     for step in (*bundle.pre_processing, *bundle.post_processing):
         for name in step.files:
             if name not in bundle.files:

@@ -187,6 +187,8 @@ def test_a_certificate_of_another_release_is_refused(folder):
         ({"files": {"a\\b": File("ab" * 32, 1)}}, "plain path"),
         ({"files": {"certificates/x.json": File("ab" * 32, 1)}}, "reserved"),
         ({"files": {"a": File("short", 1)}}, "no SHA-256"),
+        ({"parent": Parent("latest", "ab" * 32)}, "parent's version 'latest'"),
+        ({"parent": Parent("1.0.0", "ab\0")}, "parent has no SHA-256"),
     ],
 )
 def test_a_root_document_that_contradicts_itself_is_refused(changes, text):
