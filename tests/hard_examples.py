@@ -2,7 +2,7 @@
 
     python -m tests.hard_examples models/digits/examples.npz
 
-It is how the digits family got the examples that its release 1.3.0 learns from: real processes,
+It is how the digits family got the examples that its release 1.0.1 learns from: real processes,
 the release of the time on the device, an application that consents, and nobody who labels.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deploy.demo.__main__ import BETTER_BUNDLE, HUB_BUNDLE, certified_bundle
+from deploy.demo.__main__ import EDGE_BUNDLE, HUB_BUNDLE, certified_bundle
 from deploy.demo.fleet import Process, script
 from digits import data as digits
 from fogline_protocol.client import Client
@@ -36,7 +36,7 @@ async def collect(out: Path, root: Path) -> int:
     repository = root / "models" / "digits-hub" / "1"
     repository.mkdir(parents=True)
     shutil.copyfile(HUB_BUNDLE / "variants" / "fp32.onnx", repository / "model.onnx")
-    bundle, _ = certified_bundle(root / "certified", BETTER_BUNDLE)
+    bundle, _ = certified_bundle(root / "certified", EDGE_BUNDLE)
     hub = Process("hub", (
         script("fogline"), "serve", "--data", str(root / "hub"), "--grpc", "127.0.0.1:0",
         "--http", "127.0.0.1:0", "--mqtt", "off", "--models", str(root / "models"),

@@ -36,6 +36,7 @@ SELF_TEST_DIGITS = 32
 CALIBRATION_DIGITS = 350  # the exact bound allows 10 disagreements among them at 5 % and 5 %
 TRAFFIC_DIGITS = 240
 TRAFFIC_COPIES = 4
+HARD_COPIES = 16  # what applications ask of every digit of the hard writers, in time
 EVALUATION_COPIES = 20  # of 105 digits: 2,100 items, but 105 scenes
 RANGE_COPIES = 10  # with one, a darker copy met later was clipped and its logits moved by 1.5
 
@@ -106,7 +107,7 @@ def make_hard() -> Mapping[str, Items]:
         "ranges": sets["ranges"],
         "self_test": sets["self_test"],
         "calibration": sets["calibration"],
-        "hard": _scanned(asked, "hard", TRAFFIC_COPIES),
+        "hard": _scanned(asked, "hard", HARD_COPIES),
         "evaluation": _scanned(others, "hard_evaluation", EVALUATION_COPIES),
         "familiar": sets["evaluation"],
     }

@@ -21,7 +21,7 @@ from fogline_models.gates import Decision, Verdict
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.quantize import FORMS
-from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
+from fogline_models.recipe import FP32, VECTORS, Recipe, ReleaseRecipe
 from fogline_models.session import CPU
 from fogline_models.sources import Exported
 from fogline_models.steps import Say
@@ -107,7 +107,7 @@ class Measured:
     @property
     def is_classifier(self) -> bool:
         """Whether its answers are classes, which can be compared and certified."""
-        return self.recipe.task != "feature-extraction"
+        return self.recipe.task not in VECTORS
 
     @property
     def sources(self) -> Mapping[str, object]:
@@ -207,7 +207,7 @@ def _evaluate(found: Measured, split: str, held_out: HeldOut) -> Evaluation:
         held_out,
         hub=None if found.hub is None else outputs[found.hub.name],
         hub_model="hub" if found.hub is None else found.hub.directory.bundle.model,
-        vectors=found.recipe.task == "feature-extraction",
+        vectors=not found.is_classifier,
     )
 
 

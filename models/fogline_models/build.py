@@ -25,7 +25,9 @@ from fogline_models import (
     export,
     graph,
     hooks,
+    huggingface,
     measure,
+    preprocess,
     quantize,
     report,
     sensitivity,
@@ -37,6 +39,7 @@ from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
+from fogline_models.quantize import DynamicQuantizer
 from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.steps import Say, Steps, code, tools
@@ -92,6 +95,7 @@ def quantize_file(
     sweep: float | None = None,
     say: Say,
     props: Mapping[str, str] | None = None,
+    dynamic: DynamicQuantizer = quantize.with_onnxruntime,
 ) -> tuple[str, ...]:
     """Write one form of an fp32 file to ``path`` and return the nodes that stayed fp32.
 
@@ -108,7 +112,7 @@ def quantize_file(
         )
         say(f"{len(choice.keep)} nodes stay fp32")
         keep = (*keep, *choice.keep)
-    quantize.quantize(model, form, ranges, props or {}, path, keep=keep)
+    quantize.quantize(model, form, ranges, props or {}, path, keep=keep, dynamic=dynamic)
     return keep
 
 
@@ -193,7 +197,7 @@ class _Build:
         if prepared.is_dir():
             splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
         exported = sources.Exported.read(folder)
-        signature = sources.signature(folder / sources.FP32, each.source)
+        signature = sources.signature(folder, each.source)
         files = {FP32: folder / sources.FP32}
         for name in recipe.variants(each):
             if name != FP32:
@@ -244,14 +248,18 @@ class _Build:
         if source.torch:
             packages = ["torch", "onnx", "onnxscript", "numpy"]
             facts |= {"torch": source.torch, "hooks": hooks.digests(recipe.folder)}
-        elif source.huggingface is not None:
-            packages = ["torch", "onnx", "transformers", "optimum-onnx"]
-            place = recipe.folder / source.huggingface
-            facts["huggingface"] = {
-                path.relative_to(place).as_posix(): documents.sha256_of_file(path)
-                for path in sorted(place.rglob("*"))
-                if path.is_file()
-            }
+        elif source.huggingface:
+            packages = ["torch", "onnx", "transformers", "optimum-onnx", "numpy"]
+            facts |= {"huggingface": source.huggingface, **code(huggingface, preprocess)}
+            if hooks.is_function(source.huggingface):
+                facts["hooks"] = hooks.digests(recipe.folder)
+            else:
+                place = recipe.folder / source.huggingface
+                facts["folder"] = {
+                    path.relative_to(place).as_posix(): documents.sha256_of_file(path)
+                    for path in sorted(place.rglob("*"))
+                    if path.is_file()
+                }
         else:
             packages = ["onnx"]
             assert source.onnx is not None
@@ -274,6 +282,10 @@ class _Build:
             **code(graph, quantize, sensitivity),
             **tools("onnx", "onnxruntime", extra="models"),
         }
+        dynamic: DynamicQuantizer = quantize.with_onnxruntime
+        if each.source.huggingface:  # what optimum exported, optimum quantizes
+            dynamic = huggingface.quantize_dynamic
+            facts |= {**code(huggingface), **tools("optimum-onnx", extra="hf")}
 
         def make(into: Path, say: Say) -> None:
             quantize_file(
@@ -285,6 +297,7 @@ class _Build:
                 sweep=each.sweep.get(form),
                 say=say,
                 props=props,
+                dynamic=dynamic,
             )
 
         return self._steps.make(each.title, f"quantize {form}", facts, make) / f"{form}.onnx"

@@ -393,7 +393,7 @@ def _source(text: str, outputs: tuple[str, ...], arguments: tuple[str, ...]) -> 
         return Source(torch=text, arguments=given, outputs=outputs)
     path = Path(text).resolve()
     if path.is_dir():
-        return Source(huggingface=path)
+        return Source(huggingface=str(path))
     return Source(onnx=path)
 
 

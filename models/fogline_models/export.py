@@ -91,7 +91,7 @@ def export(
         for name, array in expected.items():
             if not np.isfinite(array).all():
                 raise BadInput(f"{STEP}: torch's output {name!r} is not finite on the examples")
-        _compare(session.run(examples, max_batch), expected, "the examples")
+        compare(session.run(examples, max_batch), expected, "the examples")
         for what, drawn in _draw(asked, examples, max_batch):
             _compare_drawn(session, module, asked, drawn, what)
         os.replace(staged, path)
@@ -207,10 +207,15 @@ def _compare_drawn(
         raise BadInput(
             f"{STEP}: the module answers inputs of shape {sizes}, the file does not: {error}"
         ) from None
-    _compare(found, want, f"{what} of shape {sizes}")
+    compare(found, want, f"{what} of shape {sizes}")
 
 
-def _compare(found: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:
+def compare(found: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:
+    """Check that a file's outputs are torch's, to within 1e-4 of the largest value.
+
+    Raises:
+        BadInput: one is not; it is named, with ``what`` the inputs were.
+    """
     for name, want in expected.items():
         if want.shape != found[name].shape:
             raise BadInput(

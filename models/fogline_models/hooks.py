@@ -11,6 +11,12 @@ from fogline_models.errors import BadInput
 from fogline_protocol import documents
 
 
+def is_function(name: str) -> bool:
+    """Return whether a recipe means a function by this name, rather than a file or a folder."""
+    file, colon, _ = name.partition(":")
+    return bool(colon) and file.endswith(".py")
+
+
 def load(folder: Path, name: str, key: str) -> Callable[..., Any]:
     """Return the function called ``file.py:function`` of a recipe's folder.
 

@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -178,6 +178,46 @@ def forms_for(targets: Iterable[str], *, transformer: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+class DynamicQuantizer(Protocol):
+    """Quantizes a prepared file so that ranges are found anew in every run."""
+
+    def __call__(
+        self,
+        model: Path,
+        target: Path,
+        *,
+        operators: Collection[str],
+        exclude: Collection[str],
+        per_channel: bool,
+        reduce_range: bool,
+    ) -> None:
+        """Write ``model``, its ``operators`` quantized except the nodes to ``exclude``."""
+        ...
+
+
+def with_onnxruntime(
+    model: Path,
+    target: Path,
+    *,
+    operators: Collection[str],
+    exclude: Collection[str],
+    per_channel: bool,
+    reduce_range: bool,
+) -> None:
+    """Quantize as ``DynamicQuantizer`` says, by onnxruntime's own quantizer."""
+    from onnxruntime import quantization
+
+    quantization.quantize_dynamic(
+        str(model),
+        str(target),
+        per_channel=per_channel,
+        reduce_range=reduce_range,
+        weight_type=quantization.QuantType.QInt8,
+        op_types_to_quantize=list(operators),
+        nodes_to_exclude=sorted(exclude),
+    )
+
+
 def quantize(
     fp32: Path,
     form: str,
@@ -186,15 +226,18 @@ def quantize(
     path: Path,
     *,
     keep: Collection[str] = (),
+    dynamic: DynamicQuantizer = with_onnxruntime,
 ) -> None:
     """Write one form of ``fp32`` to ``path``; ``ranges`` are training inputs, ``{name: [n, ...]}``.
+
+    ``dynamic`` does what is dynamic; by default onnxruntime itself.
 
     Raises:
         BadInput: the form is unknown or lacks training inputs, the file or the inputs do not fit
             it, ``keep`` names a node that the file does not have, or the result is not finite.
     """
     with prepared(fp32, ranges) as ready:
-        ready.write(form, props, path, keep=keep)
+        ready.write(form, props, path, keep=keep, dynamic=dynamic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +283,13 @@ class Prepared:
         )
 
     def write(
-        self, form: str, props: Mapping[str, str], path: Path, *, keep: Collection[str] = ()
+        self,
+        form: str,
+        props: Mapping[str, str],
+        path: Path,
+        *,
+        keep: Collection[str] = (),
+        dynamic: DynamicQuantizer = with_onnxruntime,
     ) -> None:
         """Write one form to ``path``.
 
@@ -260,7 +309,7 @@ class Prepared:
                     case Way.STATIC:
                         model = self._static(chosen, keep)
                     case Way.DYNAMIC:
-                        model = self._dynamic(chosen, keep)
+                        model = self._dynamic(chosen, keep, dynamic)
                     case Way.CAST:
                         model = self._cast(keep)
             except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -295,19 +344,16 @@ class Prepared:
         )
         return graph.load(target, step=STEP)
 
-    def _dynamic(self, form: Form, keep: Collection[str]) -> Any:
-        from onnxruntime import quantization
-
+    def _dynamic(self, form: Form, keep: Collection[str], quantizer: DynamicQuantizer) -> Any:
         target = self._folder / "dynamic.onnx"
-        quantization.quantize_dynamic(
-            str(self._path),
-            str(target),
+        quantizer(
+            self._path,
+            target,
+            operators=_DYNAMIC,
+            # A Gemm becomes a MatMul of that name before it is looked up.
+            exclude=sorted(part for name in keep for part in (name, f"{name}_MatMul")),
             per_channel=True,
             reduce_range=form.weights_of_7_bits,
-            weight_type=quantization.QuantType.QInt8,
-            op_types_to_quantize=list(_DYNAMIC),
-            # A Gemm becomes a MatMul of that name before it is looked up.
-            nodes_to_exclude=sorted(part for name in keep for part in (name, f"{name}_MatMul")),
         )
         return graph.load(target, step=STEP)
 

@@ -54,6 +54,9 @@ Task = Literal[
     "token-classification",
     "feature-extraction",
 ]
+# A row of these is no single answer: variants are compared as vectors, without accuracy, and
+# there is nothing to escalate. For tokens that would take labels per token, which Items have not.
+VECTORS = ("token-classification", "feature-extraction")
 _OF_TRANSFORMERS = ("text-classification", "token-classification", "feature-extraction")
 
 
@@ -78,7 +81,9 @@ class Source:
     """What a release is made from: exactly one of the first three."""
 
     torch: str = ""  # file.py:function, returns a module in eval mode
-    huggingface: Path | None = None  # folder of a model with its tokenizer or image processor
+    # A folder that transformers wrote, with tokenizer or image processor; or file.py:function,
+    # which trains a model and writes that folder.
+    huggingface: str = ""
     onnx: Path | None = None  # a file, taken as it is
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the function
     outputs: tuple[str, ...] = ("logits",)  # names for what a torch module returns

@@ -47,6 +47,8 @@ class Exported:
     post_processing: tuple[Processing, ...] = ()
     labels: tuple[str, ...] = ()  # of the origin itself; empty: the recipe's
     facts: Mapping[str, str] = field(default_factory=dict)  # further ones, for the report
+    # How far open axes of the graph go, by their names in it; besides the recipe's.
+    bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write it into the folder."""
@@ -62,7 +64,9 @@ class Exported:
                 Processing(step["kind"], tuple(step["files"]), step["parameters"])
                 for step in document[key]
             )
-        return cls(**{**document, "labels": tuple(document["labels"])})
+        document["labels"] = tuple(document["labels"])
+        document["bounds"] = {name: tuple(pair) for name, pair in document["bounds"].items()}
+        return cls(**document)
 
 
 def props(recipe: Recipe, release: ReleaseRecipe, variant: str) -> dict[str, str]:
@@ -85,7 +89,7 @@ def make(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path, say
     source = release.source
     if source.torch:
         _from_torch(recipe, release, splits, into, say)
-    elif source.huggingface is not None:
+    elif source.huggingface:
         from fogline_models import huggingface
 
         huggingface.make(recipe, release, splits, into, say)
@@ -101,7 +105,7 @@ def _from_torch(
 
     source = release.source
     hook = hooks.load(recipe.folder, source.torch, f"release {release.title}: source.torch")
-    module = hook(splits, _paced(say), **source.arguments)
+    module = hook(splits, paced(say), **source.arguments)
     if not isinstance(module, torch.nn.Module):
         raise BadInput(
             f"export: {source.torch} returned {type(module).__name__}, expected a torch module"
@@ -139,9 +143,10 @@ def _from_onnx(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Pat
     Exported("onnx").save(into)
 
 
-def signature(fp32: Path, source: Source) -> graph.Signature:
-    """Return what a source's file takes and gives."""
-    return graph.signature(graph.load(fp32, step="bundle"), _bounds(source), step="bundle")
+def signature(folder: Path, source: Source) -> graph.Signature:
+    """Return what the file in a source's folder takes and gives."""
+    bounds = {**_bounds(source), **Exported.read(folder).bounds}
+    return graph.signature(graph.load(folder / FP32, step="bundle"), bounds, step="bundle")
 
 
 def extras(folder: Path) -> dict[str, bytes]:
@@ -175,7 +180,7 @@ def _specs(inputs: Mapping[str, Array], source: Source) -> tuple[TensorSpec, ...
     )
 
 
-def _paced(say: Say, clock: Callable[[], float] = time.monotonic) -> Progress:
+def paced(say: Say, clock: Callable[[], float] = time.monotonic) -> Progress:
     """Return a progress callback that speaks every two seconds at most, and at the end."""
     last = clock()
 
