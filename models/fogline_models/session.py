@@ -77,6 +77,15 @@ class Session:
             raise BadInput(f"{model}: asked for {provider}, placed on {', '.join(sorted(placed))}")
         self._outputs = [output.name for output in self._session.get_outputs()]
 
+    def rows(self, wanted: int) -> int:
+        """Return how many rows go into one run: ``wanted``, unless the file fixes them."""
+        firsts = {
+            spec.shape[0]
+            for spec in self._session.get_inputs()
+            if spec.shape and isinstance(spec.shape[0], int)
+        }
+        return int(firsts.pop()) if len(firsts) == 1 else wanted
+
     def run(self, inputs: Mapping[str, Array], rows_at_once: int) -> dict[str, Array]:
         """Return every output for all rows, computed ``rows_at_once`` at a time.
 
