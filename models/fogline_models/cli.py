@@ -366,7 +366,8 @@ def _read(folder: Path) -> "BundleDirectory":
 
 
 def _build(recipe: "Recipe", out: Path | None, cache: Path | None, again: tuple[str, ...]) -> None:
-    require("onnx", "onnxruntime", "jinja2", extra="models")
+    torch = ("torch", "onnxscript") if any(each.source.torch for each in recipe.release) else ()
+    require(*torch, "onnx", "onnxruntime", "jinja2", extra="models")
     from fogline_models import build as builder
 
     for built in builder.build(recipe, out or recipe.folder, _steps(cache, again), _say):
