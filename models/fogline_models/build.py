@@ -220,14 +220,19 @@ class _Build:
             files=files,
             splits=splits,
             outputs=self._outputs(each, files, splits, hub, signature),
-            costs=self._measure(each, files, splits["evaluation"]),
+            costs=self._measure(each, files, splits["evaluation"], signature),
             hub=hub,
             parent=self._parent(each),
             inputs=self._inputs(each),
             steps=_did(each, exported, files),
         )
         target = self._out / BUNDLES / each.folder
-        built = finish(found, target, now=self._now(), say=self._say)
+        try:
+            built = finish(found, target, now=self._now(), say=self._say)
+        except BadInput as error:
+            if each.title in str(error):
+                raise
+            raise type(error)(f"{each.title}: {error}") from None
         self._finished[each.model, each.version] = built
         return built
 
@@ -336,10 +341,15 @@ class _Build:
         return found
 
     def _measure(
-        self, each: ReleaseRecipe, files: Mapping[str, Path], items: Items
+        self,
+        each: ReleaseRecipe,
+        files: Mapping[str, Path],
+        items: Items,
+        signature: Signature,
     ) -> Mapping[str, Cost]:
         wanted = {*LATENCY_BATCHES, (each.gates or self._recipe.gates).latency_batch}
-        batches = sorted(n for n in wanted if n <= min(max(each.max_batch, 1), len(items)))
+        most = max(each.max_batch, 1) if signature.batched else 1
+        batches = sorted(n for n in wanted if n <= min(most, len(items)))
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in files.items()},
             "split": items.sha256,
