@@ -120,7 +120,7 @@ class Session:
 _UNKNOWN = re.compile(
     r"No Op registered for (?P<onnx>\S+) with"
     r"|Fatal error: (?P<foreign>\S+?)\(-?\d+\) is not a registered"
-    r"|Could not find an implementation for (?P<kernel>\S+?)\(\d+\)"
+    r"|Could not find an implementation for (?P<kernel>\S+?\(\d+\))"
 )
 _TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
 _OPSET = re.compile(
@@ -135,9 +135,10 @@ def _reason(text: str, provider: str) -> str:
     here = f"onnxruntime {onnxruntime.__version__}"
     if found := _UNKNOWN.search(text):
         name = next(filter(None, found.groups()))
+        newer = ", or in a newer opset" if found["kernel"] else ""
         return (
             f"{here} has no operator {name} for the types it is used with on {provider}: write "
-            "the model without it"
+            f"the model without it{newer}"
         )
     if found := _TOO_NEW.search(text):
         return (
