@@ -146,6 +146,12 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
     for decision in decisions:
         if decision.verdict is not Verdict.ELIGIBLE:
             say(f"{each.title}: {decision.sentence}")
+        if decision.may_change:
+            say(
+                f"{each.title}: {decision.variant} is decided by a latency within noise of its bar, "
+                "so the next build may decide otherwise and its bundle have another digest: give "
+                f"it a waiver (gates.allow.{decision.variant}), or leave it out of variants"
+            )
     shipped = gates.eligible(decisions)
     root = _root(found, shipped)
     subject = _subject(found, sizes)

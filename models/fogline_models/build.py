@@ -13,6 +13,7 @@ depend on recipe, data, code and tools alone; timings and certificates lie besid
 import dataclasses
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ from fogline_models import (
 )
 from fogline_models.assemble import PARENT, Built, Hub, Measured, computes_here, finish
 from fogline_models.data import Items
-from fogline_models.errors import BadInput
+from fogline_models.errors import BadInput, require
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.quantize import DynamicQuantizer
@@ -79,7 +80,7 @@ def export_only(recipe: Recipe, steps: Steps) -> Path:
     Raises:
         BadInput, MissingExtra: as ``build``.
     """
-    steps.expect(2)
+    steps.expect(("data", "export"))
     return _Build(
         recipe, Path(), steps, lambda line: None, lambda: datetime.datetime.now(datetime.UTC)
     ).export_only()
@@ -136,11 +137,12 @@ class _Build:
 
     def run(self) -> tuple[Built, ...]:
         recipe = self._recipe
-        quantized = [sum(name != FP32 for name in recipe.variants(each)) for each in recipe.release]
-        self._steps.expect(1 + sum(3 + count for count in quantized))
+        self._steps.expect(_planned(recipe))
+        for each in recipe.release:
+            self._check_given(each)
         splits = self._splits()
         for name in recipe.data.publish:
-            _publish(splits[name], self._out / f"{name}.npz")
+            data.save(self._out / f"{name}.npz", splits[name])
         if recipe.data.publish:
             _publish_scenes(splits, self._out / "splits.json")
         return tuple(self._release(each, splits) for each in recipe.release)
@@ -151,7 +153,13 @@ class _Build:
     def _splits(self, *, only_training: bool = False) -> Mapping[str, Items]:
         recipe = self._recipe
         folder = recipe.folder
-        facts: dict[str, object] = {"labels": recipe.labels, **code(data)}
+        facts: dict[str, object] = {
+            "labels": recipe.labels,
+            "together": recipe.data.together,
+            "only_training": only_training,
+            "taken from training": [SELF_TEST_SCENES, RANGE_SCENES],
+            **code(data),
+        }
         if recipe.data.make:
             facts |= {
                 "make": recipe.data.make,
@@ -166,13 +174,15 @@ class _Build:
 
         def make(into: Path, say: Say) -> None:
             if recipe.data.make:
-                found = hooks.load(folder, recipe.data.make, "data.make")()
+                found = _splits_of(hooks.load(folder, recipe.data.make, "data.make")(), recipe)
             else:
                 found = {name: data.read(folder / p) for name, p in recipe.data.files.items()}
             splits = _completed(found, only_training=only_training)
             for name, items in splits.items():
                 data.check(items, f"data: split {name}")
                 data.check_labels(items, recipe.labels, f"data: split {name}")
+            if "calibration" in splits:
+                data.check_classes(splits["calibration"], "data: split calibration")
             data.check_disjoint(splits, (*TOGETHER, *recipe.data.together))
             for name, items in splits.items():
                 data.save(into / f"{name}.npz", items)
@@ -198,6 +208,7 @@ class _Build:
             splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
         exported = sources.Exported.read(folder)
         signature = sources.signature(folder, each.source)
+        _check_head(recipe, exported, signature, splits, each)
         files = {FP32: folder / sources.FP32}
         for name in recipe.variants(each):
             if name != FP32:
@@ -213,14 +224,19 @@ class _Build:
             files=files,
             splits=splits,
             outputs=self._outputs(each, files, splits, hub, parent, signature),
-            costs=self._measure(each, files, splits["evaluation"]),
+            costs=self._measure(each, files, splits["evaluation"], signature),
             hub=hub,
             parent=parent,
             inputs=self._inputs(each),
             steps=_did(each, exported, files),
         )
         target = self._out / BUNDLES / each.folder
-        built = finish(found, target, now=self._now(), say=self._say)
+        try:
+            built = finish(found, target, now=self._now(), say=self._say)
+        except BadInput as error:
+            if each.title in str(error):
+                raise
+            raise type(error)(f"{each.title}: {error}") from None
         self._finished[each.model, each.version] = built
         return built
 
@@ -237,6 +253,8 @@ class _Build:
             data.check_disjoint({"examples": seen["examples"], **kept_apart})
         facts: dict[str, object] = {
             "props": sources.props(recipe, each, FP32),
+            "task": recipe.task,
+            "labels": recipe.labels,
             "max_batch": each.max_batch,
             "outputs": source.outputs,
             "dynamic": {name: dict(axes) for name, axes in source.dynamic.items()},
@@ -321,6 +339,7 @@ class _Build:
             "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
             "splits": {name: splits[name].sha256 for name in wanted},
             "output": output,
+            "rows": (rows := min(RUN_ROWS, each.max_batch) if signature.batched else 1),
             "hardware": hardware_class(),
             **code(session),
         }
@@ -330,7 +349,6 @@ class _Build:
             for name, path in sessions.items():
                 # What this processor's kernels would cut off is run as it is written.
                 running = Session(path, as_written=not computes_here(name))
-                rows = min(RUN_ROWS, each.max_batch) if signature.batched else 1
                 for split in wanted:
                     answers = running.run(splits[split].inputs, rows)
                     arrays[f"{split}/{name}"] = answers[output]
@@ -344,16 +362,23 @@ class _Build:
         return found
 
     def _measure(
-        self, each: ReleaseRecipe, files: Mapping[str, Path], items: Items
+        self,
+        each: ReleaseRecipe,
+        files: Mapping[str, Path],
+        items: Items,
+        signature: Signature,
     ) -> Mapping[str, Cost]:
         files = {name: path for name, path in files.items() if computes_here(name)}
+        wanted = {*LATENCY_BATCHES, (each.gates or self._recipe.gates).latency_batch}
+        most = max(each.max_batch, 1) if signature.batched else 1
+        batches = sorted(n for n in wanted if n <= min(most, len(items)))
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in files.items()},
             "split": items.sha256,
+            "batches": batches,
             "hardware": hardware_class(),
             **code(measure, session),
         }
-        batches = [n for n in LATENCY_BATCHES if n <= min(max(each.max_batch, 1), len(items))]
 
         def make(into: Path, say: Say) -> None:
             costs = measure.measure(files, items.inputs, batches)
@@ -364,6 +389,28 @@ class _Build:
         made = self._steps.make(each.title, "measure", facts, make)
         document = json.loads((made / "costs.json").read_text(encoding="utf-8"))
         return {name: measure.cost_from(cost) for name, cost in document.items()}
+
+    def _check_given(self, each: ReleaseRecipe) -> None:
+        """Check what a release names outside the recipe: not only after others were trained."""
+        recipe, source = self._recipe, each.source
+        where = f"release {each.title}"
+        if source.torch:
+            require("torch", "onnx", "onnxscript", extra="models")
+            hooks.load(recipe.folder, source.torch, f"{where}: source.torch")
+        for key, file in (("source.onnx", source.onnx), ("examples", each.examples)):
+            if file is not None:
+                _digest(recipe.folder / file, f"{where}: {key}")
+        if source.huggingface and not (recipe.folder / source.huggingface).is_dir():
+            raise BadInput(
+                f"{where}: source.huggingface: there is no folder "
+                f"{recipe.folder / source.huggingface}"
+            )
+        mine = {other.model for other in recipe.release}
+        if each.escalates_to and each.escalates_to not in mine:
+            _bundle(recipe.folder / each.escalates_to, f"{where}: escalates_to")
+        versions = {other.version for other in recipe.release if other.model == each.model}
+        if each.parent and each.parent not in versions:
+            _bundle(recipe.folder / each.parent, f"{where}: parent")
 
     def _hub(self, each: ReleaseRecipe) -> Hub | None:
         """Return the model that a release escalates to, of this recipe or from a folder."""
@@ -399,6 +446,59 @@ class _Build:
     def _golden(self, each: ReleaseRecipe) -> Mapping[str, Array]:
         version = each.version if each.accident is None else each.accident.golden_of
         return archive.read(self._exported[each.model, version] / sources.GOLDEN)
+
+
+def _planned(recipe: Recipe) -> Iterator[str]:
+    """Yield the names of the steps of a build."""
+    yield "data"
+    for each in recipe.release:
+        yield "export"
+        yield from (f"quantize {name}" for name in recipe.variants(each) if name != FP32)
+        yield from ("run", "measure")
+
+
+def _splits_of(made: object, recipe: Recipe) -> Mapping[str, Items]:
+    """Return what the function of a recipe made, if it is splits."""
+    wrong = type(made).__name__
+    if isinstance(made, Mapping):
+        strange = [(key, value) for key, value in made.items() if not isinstance(value, Items)]
+        if not strange:
+            return made
+        wrong = f"a {type(strange[0][1]).__name__} for {strange[0][0]!r}"
+    raise BadInput(
+        f"data.make: {recipe.data.make} returned {wrong}, expected Items by the name of their "
+        "split: {'training': Items(...), ...}"
+    )
+
+
+def _check_head(
+    recipe: Recipe,
+    exported: sources.Exported,
+    signature: Signature,
+    splits: Mapping[str, Items],
+    each: ReleaseRecipe,
+) -> None:
+    """Check that the model has one output per class, before anything is made of it.
+
+    Raises:
+        BadInput: it has more or fewer than there are labels, or fewer than the items need.
+    """
+    output = signature.outputs[0]
+    width = output.shape[-1] if output.shape else -1
+    if recipe.task == "feature-extraction" or width < 0:
+        return
+    labels = recipe.labels or exported.labels
+    if labels and len(labels) != width:
+        raise BadInput(
+            f"export: release {each.title}: output {output.name!r} has {width} classes, but "
+            f"{len(labels)} labels are named: name one for each"
+        )
+    for name, items in splits.items():
+        if items.labels is not None and int(items.labels.max()) >= width:
+            raise BadInput(
+                f"export: release {each.title}: output {output.name!r} has {width} classes, but "
+                f"split {name} has class number {int(items.labels.max())}"
+            )
 
 
 def _completed(found: Mapping[str, Items], *, only_training: bool) -> dict[str, Items]:
@@ -481,12 +581,10 @@ def _bundle(path: Path, key: str) -> BundleDirectory:
         raise BadInput(f"{key}: {path} is not an intact bundle: {refusal}") from None
 
 
-def _publish(items: Items, path: Path) -> None:
-    data.save(path, items)
-
-
 def _publish_scenes(splits: Mapping[str, Items], path: Path) -> None:
     """Write which scenes each split holds: the claim that no split leaks, to be checked."""
     scenes = {name: np.unique(items.scenes).tolist() for name, items in splits.items()}
     text = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(scenes.items()))
-    path.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -24,7 +24,7 @@ from fogline_models.session import CPU, Session, hardware_class
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
 from fogline_protocol.score import FUNCTIONS
-from fogline_protocol.tensors import Array, TensorError
+from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 REFERENCE_QUANTILES = 64
 ESCALATION_DELTA = 0.01  # the drift alarm needs a rate that is hardly ever exceeded by chance
@@ -197,13 +197,20 @@ def _check_inputs(bundle: Bundle, inputs: Mapping[str, Array]) -> None:
         )
     for name, array in inputs.items():
         try:
-            problem = wanted[name].mismatch(array)
+            problem = _of_items(wanted[name], bundle).mismatch(array)
         except TensorError as error:
             problem = str(error)
         if problem is not None:
             raise BadInput(f"calibration input {name!r}: {problem}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise BadInput(f"calibration input {name!r} holds values that are not finite")
+
+
+def _of_items(spec: TensorSpec, bundle: Bundle) -> TensorSpec:
+    """Return what any number of items look like; without a batch axis, a run takes one of them."""
+    if bundle.max_batch:
+        return spec
+    return TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:]))
 
 
 def _logits(

@@ -40,7 +40,8 @@ _again = click.option(
 
 @click.group()
 @click.version_option(package_name="fogline")
-def main() -> None:
+@click.option("--traceback", is_flag=True, help="Show where in a recipe's own Python it failed.")
+def main(traceback: bool) -> None:
     """Turn trained models into releases that a fleet can trust.
 
     \b
@@ -116,15 +117,13 @@ def export(
     model.
     """
     with _one_sentence():
-        import shutil
-
         from fogline_models import build as builder
 
         recipe = _without_a_file(
             _source(source, outputs, arguments), {"training": data}, task=task, max_batch=max_batch
         )
         folder = builder.export_only(recipe, _steps(cache, ()))
-        shutil.copytree(folder, out, dirs_exist_ok=True)
+        _copy(folder, out)
         click.echo(str(out / "fp32.onnx"))
 
 
@@ -367,7 +366,8 @@ def _read(folder: Path) -> "BundleDirectory":
 
 
 def _build(recipe: "Recipe", out: Path | None, cache: Path | None, again: tuple[str, ...]) -> None:
-    require("onnx", "onnxruntime", "jinja2", extra="models")
+    torch = ("torch", "onnxscript") if any(each.source.torch for each in recipe.release) else ()
+    require(*torch, "onnx", "onnxruntime", "jinja2", extra="models")
     from fogline_models import build as builder
 
     for built in builder.build(recipe, out or recipe.folder, _steps(cache, again), _say):
@@ -433,6 +433,25 @@ def _without_a_file(
     return recipes.checked(document, "the options")
 
 
+def _copy(step: Path, out: Path) -> None:
+    """Copy what a step made, every file whole or not at all."""
+    import shutil
+
+    from fogline_models.steps import RECORD
+
+    for path in sorted(step.rglob("*")):
+        target = out / path.relative_to(step)
+        if not path.is_file() or path == step / RECORD:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        try:
+            shutil.copyfile(path, unfinished)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
 
@@ -443,4 +462,15 @@ def _one_sentence() -> Iterator[None]:
     try:
         yield
     except (BadInput, MissingExtra) as error:
-        raise click.ClickException(str(error)) from None
+        said = str(error)
+        if error.__cause__ is not None:  # raised in a recipe's own Python
+            if click.get_current_context().find_root().params["traceback"]:
+                import traceback
+
+                click.echo("".join(traceback.format_exception(error.__cause__)), err=True, nl=False)
+            else:
+                said += "; fogline-models --traceback shows all of it"
+        raise click.ClickException(said) from None
+    except OSError as error:  # the disk is full, or a folder is not ours to write
+        where = f"{error.filename}: " if error.filename else ""
+        raise click.ClickException(f"{where}{error.strerror or error}") from None

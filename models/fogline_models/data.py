@@ -28,6 +28,7 @@ from fogline_protocol.tensors import Array
 INPUT, RAW = "input.", "raw."
 LABEL, SCENE, SLICE, SAMPLING = "label", "scene", "slice", "sampling"
 UNSTATED = "not stated"
+KINDS = "biufSU"  # of numpy: what an archive holds without running anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Items:
 
     def __len__(self) -> int:
         first = next(iter((*self.inputs.values(), *self.raw.values())), None)
-        return 0 if first is None else len(first)
+        return 0 if first is None or first.ndim == 0 else len(first)
 
     @property
     def independent(self) -> Array:
@@ -125,6 +126,10 @@ def check(items: Items, what: str) -> None:
     for name, array in arrays.items():
         if array.ndim == 0:
             raise BadInput(f"{what}: {name} must have one row per item, found a single number")
+        if array.dtype.kind not in KINDS:
+            raise BadInput(
+                f"{what}: {name} is of type {array.dtype}: give numbers, or texts of numpy's own"
+            )
     lengths = {name: len(array) for name, array in arrays.items()}
     if count == 0 or set(lengths.values()) != {count} or items.scenes.ndim != 1:
         raise BadInput(f"{what}: expected one row per item in every array, found {lengths}")
@@ -151,8 +156,23 @@ def check_labels(items: Items, labels: Sequence[str], what: str) -> None:
         )
 
 
+def check_classes(items: Items, what: str) -> None:
+    """Check that items to calibrate on are of more than one class, where they are labelled.
+
+    Raises:
+        BadInput: they are all of one.
+    """
+    if items.labels is not None and len(np.unique(items.labels)) < 2:
+        raise BadInput(
+            f"{what}: all {len(items)} items are of class {int(items.labels[0])}: calibrate on "
+            "items of every class"
+        )
+
+
 def check_disjoint(splits: Mapping[str, Items], together: Iterable[Collection[str]] = ()) -> None:
     """Check that no item is in two splits, by content, and no scene either.
+
+    Order does not matter, and neither does the type that numbers or texts are stored in.
 
     Args:
         splits: by name.
@@ -173,9 +193,9 @@ def check_disjoint(splits: Mapping[str, Items], together: Iterable[Collection[st
             if shared:
                 at = min(contents[one][content] for content in shared)
                 raise BadInput(
-                    f"data: splits {one} and {other} overlap: {len(shared)} items are the same "
-                    f"down to the byte, the first is item {at} of {one}; split before copying "
-                    "or augmenting, and drop duplicates"
+                    f"data: splits {one} and {other} overlap: {_items(len(shared))} in both, the "
+                    f"first is item {at} of {one}; split before copying or augmenting, and drop "
+                    "duplicates"
                 )
             both = _stated(splits[one], scenes[one]) & _stated(splits[other], scenes[other])
             if both:
@@ -190,9 +210,14 @@ def _stated(items: Items, scenes: set[object]) -> set[object]:
     return set() if np.array_equal(items.scenes, np.arange(len(items))) else scenes
 
 
+def _items(count: int) -> str:
+    return "1 item is" if count == 1 else f"{count} items are"
+
+
 def _contents(items: Items) -> dict[bytes, int]:
+    """Return the first row of every content, by its digest."""
     arrays = [
-        np.ascontiguousarray(array)
+        _comparable(array)
         for _, array in sorted((items.inputs if items.inputs else items.raw).items())
     ]
     found: dict[bytes, int] = {}
@@ -202,6 +227,17 @@ def _contents(items: Items) -> dict[bytes, int]:
             digest.update(array[row].tobytes())
         found.setdefault(digest.digest(), row)
     return found
+
+
+def _comparable(array: Array) -> Array:
+    """Return an array in which equal items are equal bytes, whatever type they are stored in."""
+    if array.dtype.kind in "US":  # padded to the longest text, which differs between splits
+        flat = [text if isinstance(text, bytes) else str(text).encode() for text in array.ravel()]
+        digests = [hashlib.sha256(text).digest() for text in flat]
+        return np.array(digests, "V32").reshape(array.shape)
+    # Whole numbers above 2**53 may become equal; two such items that differ nowhere else are rare
+    # enough. Adding zero makes one zero of both.
+    return np.ascontiguousarray(array.astype(np.float64) + 0.0)
 
 
 def _arrays(items: Items) -> dict[str, Array]:

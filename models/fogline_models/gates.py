@@ -91,6 +91,16 @@ class Decision:
         return tuple(check for check in self.checks if not check.passed)
 
     @property
+    def may_change(self) -> bool:
+        """Whether the next build may decide otherwise, because only noise of timing decided.
+
+        With a waiver it ships either way, and with another failed check it ships in no way.
+        """
+        noisy = any(check.timing and check.within_noise for check in self.checks)
+        sure = any(not (check.timing and check.within_noise) for check in self.failed)
+        return noisy and not sure and not self.reason
+
+    @property
     def sentence(self) -> str:
         """The decision as people say it."""
         against = "; ".join(check.words for check in self.failed)

@@ -142,7 +142,7 @@ def adopt(
         BadInput: the file is not usable, has a variable dimension without bounds, needs what
             this onnxruntime does not have, or answers with NaN or infinity.
     """
-    step = "import"
+    step = "export"
     model = load(source, step=step)
     found = signature(model, bounds or {}, step=step)
     staged = path.with_name(f".{path.name}.staged")
@@ -333,6 +333,11 @@ def graphs(model: Any) -> Iterator[Any]:
                 waiting.extend(attribute.graphs)
                 if attribute.HasField("g"):
                     waiting.append(attribute.g)
+
+
+def first_axes(found: Signature) -> set[int]:
+    """Return the sizes that the first axes of inputs and outputs have; 0: there is no axis."""
+    return {spec.shape[0] if spec.shape else 0 for spec in (*found.inputs, *found.outputs)}
 
 
 def _fixed_rows(found: Signature) -> int | None:

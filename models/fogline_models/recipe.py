@@ -184,8 +184,10 @@ def read(path: Path) -> Recipe:
     file = _find(path)
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{file}: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{file} is not TOML: {error}") from None
     _check_keys(document, Recipe, str(file), hidden=("folder",))
     return checked({**document, "folder": file.parent}, str(file))
 
@@ -202,9 +204,11 @@ def checked(document: Mapping[str, Any], where: str) -> Recipe:
 
     try:
         recipe = TypeAdapter(Recipe).validate_python(document)
+        problem = _contradiction(recipe)
     except ValidationError as error:
         raise BadInput(f"{where}: {_sentence(error)}") from None
-    problem = _contradiction(recipe)
+    except BadInput as error:  # of bars, terms and targets
+        raise BadInput(f"{where}: {error}") from None
     if problem is not None:
         raise BadInput(f"{where}: {problem}")
     return recipe
@@ -265,12 +269,30 @@ def _contradiction(recipe: Recipe) -> str | None:
         return "data: name either make or files"
     if not recipe.release:
         return "there is no [[release]]: nothing to build"
+    twice = [label for label in recipe.labels if recipe.labels.count(label) > 1]
+    if twice:
+        return f"labels: {twice[0]!r} is there twice, classes are told by their names"
     seen: dict[tuple[str, str], ReleaseRecipe] = {}
     for release in recipe.release:
         problem = _release_contradiction(recipe, release, seen)
         if problem is not None:
             return f"release {release.title}: {problem}"
         seen[release.model, release.version] = release
+    return None
+
+
+def _bars_contradiction(recipe: Recipe, release: ReleaseRecipe) -> str | None:
+    """Return what is wrong with gates and terms: training is too long to be told after it."""
+    (release.certificate or recipe.certificate).terms  # noqa: B018 - checks itself
+    gates = release.gates or recipe.gates
+    variants = (*recipe.variants(release), FP32)
+    for name in gates.allow:
+        if name not in variants:
+            return f"gates.allow: {name!r} is none of its variants {', '.join(variants)}"
+    if gates.latency_batch > max(release.max_batch, 1):
+        return (
+            f"gates.latency_batch: {gates.latency_batch} rows, but max_batch is {release.max_batch}"
+        )
     return None
 
 
@@ -298,6 +320,19 @@ def _release_contradiction(
         return f"score: {release.score!r} is unknown, known are {', '.join(FUNCTIONS)}"
     if not 0 <= release.max_batch <= 65_536:
         return f"max_batch: from 0, no batch dimension, to 65536, got {release.max_batch}"
+    for form, agreement in release.sweep.items():
+        if not 0 < agreement <= 1:
+            return f"sweep.{form}: agreement lies between 0 and 1, got {agreement:g}"
+    for name, axes in source.dynamic.items():
+        for axis, (_, least, most) in axes.items():
+            if axis < 1 or not 1 <= least <= most:
+                return (
+                    f"source.dynamic.{name}.{axis}: bounds must rise from 1, for an axis after the "
+                    f"batch, got {least}..{most}"
+                )
+    problem = _bars_contradiction(recipe, release)
+    if problem is not None:
+        return problem
     models = {model for model, _ in seen}
     to = release.escalates_to
     if to and MODEL_NAME.fullmatch(to) and to not in models:

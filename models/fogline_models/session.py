@@ -77,6 +77,15 @@ class Session:
             raise BadInput(f"{model}: asked for {provider}, placed on {', '.join(sorted(placed))}")
         self._outputs = [output.name for output in self._session.get_outputs()]
 
+    def rows(self, wanted: int) -> int:
+        """Return how many rows go into one run: ``wanted``, unless the file fixes them."""
+        firsts = {
+            spec.shape[0]
+            for spec in self._session.get_inputs()
+            if spec.shape and isinstance(spec.shape[0], int)
+        }
+        return int(firsts.pop()) if len(firsts) == 1 else wanted
+
     def run(self, inputs: Mapping[str, Array], rows_at_once: int) -> dict[str, Array]:
         """Return every output for all rows, computed ``rows_at_once`` at a time.
 
@@ -111,7 +120,7 @@ class Session:
 _UNKNOWN = re.compile(
     r"No Op registered for (?P<onnx>\S+) with"
     r"|Fatal error: (?P<foreign>\S+?)\(-?\d+\) is not a registered"
-    r"|Could not find an implementation for (?P<kernel>\S+?)\(\d+\)"
+    r"|Could not find an implementation for (?P<kernel>\S+?\(\d+\))"
 )
 _TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
 _OPSET = re.compile(
@@ -126,9 +135,10 @@ def _reason(text: str, provider: str) -> str:
     here = f"onnxruntime {onnxruntime.__version__}"
     if found := _UNKNOWN.search(text):
         name = next(filter(None, found.groups()))
+        newer = ", or in a newer opset" if found["kernel"] else ""
         return (
             f"{here} has no operator {name} for the types it is used with on {provider}: write "
-            "the model without it"
+            f"the model without it{newer}"
         )
     if found := _TOO_NEW.search(text):
         return (

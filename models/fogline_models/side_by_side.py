@@ -8,11 +8,13 @@ from typing import Any
 
 from fogline_models import data, measure
 from fogline_models import evaluate as figures
+from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.evaluate import Evaluation, HeldOut
 from fogline_models.measure import Cost
 from fogline_models.session import Session
 from fogline_models.wording import interval, micros, percent
+from fogline_protocol.tensors import Array
 
 ROWS = 64  # at once
 BATCHES = (1, 32)
@@ -41,16 +43,21 @@ def evaluate(
         raise BadInput(
             "evaluate: two files have the same name, rename one: it is how they are told"
         )
-    outputs = {name: _first(Session(path).run(items.inputs, ROWS)) for name, path in files.items()}
+    sessions = {name: Session(path) for name, path in files.items()}
+    outputs = {name: _answers(session, items) for name, session in sessions.items()}
     evaluation = figures.evaluate(
         outputs,
         HeldOut(items.scenes, items.labels, items.slices),
         reference=next(iter(files)),
-        hub=None if hub is None else _first(Session(hub).run(items.inputs, ROWS)),
+        hub=None if hub is None else _answers(Session(hub), items),
         hub_model="hub" if hub is None else hub.stem,
         vectors=vectors,
     )
-    batches = [n for n in BATCHES if n <= len(items)]
+    batches = [
+        n
+        for n in BATCHES
+        if n <= len(items) and all(session.rows(n) == n for session in sessions.values())
+    ]
     costs = measure.measure(files, items.inputs, batches, reference=next(iter(files)))
     sizes = {name: measure.size_of(path) for name, path in files.items()}
     return SideBySide(evaluation, costs, sizes)
@@ -84,5 +91,6 @@ def lines(found: SideBySide) -> Iterator[str]:
         yield f"  {name}: {', '.join(said)}"
 
 
-def _first(outputs: Mapping[str, Any]) -> Any:
-    return next(iter(outputs.values()))
+def _answers(session: Session, items: Items) -> Array:
+    """Return the first output for all items."""
+    return next(iter(session.run(items.inputs, session.rows(ROWS)).values()))

@@ -104,7 +104,7 @@ def _from_torch(
     import torch
 
     source = release.source
-    hook = hooks.load(recipe.folder, source.torch, f"release {release.title}: source.torch")
+    hook = hooks.load(recipe.folder, source.torch, "source.torch")
     module = hook(splits, paced(say), **source.arguments)
     if not isinstance(module, torch.nn.Module):
         raise BadInput(
@@ -131,13 +131,21 @@ def _from_onnx(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Pat
     source = release.source
     assert source.onnx is not None
     examples = splits["self_test"].inputs
-    graph.adopt(
+    found = graph.adopt(
         recipe.folder / source.onnx,
         props(recipe, release, "fp32"),
         into / FP32,
         bounds=_bounds(source),
         examples=examples,
     )
+    if not found.batched:
+        if graph.first_axes(found) != {1}:
+            raise BadInput(
+                f"export: {source.onnx} has no open batch axis and does not take one item at a "
+                "time: open the first axis of all inputs and outputs, for instance with "
+                "onnx.tools.update_model_dims"
+            )
+        examples = {name: array[:1] for name, array in examples.items()}  # the vectors are one run
     answers = Session(into / FP32).run(examples, release.max_batch or 1)
     save_golden(into, examples, answers)
     Exported("onnx").save(into)

@@ -3,20 +3,23 @@
 A step is known by its *facts*: everything that determines what it makes, such as digests of
 what it reads, options, versions of tools. What it made before from the same facts is taken as
 it is, if every file still has its digest; otherwise it is made in a hidden folder and renamed
-into place, so a step is whole or absent, and two builds at once do not disturb each other.
+into place, so a step is whole or absent. Of two builds at once that need the same step, one makes
+it and the other waits.
 
     CACHE/<step>/<key>/...             what the step made
     CACHE/<step>/<key>/step.json       its facts, and the digest of every file
+    CACHE/<step>/.<key>.lock           held while it is made; a lock ends with its process
 """
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -80,9 +83,17 @@ class Steps:
         self._total = 0
         self._begun = 0
 
-    def expect(self, count: int) -> None:
-        """Announce how many more steps there will be, so that each can say which one it is."""
-        self._total += count
+    def expect(self, steps: Iterable[str]) -> None:
+        """Announce the names of the steps there will be, so that each can say which one it is.
+
+        Raises:
+            BadInput: one that was asked for again is none of them.
+        """
+        planned = list(steps)
+        self._total += len(planned)
+        for name in sorted(self._again.difference(planned)):
+            known = ", ".join(dict.fromkeys(planned))
+            raise BadInput(f"again: there is no step {name!r} in this build, only {known}")
 
     def make(self, title: str, step: str, facts: Facts, do: Callable[[Path, Say], None]) -> Path:
         """Return the folder with what the step makes of its facts.
@@ -99,65 +110,105 @@ class Steps:
         self._begun += 1
         at = f"[{self._begun}/{max(self._total, self._begun)}] {title}: {step}"
         facts = {"step": step, **facts}
-        text = json.dumps(facts, sort_keys=True)
+        text = json.dumps(facts, sort_keys=True, default=str)  # dates, which TOML has
         target = self._cache / step / documents.sha256(text.encode())[:32]
-        if step not in self._again and (damage := self._damage(target)) is None:
+        if self._is_done(step, target):
             self._say(f"{at}: done before")
             return target
-        if step not in self._again and damage:
-            self._say(f"{at}: what was kept is damaged ({damage}), made again")
-        self._say(at)
-        started = self._clock()
-        with self._unfinished(target, step) as folder:
-            do(folder, lambda line: self._say(f"{at}: {line}"))
-            files = {
-                path.relative_to(folder).as_posix(): documents.sha256_of_file(path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            }
-            record = json.dumps({"facts": facts, "files": files}, indent=2, sort_keys=True)
-            (folder / RECORD).write_text(record + "\n", encoding="utf-8")
+        with _told(step, target), self._alone(target, at):
+            if self._is_done(step, target):  # by the build that we waited for
+                self._say(f"{at}: done meanwhile")
+                return target
+            if step not in self._again and (damage := _damage(target)):
+                self._say(f"{at}: what was kept is damaged ({damage}), made again")
+            self._say(at)
+            started = self._clock()
+            with _unfinished(target) as folder:
+                try:
+                    do(folder, lambda line: self._say(f"{at}: {line}"))
+                except BadInput as error:
+                    named = str(error).startswith(f"{step.split()[0]}: ")
+                    where = title if named else f"{title}: {step}"
+                    raise type(error)(f"{where}: {error}") from error.__cause__
+                record = {"facts": facts, "files": _digests(folder)}
+                written = json.dumps(record, indent=2, sort_keys=True, default=str)
+                (folder / RECORD).write_text(written + "\n", encoding="utf-8")
         self._say(f"{at}: {self._clock() - started:.1f} s")
         return target
 
-    def _damage(self, target: Path) -> str | None:
-        """Return None if the step is kept intact, else what is wrong; empty if it is absent."""
-        try:
-            files = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
-            for name, digest in files.items():
-                if documents.sha256_of_file(target / name) != digest:
-                    return f"{name} has changed"
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing" if target.is_dir() else ""
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{RECORD}: {error}"
-        return None
+    def _is_done(self, step: str, target: Path) -> bool:
+        return step not in self._again and _damage(target) is None
 
     @contextlib.contextmanager
-    def _unfinished(self, target: Path, step: str) -> Iterator[Path]:
-        folder = None
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            yield folder
-            _place(folder, target)
-        except OSError as error:
-            hint = (
-                ": free some space, or name another place with --cache"
-                if error.errno == errno.ENOSPC
-                else ""
-            )
-            raise BadInput(f"{step}: {error.filename or target}: {error.strerror}{hint}") from None
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _alone(self, target: Path, at: str) -> Iterator[None]:
+        """Hold the step's lock."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Never removed: whoever waits for a removed lock would not exclude who makes a new one.
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._say(f"{at}: another build is at it, waiting")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
-def _place(folder: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)  # damaged, or asked for again
+@contextlib.contextmanager
+def _told(step: str, target: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one sentence."""
     try:
-        os.rename(folder, target)
+        yield
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        # Another build made it meanwhile, from the same facts.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = ": free some space, or name another place with --cache" if full else ""
+        raise BadInput(
+            f"{step}: {error.filename or target}: {error.strerror or error}{hint}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder that takes the place of ``target``, if the block does not raise.
+
+    The step's lock is held, so what else is unfinished belongs to builds that were killed.
+    """
+    for left in target.parent.glob(f".{target.name}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder
+        if target.exists():  # damaged, or asked for again
+            os.rename(target, folder.with_name(f"{folder.name}.old"))
+        os.rename(folder, target)
+    finally:
+        for left in (folder, folder.with_name(f"{folder.name}.old")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _damage(target: Path) -> str | None:
+    """Return None if a step is kept intact, else what is wrong; empty if it is absent."""
+    try:
+        files = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
+        found = _digests(target)
+        for name in sorted(files.keys() | found.keys()):
+            if name not in found:
+                return f"{name} is missing"
+            if name not in files:
+                return f"{name} was added"
+            if found[name] != files[name]:
+                return f"{name} has changed"
+    except FileNotFoundError:
+        return f"{RECORD} is missing" if target.is_dir() else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{RECORD}: {error}"
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a step, by its path in it."""
+    return {
+        path.relative_to(folder).as_posix(): documents.sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / RECORD
+    }

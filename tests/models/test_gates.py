@@ -62,6 +62,27 @@ def test_a_ratio_that_noise_could_have_made_is_said_to_be_one() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("ratio", "bars", "changes"),
+    [
+        (1.02, Gates(), True),  # refused, but only by noise
+        (0.98, Gates(), True),  # eligible, but only by noise
+        (1.31, Gates(), False),
+        (0.50, Gates(), False),
+        (1.02, Gates(allow={"int8": "it is half as large"}), False),  # ships either way
+        (0.98, Gates(allow={"int8": "it is half as large"}), False),
+        (1.02, Gates(max_size_ratio=0.1), False),  # refused either way
+        (1.02, Gates(max_latency_ratio=None), False),
+    ],
+)
+def test_a_decision_that_the_next_build_may_take_otherwise_is_known_as_such(
+    ratio: float, bars: Gates, changes: bool
+) -> None:
+    found = gates.decide(bars, evaluation(), costs(ratio, spread=0.04), SIZES)
+    assert int8(found).may_change is changes
+    assert not next(each for each in found if each.variant == "fp32").may_change
+
+
 def test_a_quick_and_faithful_variant_is_eligible() -> None:
     decisions = gates.decide(Gates(max_size_ratio=0.6), evaluation(), costs(0.4), SIZES)
     assert int8(decisions).sentence == "int8 eligible: passes 4 checks"

@@ -49,7 +49,7 @@ def test_a_model_in_two_files_becomes_one_that_computes_the_same(tmp_path: Path)
 def test_external_data_that_is_missing_is_named(tmp_path: Path) -> None:
     path = nets.save(nets.cnn(), tmp_path / "net.onnx", external=True)
     (tmp_path / "weights").unlink()
-    with pytest.raises(BadInput, match=r"^import: .*net\.onnx keeps tensor 'w0' in weights, which"):
+    with pytest.raises(BadInput, match=r"^export: .*net\.onnx keeps tensor 'w0' in weights, which"):
         graph.adopt(path, {}, tmp_path / "taken.onnx")
 
 
@@ -57,7 +57,7 @@ def test_external_data_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path = nets.save(nets.cnn(), tmp_path / "net.onnx", external=True)
     with (tmp_path / "weights").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(BadInput, match=r"^import: .*external data"):
+    with pytest.raises(BadInput, match=r"^export: .*external data"):
         graph.adopt(path, {}, tmp_path / "taken.onnx")
     assert not (tmp_path / "taken.onnx").exists()
 
@@ -88,7 +88,7 @@ def test_a_model_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
-        with pytest.raises(BadInput, match=r"^import: "):
+        with pytest.raises(BadInput, match=r"^export: "):
             graph.adopt(path, {}, tmp_path / "taken.onnx")
     assert not (tmp_path / "taken.onnx").exists()
 
@@ -103,7 +103,7 @@ def test_operators_that_onnxruntime_lacks_are_named(tmp_path: Path) -> None:
         )
 
     said = refusal(using("Fancy", "com.acme"), tmp_path)
-    assert said.startswith("import: ")
+    assert said.startswith("export: ")
     assert "has no operator com.acme:Fancy" in said
     assert "write the model without it" in said
     assert "Fancy" in refusal(using("Fancy", ""), tmp_path)
@@ -112,7 +112,7 @@ def test_operators_that_onnxruntime_lacks_are_named(tmp_path: Path) -> None:
 def test_an_opset_from_the_future_is_refused_with_the_one_that_runs(tmp_path: Path) -> None:
     made = nets.cnn()
     made.opset_import[0].version = 1000
-    assert refusal(made, tmp_path).startswith("import: ")
+    assert refusal(made, tmp_path).startswith("export: ")
 
 
 @pytest.mark.parametrize("name", ["light_squeezenet", "light_shufflenet"])
@@ -179,7 +179,7 @@ def test_the_batch_is_the_axis_that_everything_has_open(
 
 def test_an_open_axis_without_bounds_is_refused_with_the_tensor_named(tmp_path: Path) -> None:
     said = refusal(open_axes("n", "sequence"), tmp_path)
-    assert said.startswith("import: axis 1 of input 'tokens' is open")
+    assert said.startswith("export: axis 1 of input 'tokens' is open")
     assert "'sequence'" in said
     assert "'tokens[1]'" in refusal(open_axes("n", None), tmp_path)
     assert "rise from 1" in refusal(open_axes("n", "s"), tmp_path, s=(9, 2))

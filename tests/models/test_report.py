@@ -163,6 +163,16 @@ def test_a_certificate_that_never_lets_the_edge_answer_says_so() -> None:
     assert "nothing can be promised for answers of the edge" in page.text
 
 
+def test_a_release_without_a_certificate_says_why_and_one_with_it_does_not(page: Page) -> None:
+    told = document(escalations=())
+    figures = {**told["figures"], "uncertified": f"5 scenes are too few {HOSTILE}"}
+    without = Page(report.html({**told, "figures": figures}))
+    assert "No certificate: devices escalate every request" in without.text
+    assert f"5 scenes are too few {HOSTILE}" in without.text
+    assert "script" not in {tag for tag, _ in without.tags}
+    assert "No certificate" not in page.text
+
+
 def test_many_classes_and_slices_are_told_by_the_worst() -> None:
     from fogline_models import evaluate
 
