@@ -73,13 +73,14 @@ def test_inspect_says_everything_that_is_in_a_bundle(first: BundleDirectory) -> 
     assert "image FP32 [-1, 1, 8, 8]" in said
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in said
     assert "max_softmax of logits" in said
-    assert "to digits-hub, bundle ef60ebcac59d8d79" in said
+    assert first.bundle.escalates_to is not None
+    assert f"to digits-hub, bundle {first.bundle.escalates_to.bundle_sha256[:16]}" in said
     assert "32 golden rows" in said
     for certificate in first.certificates:
         assert certificate.id in said
         assert f"above {certificate.threshold:.4f} answers locally" in said
     assert "does not hold here" not in said
-    assert said.count("not covered by the digest") == 3  # two certificates and the report
+    assert said.count("not covered by the digest") == 4  # two certificates, two forms of report
 
 
 def test_inspect_as_json_holds_the_same(first: BundleDirectory) -> None:
@@ -159,8 +160,10 @@ def test_compare_tells_what_a_device_gets_with_the_better_release(
     said = result.output
     assert said.startswith("digits 1.0.0  ->  digits 1.1.0\n")
     assert "Inputs, outputs, labels and score are the same." in said
-    assert "int8-qdq: 8,834 -> 11,418 bytes (1.29 x)" in said
-    assert "threshold 0.6974 -> 0.5986, escalates 26.6 % -> 6.6 %" in said
+    before, after = (b.bundle.files["variants/int8-qdq.onnx"].bytes for b in (first, better))
+    assert f"int8-qdq: {before:,} -> {after:,} bytes ({after / before:.2f} x)" in said
+    old, new = (next(c for c in b.certificates if c.variant == "int8-qdq") for b in (first, better))
+    assert f"threshold {old.threshold:.4f} -> {new.threshold:.4f}, escalates" in said
     assert "of 350 items" in said
     assert "digits 1.1.0 is right on" in said
     assert "A in rows, B in columns" in said
@@ -223,8 +226,8 @@ def test_a_device_fetches_the_blocks_it_does_not_have(
     fetched, needed = comparison.delta_bytes(a, b, "fp32")
     root = len((b.path / release.ROOT).read_bytes())
     assert fetched == BLOCK_BYTES + root  # the block in the middle, and the document naming it
-    files = ("README.md", "selftest.npz", "variants/fp32.onnx", "variants/fp32.onnx.data")
-    assert needed == root + sum(b.bundle.files[name].bytes for name in files)
+    others = {"variants/int8-qdq.onnx"}
+    assert needed == root + sum(b.bundle.files[n].bytes for n in b.bundle.files.keys() - others)
     # The other variant carries none of that data.
     assert comparison.delta_bytes(a, b, "int8-qdq")[1] < needed - 3 * BLOCK_BYTES
 
