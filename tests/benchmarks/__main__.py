@@ -14,10 +14,11 @@ ALL: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "soak": lambda options: soak.main(options.seconds, options.callers),
     "workshop": lambda options: workshop.main(options.json),
 }
+WITH_TORCH = "workshop"  # has an environment of its own
 
 
 def main() -> None:
-    """Run what was named, or everything."""
+    """Run what was named, or everything that needs no torch."""
     parser = argparse.ArgumentParser(
         prog="./run bench",
         description=benchmarks.__doc__,
@@ -33,7 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.names) - set(ALL):
         parser.error(f"no benchmark {sorted(unknown)}; there are {', '.join(ALL)}")
-    for name in options.names or ALL:
+    names = options.names or [name for name in ALL if name != WITH_TORCH]
+    if not options.names:
+        print(f"without {WITH_TORCH}, which needs torch: ./run bench {WITH_TORCH}")
+    for name in names:
         ALL[name](options)
 
 
