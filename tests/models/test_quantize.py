@@ -276,24 +276,40 @@ def test_an_output_of_a_kept_node_never_goes_through_float16(tmp_path: Path) -> 
     assert Session(net.with_name("fp16.onnx"), as_written=True).run(ROWS, 32)["y"].max() > 65504
 
 
-def test_masks_may_saturate_in_float16(tmp_path: Path) -> None:
+def masked_net(path: Path) -> Path:
+    """Write what attention does with its scores, and return where."""
     made = nets.model(
         [
             onnx.helper.make_node("MatMul", ["x", "w"], ["h"]),
-            onnx.helper.make_node("Add", ["h", "mask"], ["masked"]),
+            onnx.helper.make_node("Relu", ["h"], ["r"]),
+            onnx.helper.make_node("MatMul", ["r", "v"], ["s"]),
+            onnx.helper.make_node("Add", ["s", "mask"], ["masked"]),
             onnx.helper.make_node("Softmax", ["masked"], ["y"]),
         ],
         [nets.tensor("x", ["n", 8])],
         [nets.tensor("y", ["n", 8])],
         {
             "w": nets.random(8, 8),
+            "v": nets.random(8, 8),
             "mask": np.array([0.0] * 6 + [np.finfo(np.float32).min] * 2, np.float32),
         },
     )
-    net = nets.save(made, tmp_path / "fp32.onnx")
+    return nets.save(made, path)
+
+
+def test_masks_may_saturate_in_float16(tmp_path: Path) -> None:
+    net = masked_net(tmp_path / "fp32.onnx")
     written(net, "fp16", ROWS)
     answers = Session(net.with_name("fp16.onnx")).run(ROWS, 32)["y"]
     assert not answers[:, 6:].any()
+
+
+def test_a_mask_does_not_take_the_steps_of_the_scores(tmp_path: Path) -> None:
+    net = masked_net(tmp_path / "fp32.onnx")
+    written(net, "int8-qdq", ROWS)
+    wanted = Session(net).run(ROWS, 32)["y"]
+    found = Session(net.with_name("int8-qdq.onnx"), as_written=True).run(ROWS, 32)["y"]
+    assert np.abs(found - wanted).max() < 0.1
 
 
 def test_a_model_of_an_old_opset_is_quantized_at_the_first_that_can(tmp_path: Path) -> None:
