@@ -432,7 +432,7 @@ class _Build:
         return _bundle(self._recipe.folder / each.parent, "parent")
 
     def _inputs(self, each: ReleaseRecipe) -> tuple[report.Input, ...]:
-        """Return what a release was made from: the recipe, its code, the data."""
+        """Return what a release was made from: the recipe's code, files it names, the data."""
         recipe = self._recipe
         found = [
             report.Input(path.name, documents.sha256_of_file(path), path.stat().st_size, what)

@@ -416,6 +416,10 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
     [
         (("export", "{family}/none.onnx", "--data", "{data}", "--out", "{out}"), "none.onnx: No such"),
         (("export", "{family}/edge.onnx", "--data", "{family}/none.npz", "--out", "{out}"), "No such"),
+        (
+            ("export", "{family}/edge.onnx", "--data", "{data}", "--out", "{family}/data.py/out"),
+            "data.py/out: Not a directory",
+        ),
         (("export", "{family}/data.py:nets", "--data", "{data}", "--out", "{out}"), "no function nets"),
         (
             ("export", "{family}/nets.py:a", "--data", "{data}", "--out", "{out}", "--argument", "a"),
