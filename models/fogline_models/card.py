@@ -165,7 +165,7 @@ def _verdict(decision: Decision) -> str:
             f"- **{decision.variant} has a waiver**: it ships{although}, whatever its latency "
             f"(`report.json`). Reason given: {decision.reason}"
         )
-    if len(against) < len(decision.failed):
+    if not against:  # where more is against it, a time decides nothing and may change
         against.append("slower than the recipe allows, with figures in `report.json`")
     return f"- **{decision.variant} is refused**: {'; '.join(against)}."
 

@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fogline_models import card, plots, report, wording
+from fogline_models import card, gates, plots, report, wording
 from fogline_models.card import Words
 from fogline_models.errors import BadInput, MissingExtra
+from fogline_models.gates import Gates
 from fogline_protocol.release import Bundle, Pairing, SelfTest
 from fogline_protocol.tensors import TensorSpec
 from tests.models.reporting import (
     DIGEST,
     HOSTILE,
+    SIZES,
     costs,
     decisions,
     document,
@@ -349,11 +351,27 @@ def test_the_card_is_the_same_however_quick_the_machine_was() -> None:
     assert "loses 2.5 points" in written(waiver)  # a waiver hides no figure of the data
 
 
-def test_the_card_names_what_was_refused_and_why_without_a_time() -> None:
+def test_the_card_names_what_was_refused_and_why_the_same_however_quick_it_was() -> None:
     text = written({}, 1.31)
     assert "**int8 is refused**: loses 2.5 points" in text
-    assert "slower than the recipe allows, with figures in `report.json`" in text
-    assert text == written({}, 1.6)
+    assert "slower" not in text
+    assert text == written({}, 1.6) == written({}, 0.5)
+
+
+def test_the_card_of_a_variant_that_is_only_slow_says_so_without_a_time() -> None:
+    bars = Gates(max_accuracy_loss=None, min_agreement=None)
+    told = {
+        card.card(
+            WORDS,
+            subject(),
+            root(),
+            evaluation(),
+            gates.decide(bars, evaluation(), costs(ratio), SIZES),
+        )
+        for ratio in (1.31, 1.6)
+    }
+    (text,) = told
+    assert "**int8 is refused**: slower than the recipe allows, with figures in `report.j" in text
 
 
 def test_without_a_data_set_of_a_name_there_is_no_model_index() -> None:
