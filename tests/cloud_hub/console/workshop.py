@@ -180,6 +180,7 @@ def bundle(
         (folder / "certificates" / f"{place}.json").write_bytes(own.to_json())
     text = document if isinstance(document, str) else json.dumps(document or report())
     (folder / "report.json").write_text(text)
+    (folder / "report.html").unlink(missing_ok=True)  # the committed one
     if page is not None:
         (folder / "report.html").write_text(page)
     return folder
