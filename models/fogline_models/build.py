@@ -330,6 +330,11 @@ class _Build:
                 running = Session(path)
                 for split in wanted:
                     answers = running.run(splits[split].inputs, rows)
+                    if output not in answers:
+                        raise BadInput(
+                            f"{name} gives no output {output!r}, only {', '.join(answers)}: what "
+                            "is compared must call its answers alike"
+                        )
                     arrays[f"{split}/{name}"] = answers[output]
             archive.save(into / "outputs.npz", arrays)
 
