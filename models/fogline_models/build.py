@@ -351,6 +351,11 @@ class _Build:
                 running = Session(path, as_written=not computes_here(name))
                 for split in wanted:
                     answers = running.run(splits[split].inputs, rows)
+                    if output not in answers:
+                        raise BadInput(
+                            f"{name} gives no output {output!r}, only {', '.join(answers)}: what "
+                            "is compared must call its answers alike"
+                        )
                     arrays[f"{split}/{name}"] = answers[output]
             archive.save(into / "outputs.npz", arrays)
 
@@ -400,10 +405,10 @@ class _Build:
         for key, file in (("source.onnx", source.onnx), ("examples", each.examples)):
             if file is not None:
                 _digest(recipe.folder / file, f"{where}: {key}")
-        if source.huggingface and not (recipe.folder / source.huggingface).is_dir():
+        named = str(source.huggingface or "")  # a folder, unless it is a function
+        if named and ".py:" not in named and not (recipe.folder / named).is_dir():
             raise BadInput(
-                f"{where}: source.huggingface: there is no folder "
-                f"{recipe.folder / source.huggingface}"
+                f"{where}: source.huggingface: there is no folder {recipe.folder / named}"
             )
         mine = {other.model for other in recipe.release}
         if each.escalates_to and each.escalates_to not in mine:
@@ -526,7 +531,7 @@ def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
     source = each.source
     if source.onnx is not None:
         yield recipe.folder / source.onnx, "the model"
-    if source.huggingface is not None:
+    if source.huggingface:
         for path in sorted((recipe.folder / source.huggingface).rglob("*")):
             if path.is_file():
                 yield path, "the model"

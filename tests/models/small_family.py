@@ -103,7 +103,7 @@ def write(folder: Path, *, torch: bool = False) -> Path:
     recipe = RECIPE
     if torch:
         (folder / "nets.py").write_text(TORCH)
-        recipe = recipe.replace('onnx = "edge.onnx"', 'torch = "nets.py:edge"')
+        recipe = recipe.replace('onnx = "edge.onnx"', 'torch = "nets.py:edge", outputs = ["y"]')
     (folder / "recipe.toml").write_text(recipe)
     return folder
 

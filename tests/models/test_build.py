@@ -74,7 +74,8 @@ def test_every_release_is_built_paired_certified_and_reported(built: Path) -> No
     assert json.loads((edge.path / "report.json").read_text())["decisions"]["shipped"]
     assert (edge.path / "report.html").is_file()
     listed = json.loads(edge.file("sources.json").read_text())["inputs"]
-    assert {"edge.onnx", "data.py", "training.npz"} <= listed.keys()
+    splits = {"training", "evaluation", "calibration", "ranges", "self_test"}
+    assert listed.keys() == {"edge.onnx", "data.py", *(f"{name}.npz" for name in splits)}
     assert unfinished(built) == []
 
 
@@ -102,6 +103,21 @@ def test_another_folder_and_another_cache_give_the_same_digests(
             release.read(parent / "out" / "bundles" / name) for parent in (built, family.parent)
         )
         assert one.sha256 == other.sha256
+
+
+def test_a_build_into_the_recipes_own_folder_does_not_feed_on_itself(with_torch: Path) -> None:
+    # An untrained net answers at random: what it is worth is not asked here.
+    change(with_torch / "recipe.toml", "min_agreement = 0.9", "min_agreement = 0")
+    change(with_torch / "recipe.toml", "max_accuracy_loss = 0.05", "max_accuracy_loss = 1")
+    digests = set()
+    for _ in range(2):
+        result = build(with_torch, "--out", with_torch)
+        assert result.exit_code == 0, result.output
+        found = release.read(with_torch / "bundles" / "points-1.0.0")
+        digests.add(found.sha256)
+    assert len(digests) == 1
+    listed = json.loads(found.file("sources.json").read_text())["inputs"]
+    assert {"data.py", "nets.py"} == {name for name in listed if not name.endswith(".npz")}
 
 
 def test_a_build_goes_on_where_it_stopped(family: Path) -> None:
@@ -140,6 +156,12 @@ def test_overlap_is_looked_for_again_when_what_may_overlap_changes(family: Path)
     assert "data: splits evaluation and calibration overlap: 400 items are in both" in (
         sentence(build(family))
     )
+
+
+def test_a_hub_whose_answers_are_called_otherwise_is_refused(with_torch: Path) -> None:
+    change(with_torch / "recipe.toml", 'outputs = ["y"]', 'outputs = ["logits"]')
+    assert "points 1.0.0: run: points-hub " in (said := sentence(build(with_torch)))
+    assert "gives no output 'logits', only y: what is compared must call its answers alike" in said
 
 
 Change = Callable[[Path], None]
