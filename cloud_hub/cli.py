@@ -499,7 +499,8 @@ def release_push(
     """Make the bundle in directory BUNDLE a release.
 
     The hub verifies every file, checks the pair it escalates to, runs its self-test on its own
-    engine, then numbers, stores and signs it. Pushing the same bundle again changes nothing.
+    engine, then numbers, stores and signs it. The workshop's report.json and report.html go along.
+    Pushing the same bundle again changes nothing.
     """
     from cloud_hub import operate
 
@@ -534,7 +535,7 @@ def release_list(
 @_HUB
 @click.argument("name", metavar="MODEL@NUMBER")
 def release_show(config_file: Path | None, data: Path | None, hub: str | None, name: str) -> None:
-    """Show one release in full, as JSON: contract, variants, certificates, report."""
+    """Show one release in full, as JSON: contract, variants, lineage, certificates, report."""
     from cloud_hub import operate
 
     model, _, number = name.partition("@")

@@ -238,7 +238,20 @@ def release_lines(releases: list[dict[str, Any]]) -> Iterator[str]:
         pair = f"escalates to {one['escalates_to']}" if one["escalates_to"] else ""
         forced = "FORCED past its self-test" if one["forced"] else ""
         size = f"{one['size_bytes'] / 1000:,.1f} kB"
-        yield f"{one['release']:<20} {one['version']:<10} {size:>12}  {accepted}  {pair} {forced}".rstrip()
+        told = "  ".join(part for part in (accepted, _descent(one), pair, forced) if part)
+        yield f"{one['release']:<20} {one['version']:<10} {size:>12}  {told}"
+        yield from (f"  note: {note}" for note in one.get("notes", ()))
+
+
+def _descent(one: dict[str, Any]) -> str:
+    """Return where a release comes from and what came from it."""
+    parent, children = one.get("parent"), one.get("children", ())  # an older hub tells neither
+    said = []
+    if parent is not None:
+        said.append(f"from {parent['release'] or parent['version'] + ' (unknown to this hub)'}")
+    if children:
+        said.append(f"parent of {', '.join(children)}")
+    return ", ".join(said)
 
 
 def device_lines(devices: list[dict[str, Any]]) -> Iterator[str]:

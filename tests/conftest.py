@@ -25,6 +25,23 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips",
+        action="store_true",
+        help="Fail if a test was skipped: for a run that promises what it runs.",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--no-skips") and reporter is not None:
+        skipped = len(reporter.stats.get("skipped", ()))
+        if skipped and exitstatus == pytest.ExitCode.OK:
+            reporter.write_line(f"--no-skips: {skipped} skipped, for the reasons below", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def digits() -> Path:
     """The folder of the digits family."""

@@ -110,7 +110,9 @@ class Door:
                 error.headers.update(HEADERS)
                 raise
             if not response.prepared:
-                response.headers.update(HEADERS)
+                # A handler may be stricter than this, as ``report_page.py`` is.
+                for name, value in HEADERS.items():
+                    response.headers.setdefault(name, value)
                 response.headers.setdefault("Cache-Control", "no-store")
             return response
 

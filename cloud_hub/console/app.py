@@ -1,7 +1,8 @@
 """Adds the console to the hub's HTTP door.
 
     GET  /                       overview              people
-    GET  /devices, /models, ...  fleet_pages.py        people
+    GET  /devices, ...           fleet_pages.py        people
+    GET  /models, /deploy, ...   release_pages.py      people
     POST /deploy                 what is wanted        people
     GET  /login  POST /login     sign in               anyone
     POST /logout                 sign out              anyone
@@ -27,6 +28,7 @@ from cloud_hub.console.fleet_api import FleetApi
 from cloud_hub.console.fleet_pages import DevicesTopic, DeviceTopic, FleetPages
 from cloud_hub.console.live import Live
 from cloud_hub.console.pages import OverviewTopic, Pages
+from cloud_hub.console.release_pages import ReleasePages
 from cloud_hub.console.roster import Roster
 from cloud_hub.console.views import Model
 from cloud_hub.fleet.devices import Devices
@@ -71,7 +73,8 @@ def add_console(
     roster = Roster(fleet.controller, devices, clock)
     table = DevicesTopic(roster, clock)
     device = DeviceTopic(roster, fleet.controller, history, clock)
-    fleet_pages = FleetPages(pages, fleet, roster, table, device, examples, door, clock)
+    fleet_pages = FleetPages(pages, fleet, roster, table, device, clock)
+    release_pages = ReleasePages(pages, fleet, roster, examples, door, clock)
     live = Live(
         {"overview": overview, "devices": table, "device": device},
         build=assets.digest,
@@ -92,7 +95,7 @@ def add_console(
     ):
         add = app.router.add_get if method == "GET" else app.router.add_post
         add(path, door.guarded(handler, audience))
-    for method, path, page in fleet_pages.routes():
+    for method, path, page in (*fleet_pages.routes(), *release_pages.routes()):
         app.router.add_route(method, path, door.guarded(page, Audience.PEOPLE))
     for method, path, operate in FleetApi(fleet, devices, scratch, clock).routes():
         app.router.add_route(method, path, door.guarded(operate, Audience.PROGRAMS))

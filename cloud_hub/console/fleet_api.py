@@ -3,6 +3,7 @@
     GET  /releases                      all, by model, newest first
     GET  /releases/{model}/{number}     one, with its bundle's root document, certificates, report;
                                         the number may be a version, and 0 is the newest
+    GET  /releases/{model}/{number}/report.html     the workshop's page, if one came with it
     POST /releases[?force=1]            a bundle as a tar stream becomes a release
     GET  /devices                       all, what is wanted of them and what they say
     GET  /devices/{name}                one, with its latest changes of phase
@@ -16,16 +17,16 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from google.protobuf import json_format
 
-from cloud_hub.console import access
+from cloud_hub.console import access, report_page
 from cloud_hub.errors import StoreFailed
-from cloud_hub.fleet import upload
+from cloud_hub.fleet import lineage, upload, workshop_report
 from cloud_hub.fleet.controller import (
     Event,
     TooMuchWanted,
@@ -67,6 +68,7 @@ class FleetApi:
             ("GET", "/api/v1/releases", _telling(self.releases)),
             ("POST", "/api/v1/releases", _telling(self.push)),
             ("GET", "/api/v1/releases/{model}/{number}", _telling(self.release)),
+            ("GET", "/api/v1/releases/{model}/{number}/report.html", _telling(self.report)),
             ("GET", "/api/v1/devices", _telling(self.devices)),
             ("GET", "/api/v1/devices/{name}", _telling(self.device)),
             ("POST", "/api/v1/deployments", _telling(self.deploy)),
@@ -74,7 +76,8 @@ class FleetApi:
 
     async def releases(self, _request: web.Request) -> web.Response:
         """Answer with every release."""
-        return web.json_response([_line(found) for found in await self._fleet.releases.list()])
+        found = await self._fleet.releases.list()
+        return web.json_response([_line(one, found) for one in found])
 
     async def release(self, request: web.Request) -> web.Response:
         """Answer with one release in full."""
@@ -82,7 +85,7 @@ class FleetApi:
         issued = await self._fleet.certificates.list(found.model, found.number)
         return web.json_response(
             {
-                **_line(found),
+                **_line(found, await self._fleet.releases.list(found.model)),
                 "bundle": json.loads(found.bundle.to_json()),
                 "certificates": [
                     {
@@ -92,12 +95,23 @@ class FleetApi:
                     }
                     for one in issued
                 ],
-                "report": dict(found.report),
+                "report": dict(await self._fleet.releases.report(found)),
+                "report_html": f"{request.path.rpartition('/')[0]}/{found.number}/report.html"
+                if self._fleet.releases.has_report_page(found)
+                else None,
                 "running_on": (await self._fleet.controller.running(found.model)).get(
                     found.number, 0
                 ),
             }
         )
+
+    async def report(self, request: web.Request) -> web.StreamResponse:
+        """Answer with the workshop's page of one release."""
+        found = await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
+        page = await self._fleet.releases.report_page(found)
+        if not page:
+            return _problem(404, "report/none", f"no report.html came with {_name(found)}")
+        return report_page.response(page)
 
     async def push(self, request: web.Request) -> web.Response:
         """Accept a bundle."""
@@ -112,13 +126,15 @@ class FleetApi:
             await _receive(request, archive)
             bundle = await asyncio.to_thread(_unpack, archive, folder / "bundle")
             found = await self._fleet.releases.accept(bundle, force=force == "1")
+            notes = (await asyncio.to_thread(workshop_report.read, bundle)).notes
         except ReleaseRefused as error:
             # Where the upload lay is of no use to whoever sent it.
             sentence = re.sub(rf"{re.escape(str(bundle))}(: |/)", "", error.sentence)
             raise ReleaseRefused(error.code, sentence, error.figures) from None
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        return web.json_response(_line(found), status=201)
+        known = await self._fleet.releases.list(found.model)
+        return web.json_response({**_line(found, known), "notes": list(notes)}, status=201)
 
     async def devices(self, _request: web.Request) -> web.Response:
         """Answer with every device."""
@@ -248,8 +264,9 @@ def _name(found: Release) -> str:
     return f"{found.model}@{found.number}"
 
 
-def _line(found: Release) -> dict[str, Any]:
+def _line(found: Release, known: Sequence[Release]) -> dict[str, Any]:
     pairing = found.escalates_to
+    line = lineage.trace(found, [one for one in known if one.model == found.model])
     return {
         "release": _name(found),
         "model": found.model,
@@ -260,6 +277,14 @@ def _line(found: Release) -> dict[str, Any]:
         "forced": found.forced,
         "size_bytes": found.size_bytes,
         "escalates_to": pairing.model if pairing is not None else None,
+        "parent": {
+            "version": line.named.version,
+            "bundle_sha256": line.named.bundle_sha256,
+            "release": _name(line.parent) if line.parent is not None else None,
+        }
+        if line.named is not None
+        else None,
+        "children": [_name(child) for child in line.children],
         "self_test": {variant: dict(figures) for variant, figures in found.self_test.items()},
     }
 

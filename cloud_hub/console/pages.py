@@ -1,5 +1,6 @@
 """Pages for people, complete as they leave the hub: scripts only keep their figures fresh."""
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,13 @@ import jinja2
 from aiohttp import web
 
 from cloud_hub.console import access, api, charts, views
-from cloud_hub.console.access import Door
+from cloud_hub.console.access import Door, Handler
 from cloud_hub.console.api import BadParameter, Insight
 from cloud_hub.console.assets import Assets
 from cloud_hub.console.views import Model
+from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet.controller import TooMuchWanted, UnknownDevice, UnknownRelease
+from cloud_hub.fleet.releases import ReleaseRefused
 
 WINDOWS_S = (60, 300, 900)  # the links above the figures
 LONGEST_FORM = 4096
@@ -200,6 +204,46 @@ class Pages:
             text=self._templates.get_template(template).render(**values),
             content_type="text/html",
         )
+
+
+def readable(pages: Pages, handler: Handler) -> Handler:
+    """Return ``handler`` with what it cannot do as a page."""
+
+    @functools.wraps(handler)
+    async def call(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except BadParameter as error:
+            status, title, detail = 400, "That cannot be shown", str(error)
+        except UnknownDevice as error:
+            status, title, detail = 404, "No such device", str(error)
+        except (UnknownRelease, ReleaseRefused) as error:
+            status, title, detail = 404, "No such release", str(error)
+        except TooMuchWanted as error:
+            status, title, detail = 409, "Too much is wanted", str(error)
+        except StoreFailed as error:
+            status, title, detail = 503, "The hub cannot reach its data", str(error)
+        detail = detail[:1].upper() + detail[1:]
+        return pages.render(
+            "error.html",
+            status=status,
+            title=title,
+            detail=detail if detail.endswith(".") else f"{detail}.",
+        )
+
+    return call
+
+
+def once(request: web.Request) -> dict[str, str]:
+    """Return the parameters of an address that may name each only once.
+
+    Raises:
+        BadParameter: one comes twice.
+    """
+    for name in request.query:
+        if len(request.query.getall(name)) > 1:
+            raise BadParameter(f"{name[:40]} comes twice")
+    return dict(request.query)
 
 
 async def read_form(request: web.Request, longest: int = LONGEST_FORM) -> Mapping[str, str]:

@@ -1,67 +1,55 @@
-"""What the pages of models, releases and deployments say. Pure.
+"""What the page of a release says. Pure.
 
-``plan`` decides what a deployment will do to each device, before anybody confirms it: the page
-that asks shows it, and what is then wanted is exactly the devices it names.
+It joins three sources, and tells them apart: what the hub checked and signed (the
+bundle, its certificates), what it counts (devices), and what the workshop claims (the report).
 """
 
-import fnmatch
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cloud_hub.console import figures
-from cloud_hub.console.api import BadParameter
+from cloud_hub.console import figures, report_views
 from cloud_hub.console.fleet_views import many, plain
-from cloud_hub.console.roster import Line, natural
+from cloud_hub.console.lineage_views import Before, LineageView, lineage_view, processing
+from cloud_hub.console.model_views import Adoption, ReleaseLine, release_line
+from cloud_hub.console.report_views import FactGroup, Figures, Report, Said
+from cloud_hub.console.roster import Line
 from cloud_hub.fleet.certificates import Issued
+from cloud_hub.fleet.lineage import Lineage
 from cloud_hub.fleet.releases import Release
-from fogline_protocol.certificate import NEVER
+from fogline_protocol.certificate import NEVER, Certificate
+from fogline_protocol.release import Tolerance
 from fogline_protocol.tensors import TensorSpec
 
-STEPS_SHOWN = 200
-FACTS_SHOWN = 200
-LONGEST_FACT = 200
+CLASSES_SHOWN = 20
+LABELS_SHOWN = 60
+ARROW = " \N{RIGHTWARDS ARROW} "
 
 
 @dataclass(frozen=True, slots=True)
-class ReleaseLine:
-    """One release in the list of its model."""
+class Tile:
+    """One figure at the head of a page."""
 
-    name: str  # MODEL@NUMBER
-    path: str
-    number: int
-    version: str
-    accepted: str
-    accepted_at: str
-    size: str
-    forced: bool
-    running: int  # devices
-    wanted: int
-    escalates_to: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """One model and its releases, the latest first."""
-
-    name: str
-    description: str
-    releases: Sequence[ReleaseLine]
-    share: Sequence[tuple[ReleaseLine, float]]  # of the devices that run it, by release
+    label: str
+    value: str
+    unit: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
 class VariantLine:
-    """One artifact of a release."""
+    """One artifact of a release, or one that the workshop refused."""
 
     name: str
     precision: str
     providers: str
-    path: str
-    size: str
-    self_test: str  # what the hub measured
-    tolerance: str
+    size: Said
+    verdict: str  # Ships, Waived or Refused
+    sentence: str
+    figures: Figures | None  # as the report has them
+    self_test: str  # what the hub measured; empty for what is not in the bundle
+    tolerances: Sequence[tuple[str, str]]  # execution provider and words
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +57,10 @@ class CertificateLine:
     """One certificate of a release."""
 
     id: str
+    sentence: str
+    held_out: str  # what the report says of it; may be empty
     variant: str
     hardware_class: str
-    alpha: str
-    delta: str
     threshold: str
     escalation: str
     expires: str
@@ -82,11 +70,14 @@ class CertificateLine:
 
 
 @dataclass(frozen=True, slots=True)
-class FactGroup:
-    """One part of the workshop's report."""
+class ClassLine:
+    """The devices of one hardware class."""
 
-    title: str
-    facts: Sequence[tuple[str, str]]
+    hardware_class: str
+    running: int
+    wanted: int
+    refused: int  # wanted there, and given up
+    certificate: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,112 +85,83 @@ class ReleasePage:
     """Everything on the page of one release, except its card."""
 
     line: ReleaseLine
+    task: str
     description: str
+    tiles: Sequence[Tile]
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
+    before: Sequence[tuple[str, str]]  # pre-processing: kind and words
+    after: Sequence[tuple[str, str]]
     max_batch: str
     labels: str
     score: str
     escalates_to_sha256: str
     variants: Sequence[VariantLine]
     certificates: Sequence[CertificateLine]
-    report: Sequence[FactGroup]
+    classes: Sequence[ClassLine]
+    more_classes: int
+    lineage: LineageView
+    report: Report | None
+    facts: Sequence[FactGroup]  # of a report of another form
     files: Sequence[tuple[str, str, str]]  # name, size, SHA-256
     bundle_sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a deployment does to one device."""
-
-    device: str
-    before: str
-    online: bool
-    note: str
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a deployment will do."""
-
-    release: ReleaseLine
-    devices: Sequence[str]  # that change
-    steps: Sequence[Step]
-    more_steps: int  # not shown
-    sentences: Sequence[str]
-    warnings: Sequence[str]
-
-
-def models(releases: Sequence[Release], lines: Sequence[Line], *, now: float) -> list[ModelCard]:
-    """Return every model with its releases, the latest first."""
-    by_model: dict[str, list[Release]] = {}
-    for release in releases:
-        by_model.setdefault(release.model, []).append(release)
-    cards = []
-    for name, own in sorted(by_model.items()):
-        rows = [release_line(release, lines, now=now) for release in own]
-        running = sum(row.running for row in rows)
-        cards.append(
-            ModelCard(
-                name=name,
-                description=own[0].bundle.description,
-                releases=rows,
-                share=[(row, row.running / running) for row in rows if row.running],
-            )
-        )
-    return cards
-
-
-def release_line(release: Release, lines: Sequence[Line], *, now: float) -> ReleaseLine:
-    """Return one release with the devices that run it and want it."""
-    held = [found for line in lines if (found := line.model(release.model)) is not None]
-    return ReleaseLine(
-        name=f"{release.model}@{release.number}",
-        path=f"/models/{release.model}/{release.number}",
-        number=release.number,
-        version=release.version,
-        accepted=figures.ago(now - release.accepted_at),
-        accepted_at=figures.iso(release.accepted_at),
-        size=str(figures.size(release.size_bytes)),
-        forced=release.forced,
-        running=sum(found.running == release.number for found in held),
-        wanted=sum(found.wanted == release.number for found in held),
-        escalates_to=release.escalates_to.model if release.escalates_to else "",
-    )
-
-
 def release_page(
-    release: Release, issued: Sequence[Issued], lines: Sequence[Line], *, now: float
+    release: Release,
+    family: Sequence[Release],
+    lineage: Lineage,
+    before: Before | None,
+    document: Mapping[str, Any],
+    issued: Sequence[Issued],
+    lines: Sequence[Line],
+    *,
+    now: float,
 ) -> ReleasePage:
-    """Return the page of one release."""
+    """Return the page of one release.
+
+    Args:
+        release: the one.
+        family: every release of its model.
+        lineage: its own, among them.
+        before: its parent, if this hub has it.
+        document: the workshop's report; it may hold anything.
+        issued: its certificates.
+        lines: every device.
+        now: seconds since 1970.
+    """
     bundle = release.bundle
+    adoption = Adoption(release.model, lines)
+    numbers = {one.bundle_sha256: one.number for one in family}
+    line = release_line(release, adoption, numbers, now=now)
+    report = report_views.read(document)
+    variants = list(_variants(release, report))
+    certificates = [_certificate(one, report, now) for one in issued]
+    holding = [one.certificate for one in issued if _state(one, now) == "Holds"]
+    classes = _classes(release, lines, holding)
+
     return ReleasePage(
-        line=release_line(release, lines, now=now),
+        line=line,
+        task=plain(bundle.task).capitalize(),
         description=bundle.description,
+        tiles=list(_tiles(variants, report, holding)),
         inputs=bundle.inputs,
         outputs=bundle.outputs,
+        before=[processing(step) for step in bundle.pre_processing],
+        after=[processing(step) for step in bundle.post_processing],
         max_batch=figures.count(bundle.max_batch) if bundle.max_batch else "no batch dimension",
-        labels=", ".join(bundle.labels) or figures.NOTHING,
+        labels=_labels(bundle.labels),
         score=f"{bundle.score.function} of {bundle.score.output}"
         if bundle.score
         else figures.NOTHING,
         escalates_to_sha256=release.escalates_to.bundle_sha256 if release.escalates_to else "",
-        variants=[
-            VariantLine(
-                name=variant.name,
-                precision=variant.precision,
-                providers=", ".join(variant.providers),
-                path=variant.path,
-                size=str(figures.size(bundle.files[variant.path].bytes)),
-                self_test=_measured(release.self_test.get(variant.name, {})),
-                tolerance=f"error at most "
-                f"{bundle.self_test.tolerances[variant.name].max_abs_error:.4g}, agreement at least "
-                f"{figures.percent(bundle.self_test.tolerances[variant.name].min_agreement)}",
-            )
-            for variant in bundle.variants
-        ],
-        certificates=[_certificate(one, now) for one in issued],
-        report=report(release.report),
+        variants=variants,
+        certificates=certificates,
+        classes=classes[:CLASSES_SHOWN],
+        more_classes=max(len(classes) - CLASSES_SHOWN, 0),
+        lineage=lineage_view(release, numbers, lineage, before, report, adoption, now=now),
+        report=report,
+        facts=[] if report else report_views.facts(document),
         files=[
             (name, str(figures.size(file.bytes)), file.sha256)
             for name, file in sorted(bundle.files.items())
@@ -208,250 +170,182 @@ def release_page(
     )
 
 
-def report(document: Mapping[str, Any]) -> list[FactGroup]:
-    """Return the workshop's report as groups of facts; it may hold anything."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    left = FACTS_SHOWN
-    for name, value in document.items():
-        if name in ("bundle_sha256", "model", "version"):
-            continue  # on the page already
-        title = plain(str(name)).capitalize() if isinstance(value, dict | list) else "General"
-        for path, text in _facts(value, "" if isinstance(value, dict | list) else str(name), 0):
-            if left:
-                left -= 1
-                groups.setdefault(title, []).append((path.replace("_", " "), text))
-    return [FactGroup(title, facts) for title, facts in groups.items()]
-
-
-def shape(spec: TensorSpec) -> str:
-    """Return a tensor's shape with ``n`` for what is open: ``[n, 1, 8, 8]``."""
-    return "[" + ", ".join("n" if size == -1 else str(size) for size in spec.shape) + "]"
-
-
-def chosen(to: str, names: Sequence[str], lines: Sequence[Line], model: str) -> list[Line]:
-    """Return the devices that somebody who deploys has chosen.
-
-    Args:
-        to: ``all``, ``model`` (those that have the release's model) or ``names``.
-        names: of devices, or patterns such as ``kiosk-*``; for ``names``.
-        lines: every device.
-        model: the release's.
-
-    Raises:
-        BadParameter: a name is nobody's, or ``to`` is unknown.
-    """
-    match to:
-        case "all":
-            found = list(lines)
-        case "model":
-            found = [line for line in lines if line.model(model) is not None]
-        case "names":
-            wanted = [word for text in names for word in text.replace(",", " ").split()]
-            if not wanted:
-                raise BadParameter("no device is named: choose at least one, or all of them")
-            by_name = {line.name: line for line in lines}
-            picked: dict[str, Line] = {}
-            for word in wanted:
-                hits = [word] if word in by_name else fnmatch.filter(by_name, word)
-                if not hits:
-                    raise BadParameter(f"no device is called {word[:80]!r}")
-                picked |= {name: by_name[name] for name in hits}
-            found = list(picked.values())
-        case _:
-            raise BadParameter(f"to must be all, model, names or match, got {to[:40]!r}")
-    return sorted(found, key=lambda line: natural(line.name))
-
-
-def plan(
-    release: Release,
-    issued: Sequence[Issued],
-    targets: Sequence[Line],
-    lines: Sequence[Line],
-    *,
-    now: float,
-) -> Plan:
-    """Return what deploying ``release`` on ``targets`` will do."""
-    line = release_line(release, lines, now=now)
-    unmanaged = [target for target in targets if not target.managed]
-    managed = [target for target in targets if target.managed]
-    same = [target for target in managed if _wanted(target, release.model) == release.number]
-    change = [target for target in managed if _wanted(target, release.model) != release.number]
-    offline = [target for target in change if not target.online]
-    busy = [target for target in change if target.standing in ("queued", "updating")]
-    back = [target for target in change if _running(target, release.model) > release.number]
-    certified = {
-        one.certificate.hardware_class
-        for one in issued
-        if one.withdrawn_at is None and one.certificate.expires_at.timestamp() > now
-    }
-    bare = [target for target in change if target.hardware_class not in certified]
-
-    sentences = [
-        f"{_go(n, 'device goes', 'devices go')} from {before} to {line.name} ({line.version})."
-        for before, n in Counter(_before(target, release.model) for target in change).most_common()
-    ]
-    if same:
-        sentences.append(
-            f"{_go(len(same), 'device is', 'devices are')} to run {line.name} already: nothing "
-            "changes there."
+def promise(certificate: Certificate) -> str:
+    """Return what a certificate says, in one sentence."""
+    scenes = many(certificate.scenes, "calibration scene")
+    if certificate.threshold == NEVER:
+        return (
+            f"{scenes} are too few to promise anything, so {certificate.variant} escalates every "
+            f"request to {certificate.hub_model}."
         )
-    if unmanaged:
-        sentences.append(
-            f"{_go(len(unmanaged), 'device is', 'devices are')} left out, because the hub has "
-            f"never heard them through its broker: {_some(unmanaged)}."
-        )
-    if offline:
-        sentences.append(
-            f"{_go(len(offline), 'device is', 'devices are')} offline now and will follow when "
-            f"back: {_some(offline)}."
-        )
-    if busy:
-        sentences.append(
-            f"{_go(len(busy), 'device is', 'devices are')} in the middle of another update, which "
-            f"this one replaces: {_some(busy)}."
-        )
-    if change:
-        sentences.append(
-            "Each device fetches, verifies and tests the release, and answers with its present one "
-            "meanwhile. One that finds it wanting keeps what it has and says why."
-        )
-    warnings = []
-    if release.forced and change:
-        warnings.append(
-            f"{line.name} was forced past the hub: it did not pass its self-test here. Expect "
-            "devices to refuse it."
-        )
-    if back:
-        warnings.append(
-            f"{_go(len(back), 'device runs', 'devices run')} a later release and will go back: "
-            f"{_some(back)}."
-        )
-    if change and release.escalates_to is None:
-        warnings.append(
-            f"{line.name} escalates to no model: devices answer everything themselves, uncertified."
-        )
-    elif bare:
-        warnings.append(
-            f"No certificate holds for the hardware class of {many(len(bare), 'device')}: "
-            f"{_some(bare)}. Answers there are not certified."
-        )
-    return Plan(
-        release=line,
-        devices=[target.name for target in change],
-        steps=[
-            Step(
-                device=target.name,
-                before=_before(target, release.model),
-                online=target.online,
-                note="" if target.online else "follows when it is back",
-            )
-            for target in change[:STEPS_SHOWN]
-        ],
-        more_steps=max(len(change) - STEPS_SHOWN, 0),
-        sentences=sentences,
-        warnings=warnings,
+    return (
+        f"With {100 * (1 - certificate.delta):.4g}% confidence, at most "
+        f"{100 * certificate.alpha:.3g}% of all requests are answered by "
+        f"{certificate.variant} on the device and differently than by {certificate.hub_model}, as "
+        f"long as they are drawn like the {scenes}."
     )
 
 
-def _wanted(line: Line, model: str) -> int:
-    found = line.model(model)
-    return found.wanted if found else 0
+def _tiles(
+    variants: Sequence[VariantLine],
+    report: Report | None,
+    holding: Sequence[Certificate],
+) -> Iterator[Tile]:
+    best = variants[0]
+    found = best.figures
+    if found is not None and found.share is not None:
+        note = f"{best.name}, 95% interval {found.accuracy.note}"
+        yield _tile("Accuracy", found.accuracy.value, note)
+    elif found is not None and found.cosine.value != figures.NOTHING and report is not None:
+        note = f"{best.name}, {found.cosine.note}"
+        yield _tile(f"Cosine with {report.reference}", found.cosine.value, note)
+    certified = next((one for one in holding if one.variant == best.name), None)
+    if certified is not None:
+        local = 0.0 if certified.threshold == NEVER else 1 - certified.escalation_rate
+        note = f"{best.name}, on its calibration scenes; the rest goes to {certified.hub_model}"
+        yield _tile("Answered on the device", figures.percent(local), note)
+    if found is not None and found.latency.value != figures.NOTHING and report is not None:
+        note = f"{best.name}, {found.latency.note} {report.reference}, in the workshop"
+        yield _tile(f"Latency, batch {report.batch}", found.latency.value, note)
+    yield _tile("Size", best.size.value, f"{best.name}; {best.size.note or 'the only variant'}")
 
 
-def _running(line: Line, model: str) -> int:
-    found = line.model(model)
-    return found.running if found else 0
+def _tile(label: str, figure: str, note: str) -> Tile:
+    value, _, unit = figure.partition("\N{NO-BREAK SPACE}")
+    if value.endswith("%"):
+        value, unit = value[:-1], "%"
+    return Tile(label, value, unit, note)
 
 
-def _before(line: Line, model: str) -> str:
-    found = line.model(model)
-    if found is None or not found.now:
-        return f"no {model}"
-    if found.running:
-        return f"{model}@{found.running}" + (f" ({found.version})" if found.version else "")
-    return f"{model} {found.version}, installed by hand"
+def _variants(release: Release, report: Report | None) -> Iterator[VariantLine]:
+    bundle = release.bundle
+    told = report.variants if report is not None else {}
+    sizes = {v.name: bundle.files[v.path].bytes for v in bundle.variants}
+    reference = report.reference if report is not None else "fp32"
+    whole = sizes.get(reference) or (told[reference].size_bytes if reference in told else None)
+    for variant in bundle.variants:
+        found = told.get(variant.name)
+        verdict = found.verdict if found is not None else ""
+        sentence = found.sentence if found is not None else ""
+        if verdict == "Refused":  # then the bundle and the report beside it do not belong together
+            verdict, sentence = "Waived", f"{sentence}. The bundle ships it all the same."
+        yield VariantLine(
+            name=variant.name,
+            precision=variant.precision,
+            providers=", ".join(variant.providers),
+            size=_size(sizes[variant.name], whole, is_reference=variant.name == reference),
+            verdict=verdict or "Ships",
+            sentence=sentence,
+            figures=found,
+            self_test=_measured(release.self_test.get(variant.name, {})),
+            tolerances=list(_tolerances(bundle.self_test.tolerances[variant.name])),
+        )
+    for name, found in told.items():
+        if name not in sizes and found.verdict == "Refused":
+            yield VariantLine(
+                name=name,
+                precision=found.precision,
+                providers="",
+                size=_size(found.size_bytes, whole, is_reference=name == reference),
+                verdict="Refused",
+                sentence=found.sentence,
+                figures=found,
+                self_test="",
+                tolerances=(),
+            )
 
 
-def _go(n: int, one: str, several: str) -> str:
-    return f"{figures.count(n)} {one if n == 1 else several}"
+def _size(own: float | None, whole: float | None, *, is_reference: bool) -> Said:
+    if own is None:
+        return Said()
+    ratio = f"{own / whole:.2f} \N{MULTIPLICATION SIGN}" if whole and not is_reference else ""
+    return Said(str(figures.size(own)), ratio)
 
 
-def _some(lines: Sequence[Line], shown: int = 5) -> str:
-    names = ", ".join(line.name for line in lines[:shown])
-    return names + (f" and {figures.count(len(lines) - shown)} more" if len(lines) > shown else "")
+def _tolerances(tolerance: Tolerance) -> Iterator[tuple[str, str]]:
+    yield "", _allowed(tolerance)
+    for provider, own in sorted(tolerance.by_provider.items()):
+        yield provider, _allowed(own)
+
+
+def _allowed(tolerance: Tolerance) -> str:
+    least = tolerance.min_agreement
+    share = figures.percent(least) if 0 <= least <= 1 else f"{least:g}"
+    return f"error at most {tolerance.max_abs_error:.4g}, agreement at least {share}"
 
 
 def _measured(values: Mapping[str, float]) -> str:
     if not values:
         return "not run on this hub"
-    words = []
+    said = []
     if "max_abs_error" in values:
-        words.append(f"error {values['max_abs_error']:.4g}")
-    if "agreement" in values:
-        words.append(f"agreement {figures.percent(values['agreement'])}")
-    words += [
+        said.append(f"error {values['max_abs_error']:.4g}")
+    if "agreement" in values and math.isfinite(values["agreement"]):
+        said.append(f"agreement {figures.percent(values['agreement'])}")
+    said += [
         f"{plain(name)} {value:.4g}"
         for name, value in sorted(values.items())
         if name not in ("max_abs_error", "agreement")
     ]
-    return ", ".join(words)
+    return ", ".join(said)
 
 
-def _certificate(one: Issued, now: float) -> CertificateLine:
-    document = one.certificate
-    expires = document.expires_at.timestamp()
-    state = "Holds"
+def _state(one: Issued, now: float) -> str:
     if one.withdrawn_at is not None:
-        state = "Withdrawn"
-    elif expires <= now:
-        state = "Expired"
+        return "Withdrawn"
+    return "Expired" if one.certificate.expires_at.timestamp() <= now else "Holds"
+
+
+def _certificate(one: Issued, report: Report | None, now: float) -> CertificateLine:
+    document = one.certificate
+    never = document.threshold == NEVER
     return CertificateLine(
         id=one.id,
+        sentence=promise(document),
+        held_out=report.together.get((document.variant, document.hardware_class), "")
+        if report is not None
+        else "",
         variant=document.variant,
         hardware_class=document.hardware_class,
-        alpha=figures.percent(document.alpha),
-        delta=figures.percent(document.delta),
-        threshold="always escalates"
-        if document.threshold == NEVER
-        else f"{document.threshold:.4f}",
+        threshold="always escalates" if never else f"{document.threshold:.4f}",
         escalation=f"{figures.percent(document.escalation_rate)}, at most "
         f"{figures.percent(document.escalation_rate_upper)}",
         expires=f"{document.expires_at:%Y-%m-%d}",
-        expires_at=figures.iso(expires),
-        state=state,
+        expires_at=figures.iso(document.expires_at.timestamp()),
+        state=_state(one, now),
         reason=one.reason,
     )
 
 
-def _facts(value: Any, path: str, depth: int) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and depth < 6:
-        items = [(str(name), item) for name, item in value.items()]
-    elif isinstance(value, list) and depth < 6:
-        items = [(_label(item, index), item) for index, item in enumerate(value)]
-    else:
-        return [(path, _fact(value))]
+def _classes(
+    release: Release, lines: Sequence[Line], holding: Sequence[Certificate]
+) -> list[ClassLine]:
+    """Return the hardware classes that run or are to run a release, the most devices first."""
+    counts: dict[str, list[int]] = {}
+    for line in lines:
+        found = line.model(release.model)
+        if found is None or release.number not in (found.running, found.wanted):
+            continue
+        count = counts.setdefault(line.hardware_class, [0, 0, 0])
+        count[0] += found.running == release.number
+        count[1] += found.wanted == release.number
+        count[2] += found.wanted == release.number and found.failed
+    certified = {one.hardware_class for one in holding}
     return [
-        fact
-        for name, item in items
-        for fact in _facts(item, f"{path} \N{MIDDLE DOT} {name}" if path else name, depth + 1)
+        ClassLine(
+            hardware_class=name or "not reported",
+            running=running,
+            wanted=wanted,
+            refused=refused,
+            certificate="Holds" if name in certified else "None",
+        )
+        for name, (running, wanted, refused) in sorted(
+            counts.items(), key=lambda item: (-item[1][0], -item[1][1], item[0])
+        )
     ]
 
 
-def _label(item: Any, index: int) -> str:
-    if isinstance(item, Mapping) and isinstance(item.get("variant"), str):
-        return str(item["variant"])
-    return str(index + 1)
-
-
-def _fact(value: Any) -> str:
-    match value:
-        case None:
-            return figures.NOTHING
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}" if abs(value) < 10**15 else str(value)[:LONGEST_FACT]
-        case float():
-            return f"{value:.4g}"
-        case _:
-            return str(value)[:LONGEST_FACT]
+def _labels(labels: Sequence[str]) -> str:
+    shown = ", ".join(labels[:LABELS_SHOWN]) or figures.NOTHING
+    left = len(labels) - LABELS_SHOWN
+    return f"{shown} and {figures.count(left)} more" if left > 0 else shown

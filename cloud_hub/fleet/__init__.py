@@ -2,6 +2,7 @@
 
 fleet.py          joins the parts below
 releases.py       accepts bundles: checks, tries, numbers, stores, signs
+lineage.py        which release came from which; workshop_report.py: what the workshop says of it
 golden.py         the self-test on the hub's own engine
 upload.py         a bundle as one stream, and what a hostile one may not do
 artifacts.py      files by digest, served in parts

@@ -30,6 +30,7 @@ from cloud_hub.fleet.link import HubLink, HubLinkOptions
 from cloud_hub.fleet.mosquitto import Mosquitto, MosquittoFailed, MosquittoMissing
 from cloud_hub.fleet.releases import Releases
 from cloud_hub.fleet.trust import Repository, keep_fresh
+from cloud_hub.fleet.workshop_report import ReportPages
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import release_index
@@ -60,7 +61,13 @@ class Fleet:
         self._data = data
         self._repository = Repository(data, now=time.time())
         self._blobs = Blobs(data / "blobs")
-        self.releases = Releases(store, self._blobs, self._repository, load=load)
+        self.releases = Releases(
+            store,
+            self._blobs,
+            self._repository,
+            reports=ReportPages(data / "reports"),
+            load=load,
+        )
         self.certificates = Certificates(store, self._repository)
         self.controller = Controller(
             store,

@@ -93,7 +93,7 @@ async def run(
         raise ModelRefused(str(error)) from None
     findings = {}
     for variant in bundle.variants:
-        if not set(variant.providers) & set(providers):
+        if not variant.providers_on(providers, hardware.this_machine()):
             continue
         try:
             engine = await load(directory.file(variant.path))

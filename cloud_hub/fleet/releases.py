@@ -1,6 +1,6 @@
 """Accepts bundles: checks, tries, numbers, stores, signs. What comes out is a release.
 
-    read → known already? → version free? → pair → self-test here → blobs → sign → row
+    read → known already? → version free? → parent → pair → self-test here → blobs → sign → row
 
 The row is last, so a crash leaves a complete release or none: a blob without a row is harmless,
 and so is a signed index, because devices are only ever sent to releases that have a row, and
@@ -11,6 +11,7 @@ Numbers are integers per model, from 1, because the Open Inference Protocol's ve
 """
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,10 +24,11 @@ import structlog
 from sqlalchemy import Connection, Row
 
 from cloud_hub.errors import ModelRefused
-from cloud_hub.fleet import certificates, golden
+from cloud_hub.fleet import certificates, golden, workshop_report
 from cloud_hub.fleet.artifacts import BlobRefused, Blobs
 from cloud_hub.fleet.golden import Finding, Load
 from cloud_hub.fleet.trust import CERTIFICATES, Repository
+from cloud_hub.fleet.workshop_report import ReportPages, WorkshopReport
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import hardware, release, release_index
@@ -37,17 +39,16 @@ from fogline_protocol.tensors import TensorSpec
 
 log = structlog.get_logger(__name__)
 
-REPORT = "report.json"
 CARD = "README.md"
-MAX_REPORT_BYTES = 1 << 20
 
 
 class ReleaseRefused(Exception):
     """The bundle does not become a release, or there is no such release.
 
     ``code`` is stable: ``bundle/refused``, ``bundle/version-taken``, ``bundle/name``,
-    ``pair/unknown``, ``pair/contract``, ``self-test/failed``, ``self-test/unusable``,
-    ``certificate/other``, ``release/unknown``. Only ``self-test/failed`` can be forced.
+    ``parent/model``, ``parent/version``, ``pair/unknown``, ``pair/contract``,
+    ``self-test/failed``, ``self-test/unusable``, ``certificate/other``, ``release/unknown``.
+    Only ``self-test/failed`` can be forced.
     """
 
     def __init__(
@@ -72,7 +73,6 @@ class Release:
     forced: bool  # it did not pass its self-test here
     size_bytes: int
     self_test: Mapping[str, Mapping[str, float]]  # figures by variant
-    report: Mapping[str, Any]  # the workshop's; empty if there was none
 
     @property
     def escalates_to(self) -> Pairing | None:
@@ -94,6 +94,7 @@ class Releases:
         blobs: Blobs,
         repository: Repository,
         *,
+        reports: ReportPages,
         load: Load,
         providers: Collection[str] = ("CPUExecutionProvider",),
         clock: Callable[[], float] = time.time,
@@ -104,6 +105,7 @@ class Releases:
             store: the database.
             blobs: where the bytes go.
             repository: signs the indexes and certificates.
+            reports: where the workshop's pages go.
             load: opens an artifact on the hub's own engine, for the self-test.
             providers: what that engine runs on.
             clock: returns seconds since 1970.
@@ -111,6 +113,7 @@ class Releases:
         self._store = store
         self._blobs = blobs
         self._repository = repository
+        self._reports = reports
         self._load = load
         self._providers = tuple(providers)
         self._clock = clock
@@ -136,9 +139,11 @@ class Releases:
             except BundleRefused as error:
                 raise ReleaseRefused("bundle/refused", str(error)) from None
             before = await self._store.read(lambda c: _before(c, read.bundle))
+            said = await asyncio.to_thread(workshop_report.read, directory)
             if read.sha256 in before.known:
                 number = before.known[read.sha256]
                 await self._complete(read, number)
+                await self._add_report(read, number, said)
                 return await self.show(read.bundle.model, number)
             problem = _refusal(read.bundle, before)
             if problem is not None:
@@ -147,8 +152,8 @@ class Releases:
             findings = await self._self_test(read, force=force)
             number = before.highest + 1
             index = await self._complete(read, number, offered)
+            await asyncio.to_thread(self._keep_page, read.sha256, said.page)
             now = self._clock()
-            report = await asyncio.to_thread(_report, directory)
             row = {
                 "model": read.bundle.model,
                 "number": number,
@@ -163,7 +168,7 @@ class Releases:
                 "document": (directory / ROOT).read_text(encoding="utf-8"),
                 "index_document": index.to_json().decode(),
                 "self_test": json.dumps({v: dict(f.figures) for v, f in findings.items()}),
-                "report": report,
+                "report": said.document,
             }
 
             def insert(connection: Connection) -> None:
@@ -181,7 +186,7 @@ class Releases:
     async def list(self, model: str | None = None) -> Sequence[Release]:
         """Return the releases, by model, the highest number first."""
         table = schema.release
-        query = table.select().order_by(table.c.model, table.c.number.desc())
+        query = sa.select(*_COLUMNS).order_by(table.c.model, table.c.number.desc())
         if model is not None:
             query = query.where(table.c.model == model)
         return await self._store.read(lambda c: [_release(row) for row in c.execute(query)])
@@ -210,6 +215,29 @@ class Releases:
             KeyError: the bundle has no such file.
         """
         return self._blobs.path(found.bundle.files[name].sha256)
+
+    async def report(self, found: Release) -> Mapping[str, Any]:
+        """Return the workshop's report on a release; it may hold anything, or nothing."""
+        r = schema.release.c
+        query = sa.select(r.report).where(r.model == found.model, r.number == found.number)
+        return workshop_report.parse(
+            await self._store.read(lambda c: c.execute(query).scalar_one())
+        )
+
+    async def report_page(self, found: Release) -> bytes:
+        """Return the same as the HTML page that came with the bundle, or nothing."""
+        return await asyncio.to_thread(self._reports.read, found.bundle_sha256)
+
+    def has_report_page(self, found: Release) -> bool:
+        """Return whether a page came with the bundle."""
+        return self._reports.path(found.bundle_sha256).is_file()
+
+    async def index(self, found: Release) -> ReleaseIndex:
+        """Return every file of a release with the digests of its blocks."""
+        r = schema.release.c
+        query = sa.select(r.index_document).where(r.model == found.model, r.number == found.number)
+        text = await self._store.read(lambda c: c.execute(query).scalar_one())
+        return release_index.parse(text.encode())
 
     async def reconcile(self) -> None:
         """Sign every release that has a row. Call it once at every start."""
@@ -242,6 +270,23 @@ class Releases:
             add[target] = certificate.to_json()
         await asyncio.to_thread(self._repository.publish, add, now=self._clock())
         return index
+
+    async def _add_report(self, read: BundleDirectory, number: int, said: WorkshopReport) -> None:
+        """Take a report where there was none. One that is there is what was accepted: it stays."""
+        if not self._reports.path(read.sha256).is_file():
+            await asyncio.to_thread(self._keep_page, read.sha256, said.page)
+        if said.document:
+            r = schema.release.c
+            change = (
+                schema.release.update()
+                .where(r.model == read.bundle.model, r.number == number, r.report == "")
+                .values(report=said.document)
+            )
+            await self._store.write(lambda c: c.execute(change))
+
+    def _keep_page(self, bundle_sha256: str, page: bytes) -> None:
+        if page:
+            self._reports.keep(bundle_sha256, page)
 
     def _keep(self, read: BundleDirectory) -> Mapping[str, IndexedFile]:
         wanted = {name: file.sha256 for name, file in read.bundle.files.items()}
@@ -292,6 +337,7 @@ class _Before:
     highest: int
     hub: Bundle | None  # the bundle that this one escalates to
     hub_releases: tuple[str, ...]  # digests of the releases of that model
+    parent: tuple[str, int, str] | None  # model, number and version of what it was made from
 
 
 def pair_problem(edge: Bundle, hub: Bundle) -> str | None:
@@ -339,6 +385,9 @@ def _refusal(bundle: Bundle, before: _Before) -> ReleaseRefused | None:
             f"{bundle.model} {bundle.version} was accepted as release "
             f"{before.versions[bundle.version]} with another content; give this one another version",
         )
+    problem = _parent_problem(bundle, before)
+    if problem is not None:
+        return problem
     pair = bundle.escalates_to
     if pair is None:
         return None
@@ -349,9 +398,30 @@ def _refusal(bundle: Bundle, before: _Before) -> ReleaseRefused | None:
             f"it escalates to {pair.model} with the digest {pair.bundle_sha256[:12]}, and of "
             f"{pair.model} this hub has {known}: push that bundle first",
         )
-    problem = pair_problem(bundle, before.hub)
-    if problem is not None:
-        return ReleaseRefused("pair/contract", f"it cannot escalate to {pair.model}: {problem}")
+    misfit = pair_problem(bundle, before.hub)
+    if misfit is not None:
+        return ReleaseRefused("pair/contract", f"it cannot escalate to {pair.model}: {misfit}")
+    return None
+
+
+def _parent_problem(bundle: Bundle, before: _Before) -> ReleaseRefused | None:
+    """Return what speaks against a parent that this hub knows; others may be anything."""
+    if bundle.parent is None or before.parent is None:
+        return None
+    model, number, version = before.parent
+    named = f"it names {bundle.parent.bundle_sha256[:12]} as its parent, and that is"
+    if model != bundle.model:
+        return ReleaseRefused(
+            "parent/model",
+            f"{named} {model}@{number}, a release of another model: name the bundle of "
+            f"{bundle.model} that it replaces, or none",
+        )
+    if version != bundle.parent.version:
+        return ReleaseRefused(
+            "parent/version",
+            f"{named} {model}@{number} with the version {version}, not {bundle.parent.version}: "
+            "build it again with the parent's own bundle.json at hand",
+        )
     return None
 
 
@@ -370,25 +440,29 @@ def _before(connection: Connection, bundle: Bundle) -> _Before:
         others = tuple(documents)
         if pair.bundle_sha256 in documents:
             hub = release.parse(documents[pair.bundle_sha256].encode())
+    parent = None
+    if bundle.parent is not None:
+        parents = sa.select(table.c.model, table.c.number, table.c.version).where(
+            table.c.bundle_sha256 == bundle.parent.bundle_sha256
+        )
+        parent = connection.execute(parents).one_or_none()
     return _Before(
         known={row.bundle_sha256: row.number for row in own},
         versions={row.version: row.number for row in own},
         highest=max((row.number for row in own), default=0),
         hub=hub,
         hub_releases=others,
+        parent=tuple(parent) if parent is not None else None,
     )
 
 
-def _report(directory: Path) -> str:
-    """Return the workshop's report if there is a readable one; it is for people only."""
-    path = directory / REPORT
-    try:
-        if path.is_symlink() or path.stat().st_size > MAX_REPORT_BYTES:
-            return ""
-        text = path.read_text(encoding="utf-8")
-        return text if isinstance(json.loads(text), dict) else ""
-    except (OSError, ValueError, RecursionError):
-        return ""
+# Not the index and not the report, which may be large and are wanted of one release at a time.
+_COLUMNS = [c for c in schema.release.c if c.name not in ("index_document", "report")]
+
+
+@functools.lru_cache(maxsize=1024)  # releases do not change, and every page lists them
+def _bundle(document: str) -> Bundle:
+    return release.parse(document.encode())
 
 
 def _release(row: Row[Any]) -> Release:
@@ -397,10 +471,9 @@ def _release(row: Row[Any]) -> Release:
         number=row.number,
         version=row.version,
         bundle_sha256=row.bundle_sha256,
-        bundle=release.parse(row.document.encode()),
+        bundle=_bundle(row.document),
         accepted_at=row.accepted_at,
         forced=row.forced,
         size_bytes=row.size_bytes,
         self_test=json.loads(row.self_test),
-        report=json.loads(row.report) if row.report else {},
     )

@@ -18,6 +18,7 @@ from cloud_hub.errors import ModelRefused
 from cloud_hub.fleet.releases import Release, Releases
 from cloud_hub.inference.directory import ModelFiles
 from cloud_hub.inference.repository import Repository
+from fogline_protocol import hardware
 from fogline_protocol.model_config import VersionPolicy, Wanted
 
 log = structlog.get_logger(__name__)
@@ -61,12 +62,14 @@ class Registry:
         versions = []
         for release in releases:
             bundle = release.bundle
+            processor = hardware.this_machine()
             variant = next(
-                (v for v in bundle.variants if set(v.providers) & set(usable_providers())), None
+                (v for v in bundle.variants if v.providers_on(usable_providers(), processor)), None
             )
             if variant is None:
                 problem = (
-                    f"{model}@{release.number} has no variant for {', '.join(usable_providers())}"
+                    f"{model}@{release.number} has no variant for {', '.join(usable_providers())} "
+                    f"on {processor}"
                 )
                 if release is releases[-1]:
                     raise ModelRefused(problem)

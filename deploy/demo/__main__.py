@@ -39,7 +39,7 @@ from deploy.demo import traffic
 from deploy.demo.fleet import DemoFailed, Fleet, Process
 from deploy.demo.operator import Operator
 from deploy.demo.traffic import Answer, Application
-from fogline_models import certify
+from fogline_models import certify, data
 from fogline_models.session import hardware_class
 from fogline_protocol import release
 from fogline_protocol.certificate import Certificate
@@ -154,8 +154,9 @@ async def _demo(options: argparse.Namespace) -> bool:
 
 
 def _load_traffic() -> Traffic:
-    with np.load(FAMILY / "traffic.npz") as file:
-        return Traffic(file["main_images"], file["main_labels"])
+    items = data.read(FAMILY / "traffic.npz")
+    assert items.labels is not None
+    return Traffic(items.inputs["image"], items.labels)
 
 
 def certified_bundle(root: Path, source: Path = EDGE_BUNDLE) -> tuple[Path, Certificate]:
@@ -175,10 +176,10 @@ def certified_bundle(root: Path, source: Path = EDGE_BUNDLE) -> tuple[Path, Cert
         if found.objection(variant_sha256=digest, hardware_class=here, now=now) is None:
             return target, found
     console.print(f"{source.name} has no certificate for {here} yet: measuring this machine")
-    data = certify.read_calibration(FAMILY / "calibration.npz")
+    items = data.read(FAMILY / "calibration.npz")
     terms = certify.Terms(alpha=ALPHA)
     made = certify.certify(
-        edge, release.read(HUB_BUNDLE), data, terms, issued_at=now, variant=VARIANT
+        edge, release.read(HUB_BUNDLE), items, terms, issued_at=now, variant=VARIANT
     )
     certify.save(made, certify.folder_of(edge))
     return target, made

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edge_agent.errors import ReleaseRefused
+from fogline_protocol import hardware
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import Bundle, BundleDirectory, Variant
 
@@ -29,19 +30,24 @@ def choose(
     usable: Sequence[str],
     hardware_class: Callable[[str], str],
     now: datetime.datetime,
+    processor: str = "",
 ) -> Choice:
     """Return the best of what the bundle offers for the providers in ``usable``.
+
+    ``processor`` is the instruction set of this machine, by default looked up.
 
     Raises:
         ReleaseRefused: no variant is meant for any of them.
     """
     bundle = directory.bundle
+    processor = processor or hardware.this_machine()
     fallback: Choice | None = None
     objections: list[str] = []
     for variant in bundle.variants:
-        for provider in variant.providers:
-            if provider not in usable:
-                continue
+        meant = variant.providers_on(usable, processor)
+        if not meant and set(variant.providers) & set(usable):
+            objections.append(f"{variant.name}: meant for {', '.join(variant.processors)}")
+        for provider in meant:
             here = hardware_class(provider)
             certificate, why_not = _valid_certificate(directory, variant, here, now)
             place = f"{variant.name} on {provider}"
@@ -54,7 +60,8 @@ def choose(
         wanted = sorted({name for variant in bundle.variants for name in variant.providers})
         raise ReleaseRefused(
             f"{directory.path}: {bundle.model} {bundle.version} has variants for "
-            f"{', '.join(wanted) or 'no provider'}, this device runs {', '.join(usable) or 'none'}"
+            f"{', '.join(wanted) or 'no provider'}, this device runs {', '.join(usable) or 'none'} "
+            f"on {processor}{': ' * bool(objections)}{'; '.join(objections)}"
         )
     return Choice(fallback.variant, fallback.provider, None, "; ".join(objections))
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fogline_models.data import UNSTATED, Items
+
 Images = NDArray[np.float32]  # [n, 1, 8, 8], ink from 0 to 1
 Labels = NDArray[np.int64]  # [n]
 Rows = NDArray[np.int64]  # [n], row numbers in load_digits: the identity of a digit
@@ -34,6 +36,22 @@ SELF_TEST_DIGITS = 32
 CALIBRATION_DIGITS = 350  # the exact bound allows 10 disagreements among them at 5 % and 5 %
 TRAFFIC_DIGITS = 240
 TRAFFIC_COPIES = 4
+HARD_COPIES = 16  # what applications ask of every digit of the hard writers, in time
+EVALUATION_COPIES = 20  # of 105 digits: 2,100 items, but 105 scenes
+RANGE_COPIES = 10  # with one, a darker copy met later was clipped and its logits moved by 1.5
+
+# Every set of scanned copies has its own stream of randomness.
+SEEDS = {
+    "ranges": 1,
+    "self_test": 2,
+    "calibration": 3,
+    "evaluation": 4,
+    "traffic": 5,
+    "drift": 6,
+    "hard": 7,
+    "hard_evaluation": 8,
+}
+SAMPLING = "one scanned copy per digit, from the writers of the traffic, severity uniform"
 
 SPLIT_SEED = 0
 
@@ -54,6 +72,63 @@ class Split:
     images: Images
     labels: Labels
     rows: Rows
+
+
+def make() -> Mapping[str, Items]:
+    """Return every set of the family: digits as they are, or as the scanner sees them."""
+    digits = splits()
+    sets = {
+        "training": _items(digits["training"], digits["training"].images),
+        "clean": _items(digits["evaluation"], digits["evaluation"].images),
+        "ranges": _scanned(digits["training"], "ranges", RANGE_COPIES),
+        "self_test": _scanned(digits["self_test"], "self_test"),
+        "calibration": _scanned(digits["calibration"], "calibration"),
+        "evaluation": _scanned(digits["evaluation"], "evaluation", EVALUATION_COPIES),
+    }
+    for name in ("traffic", "drift"):
+        copies = _scanned(digits[name], name, TRAFFIC_COPIES)
+        sets[name] = copies.rows(np.random.default_rng([SEEDS[name], 1]).permutation(len(copies)))
+    return sets
+
+
+def make_hard() -> Mapping[str, Items]:
+    """Return the sets for a release that learns from the writers that the edge found hard.
+
+    ``hard`` is what devices were asked: every second digit of the drift's writers. Evaluation
+    is the same writers' other digits; ``familiar`` shows whether anything was forgotten.
+    """
+    sets = dict(make())
+    drift = splits()["drift"]
+    asked, others = (
+        Split(drift.images[at::2], drift.labels[at::2], drift.rows[at::2]) for at in (0, 1)
+    )
+    return {
+        "training": sets["training"],
+        "ranges": sets["ranges"],
+        "self_test": sets["self_test"],
+        "calibration": sets["calibration"],
+        "hard": _scanned(asked, "hard", HARD_COPIES),
+        "evaluation": _scanned(others, "hard_evaluation", EVALUATION_COPIES),
+        "familiar": sets["evaluation"],
+    }
+
+
+def _scanned(split: "Split", stream: str, copies: int = 1) -> Items:
+    rng = np.random.default_rng(SEEDS[stream])
+    images = np.concatenate([scanned(split.images, rng) for _ in range(copies)])
+    return _items(split, images, SAMPLING if stream == "calibration" else UNSTATED)
+
+
+def _items(split: "Split", images: Images, sampling: str = UNSTATED) -> Items:
+    copies = len(images) // len(split.rows)
+    rows = np.tile(split.rows, copies)
+    return Items(
+        {"image": images},
+        np.tile(split.labels, copies),
+        rows,
+        np.array([f"writers {row // BLOCK}" for row in rows]),
+        sampling=sampling,
+    )
 
 
 def splits() -> Mapping[str, Split]:

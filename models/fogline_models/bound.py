@@ -86,6 +86,39 @@ def upper_bound(k: int, n: int, delta: float) -> float:
             high = middle
 
 
+def interval(k: float, n: int, confidence: float) -> tuple[float, float]:
+    """Return the two-sided Clopper-Pearson interval of a rate of which ``k`` in ``n`` were seen.
+
+    For figures in reports, not for certificates: it is found to 1e-12, quickly. A ``k`` between
+    two whole numbers is rounded outwards. Counted from the rarer side, where sums are short.
+    """
+    if 2 * k > n:
+        low, high = interval(n - k, n, confidence)
+        return 1.0 - high, 1.0 - low
+    below, above = math.floor(k + 1e-9), math.ceil(k - 1e-9)
+    tail = (1.0 - confidence) / 2
+    i = np.arange(above + 1)
+    log_ways = np.concatenate([[0.0], np.cumsum(np.log((n - i[1:] + 1) / i[1:]))])
+
+    def rate_at(seen: int, probability: float) -> float:
+        """Return the rate at which ``seen`` or fewer are seen with this probability."""
+        low, high = 0.0, 1.0
+        part, ways = i[: seen + 1], log_ways[: seen + 1]
+        while high - low > 1e-12:
+            middle = (low + high) / 2
+            logs = ways + part * math.log(middle) + (n - part) * math.log1p(-middle)
+            if float(np.exp(logs).sum()) > probability:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
+
+    return (
+        rate_at(below - 1, 1.0 - tail) if below > 0 else 0.0,
+        rate_at(above, tail) if above < n else 1.0,
+    )
+
+
 def _probability(k: int, n: int, p: float) -> float:
     ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fogline_models import archive
@@ -33,6 +33,7 @@ class Contents:
     golden_inputs: Mapping[str, Array]  # {name: [n, ...]}
     golden_outputs: Mapping[str, Array]  # of the fp32 reference, never of a variant
     card: str
+    extras: Mapping[str, bytes] = field(default_factory=dict)  # further files, by name
 
 
 @contextlib.contextmanager
@@ -81,6 +82,7 @@ def model_card(head: Mapping[str, object], body: str) -> str:
 def _write(folder: Path, contents: Contents) -> None:
     root = contents.root
     files: dict[str, bytes] = {
+        **contents.extras,
         CARD: contents.card.encode(),
         root.self_test.path: archive.to_bytes(
             {f"input.{name}": array for name, array in contents.golden_inputs.items()}

@@ -17,19 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fogline_models import archive, bound
-from fogline_models.errors import BadInput
+from fogline_models import bound
+from fogline_models.data import Items
+from fogline_models.errors import BadInput, TooLittle
 from fogline_models.session import CPU, Session, hardware_class
-from fogline_protocol import documents
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
 from fogline_protocol.score import FUNCTIONS
-from fogline_protocol.tensors import Array, TensorError
+from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 REFERENCE_QUANTILES = 64
 ESCALATION_DELTA = 0.01  # the drift alarm needs a rate that is hardly ever exceeded by chance
-INPUT = "input."
-UNSTATED = "not stated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,54 +46,10 @@ class Terms:
             raise BadInput("a certificate must be valid for at least a day")
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationSet:
-    """Items drawn like the requests to come, and never used for training."""
-
-    inputs: Mapping[str, Array]  # {name: [n, ...]}
-    scenes: Array  # [n]; items of one scene are copies, not evidence
-    sampling: str  # how the items were drawn, for people
-    sha256: str  # of the file
-
-    @property
-    def independent(self) -> Array:
-        """The index of one item per scene, the first, in file order."""
-        _, first = np.unique(self.scenes, return_index=True)
-        return np.sort(first)
-
-
-def read_calibration(path: Path) -> CalibrationSet:
-    """Read a calibration set from an npz archive.
-
-    It holds ``input.<name>`` for every input, and optionally ``scene`` (one number per item;
-    without it every item counts as a scene of its own) and ``sampling`` (a text).
-
-    Raises:
-        BadInput: no intact archive, no inputs, or arrays of different lengths.
-    """
-    arrays = archive.read(path)
-    inputs = {
-        name.removeprefix(INPUT): array for name, array in arrays.items() if name.startswith(INPUT)
-    }
-    if not inputs:
-        found = ", ".join(sorted(arrays)) or "nothing"
-        raise BadInput(f"{path}: expected arrays named {INPUT}<name>, found {found}")
-    if any(array.ndim == 0 for array in inputs.values()):
-        raise BadInput(f"{path}: every input must have one row per item, found a single number")
-    count = len(next(iter(inputs.values())))
-    scenes = arrays.get("scene", np.arange(count))
-    lengths = {name: len(array) for name, array in inputs.items()}
-    lengths["scene"] = len(scenes) if scenes.ndim == 1 else -1
-    if count == 0 or set(lengths.values()) != {count}:
-        raise BadInput(f"{path}: expected one row per item in every array, found {lengths}")
-    sampling = str(arrays.get("sampling", UNSTATED))
-    return CalibrationSet(inputs, scenes, sampling, documents.sha256_of_file(path))
-
-
 def certify(
     edge: BundleDirectory,
     hub: BundleDirectory,
-    data: CalibrationSet,
+    items: Items,
     terms: Terms,
     *,
     issued_at: datetime.datetime,
@@ -108,8 +62,8 @@ def certify(
     ``hub_variant`` is the file of ``hub`` that will answer escalations, by default its first.
 
     Raises:
-        BadInput: the bundles are not a pair, the data does not fit them or is too little for
-            the terms, or a model does not run here or gives values that are not finite.
+        TooLittle: the data is too little for the terms; says how much it takes.
+        BadInput: the bundles are not a pair, the data does not fit them, or a model does not run here or gives values that are not finite.
         MissingExtra: onnxruntime is not installed.
     """
     score = edge.bundle.score
@@ -123,13 +77,13 @@ def certify(
         )
     edge_variant = _variant(edge.bundle, variant)
     peer = _variant(hub.bundle, hub_variant or hub.bundle.variants[0].name)
-    rows = data.independent
-    inputs = {name: array[rows] for name, array in data.inputs.items()}
+    rows = items.independent
+    inputs = {name: array[rows] for name, array in items.inputs.items()}
     for side in (edge, hub):
         _check_inputs(side.bundle, inputs)
     allowed = bound.allowed_losses(len(rows), terms.alpha, terms.delta)
     if allowed < 0:
-        raise BadInput(
+        raise TooLittle(
             f"{len(rows)} independent scenes are too few to certify alpha {terms.alpha:g} at "
             f"delta {terms.delta:g}: at least {bound.items_needed(terms.alpha, terms.delta)} "
             f"are needed"
@@ -161,15 +115,15 @@ def certify(
         score_output=score.output,
         alpha=terms.alpha,
         delta=terms.delta,
-        items=len(data.scenes),
+        items=len(items),
         scenes=len(rows),
         allowed_losses=allowed,
         threshold=found,
         escalation_rate=escalated / len(rows),
         escalation_rate_upper=bound.upper_bound(escalated, len(rows), ESCALATION_DELTA),
         reference_score_quantiles=tuple(float(q) for q in quantiles),
-        calibration_sha256=data.sha256,
-        sampling=data.sampling,
+        calibration_sha256=items.sha256,
+        sampling=items.sampling,
         issued_at=issued_at,
         expires_at=issued_at + terms.valid_for,
     )
@@ -193,6 +147,16 @@ def save(certificate: Certificate, folder: Path) -> Path:
     except OSError as error:
         raise BadInput(f"cannot write {target}: {error.strerror}") from None
     return target
+
+
+def sentence(issued: Certificate) -> str:
+    """Return what a certificate says, for people."""
+    return (
+        f"{issued.variant} on {issued.hardware_class} answers locally above "
+        f"{issued.threshold:.4f}, escalates {issued.escalation_rate:.1%}; disagreement at most "
+        f"{issued.alpha:g} with confidence {1 - issued.delta:g}, from {issued.scenes} "
+        f"independent scenes ({issued.sampling})"
+    )
 
 
 def folder_of(bundle: BundleDirectory) -> Path:
@@ -233,13 +197,20 @@ def _check_inputs(bundle: Bundle, inputs: Mapping[str, Array]) -> None:
         )
     for name, array in inputs.items():
         try:
-            problem = wanted[name].mismatch(array)
+            problem = _of_items(wanted[name], bundle).mismatch(array)
         except TensorError as error:
             problem = str(error)
         if problem is not None:
             raise BadInput(f"calibration input {name!r}: {problem}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise BadInput(f"calibration input {name!r} holds values that are not finite")
+
+
+def _of_items(spec: TensorSpec, bundle: Bundle) -> TensorSpec:
+    """Return what any number of items look like; without a batch axis, a run takes one of them."""
+    if bundle.max_batch:
+        return spec
+    return TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:]))
 
 
 def _logits(

@@ -7,6 +7,10 @@ class BadInput(Exception):
     """What was given cannot be used: the message says what to give instead."""
 
 
+class TooLittle(BadInput):
+    """There are not enough items for what is promised: the message says how many it takes."""
+
+
 class MissingExtra(Exception):
     """A package that this step needs is not installed: the message says how to install it."""
 

@@ -1,20 +1,27 @@
-"""Says what a variant is worth: against labels, against the fp32 original, and on this machine.
+"""Says what every variant of a release is worth: against labels, the fp32 original and the hub.
 
-Figures that depend on the data alone are reproducible; timings are not and stay in the
-report, outside every digest. Latencies are compared only within one call, where the
-variants take turns, because a machine's speed changes from one minute to the next.
+``evaluate`` is pure and its figures depend on the data alone; how quick a variant is depends
+on the machine and is ``measure.py``'s business. The golden vectors are judged here too, as a
+device judges them.
+
+Classification takes logits ``[n, classes]``, one row per item; a token classifier passes its
+tokens as rows and the text as their scene. Everything else is compared as vectors: cosine
+similarity and relative error instead of answers.
 """
 
 import math
-import time
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from fogline_models import metrics
 from fogline_models.errors import BadInput
+from fogline_models.metrics import Bin, Difference, Point, Rate
 from fogline_models.session import CPU, Session
+from fogline_protocol import hardware
+from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import (
     FAR_OFF,
     Deviates,
@@ -23,23 +30,301 @@ from fogline_protocol.golden import (
     judge,
 )
 from fogline_protocol.release import BundleDirectory, Tolerance
+from fogline_protocol.score import FUNCTIONS
 from fogline_protocol.tensors import Array
 
 # Rows of the golden vectors that must keep the reference's answer. int8 may flip rows that
 # lie on the fence, and flips others on other processors; fp32 has no such excuse.
 MIN_AGREEMENT: Mapping[str, float] = {"fp32": 0.99, "int8": 0.90}
-TURNS = 9  # of all variants, for each latency
-RUNS_PER_TURN = 60
 
 
-def accuracy(logits: Array, labels: Array) -> float:
-    """Return the share of rows whose top answer is the label: ``[n, classes], [n]``."""
-    return float((logits.argmax(axis=1) == labels).mean())
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What the items of the held-out split are known to be; nothing was trained on them."""
+
+    scenes: Array  # [n]; items of one scene are copies, not evidence
+    labels: Array | None = None  # int [n]
+    slices: Array | None = None  # str [n]: the group of each item, a writer or a noise level
+    names: tuple[str, ...] = ()  # of the classes
 
 
-def agreement(logits: Array, others: Array) -> float:
-    """Return the share of rows on which two models give the same top answer."""
-    return float((logits.argmax(axis=1) == others.argmax(axis=1)).mean())
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The figures of one group of items."""
+
+    name: str
+    items: int
+    scenes: int
+    accuracy: Rate | None
+    agreement: Rate | None  # this and the loss against the reference
+    loss: Difference | None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one variant is worth. What cannot be said of its kind is None or empty."""
+
+    accuracy: Rate | None
+    # Against the reference, which has None of both:
+    loss: Difference | None  # of accuracy; positive: worse
+    agreement: Rate | None  # of top answers
+    agreement_hub: Rate | None
+    macro_f1: float | None
+    calibration_error: float | None
+    reliability: tuple[Bin, ...]
+    recall: Mapping[str, Rate]  # by class
+    confusion: tuple[tuple[int, ...], ...]  # labels in rows, answers in columns
+    cosine: float | None  # mean over items, with the reference's vectors
+    cosine_worst: float | None
+    relative_error: float | None  # mean over items
+    relative_error_worst: float | None
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The figures of every variant on the same items."""
+
+    items: int
+    scenes: int
+    classes: tuple[str, ...]  # empty: vectors, not classes
+    reference: str
+    variants: Mapping[str, Figures]
+    hub_model: str
+    hub: Figures | None
+
+
+def evaluate(
+    outputs: Mapping[str, Array],
+    items: HeldOut,
+    *,
+    reference: str = "fp32",
+    hub: Array | None = None,
+    hub_model: str = "hub",
+    vectors: bool = False,
+) -> Evaluation:
+    """Return the figures of every variant.
+
+    Args:
+        outputs: by variant, ``[n, ...]``: logits, or vectors if ``vectors``.
+        items: what is known about the ``n`` items.
+        reference: the variant that the others are compared with.
+        hub: what the hub's model gives for the same items.
+        hub_model: what it is called.
+        vectors: the outputs are features or other numbers, not one logit per class.
+
+    Raises:
+        BadInput: lengths differ, a label is no class, or a value is not finite.
+    """
+    others = {} if hub is None else {hub_model: hub}
+    _check({**outputs, **others}, items, reference, vectors)
+    classes = () if vectors else _names(outputs[reference], items.names)
+    asked = {name: _Answers(array, vectors) for name, array in outputs.items()}
+    base = asked[reference]
+    peer = None if hub is None else _Answers(hub, vectors)
+    return Evaluation(
+        items=len(items.scenes),
+        scenes=len(np.unique(items.scenes)),
+        classes=classes,
+        reference=reference,
+        variants={name: _figures(mine, base, peer, items, classes) for name, mine in asked.items()},
+        hub_model=hub_model if peer is not None else "",
+        hub=None if peer is None else _figures(peer, base, peer, items, classes),
+    )
+
+
+def against(mine: Array, before: Array, items: HeldOut) -> tuple[Slice, ...]:
+    """Return how a release does beside the one before it: all items, then by slice.
+
+    Of a slice, ``loss`` is against the release before; negative, the new one is better.
+
+    Raises:
+        BadInput: lengths or widths differ, a label is no class, or a value is not finite.
+    """
+    _check({"this release": mine, "its parent": before}, items, "its parent", False)
+    new, old = _Answers(mine, False), _Answers(before, False)
+    everything = np.ones(len(items.scenes), dtype=bool)
+    names = () if items.slices is None else sorted(set(items.slices.tolist()), key=_natural)
+    return (
+        _slice("all items", everything, new, old, items),
+        *(_slice(str(name), items.slices == name, new, old, items) for name in names),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Escalation:
+    """What one certificate gives on the held-out items, and what other thresholds would."""
+
+    variant: str
+    hardware_class: str
+    hub_model: str
+    alpha: float
+    delta: float
+    calibration_scenes: int
+    allowed_losses: int
+    at: Point  # the certified threshold
+    disagreement: Rate  # at it
+    accuracy_edge: float | None  # without the hub
+    accuracy_hub: float | None
+    curve: tuple[Point, ...]
+
+
+def escalation(
+    certificate: Certificate, edge: Array, hub: Array, items: HeldOut, *, vectors: bool = False
+) -> Escalation:
+    """Return how a certificate fares on held-out items: logits ``[n, classes]`` twice.
+
+    Raises:
+        BadInput: lengths differ, a value is not finite, or the outputs are no classes.
+    """
+    if vectors:
+        raise BadInput("evaluate: a certificate speaks of answers, these outputs are vectors")
+    both = {certificate.variant: edge, certificate.hub_model: hub}
+    _check(both, items, certificate.variant, vectors)
+    scores = FUNCTIONS[certificate.score_function](edge)
+    mine, theirs = metrics.top(edge), metrics.top(hub)
+    local = scores > certificate.threshold
+    labels = items.labels
+    wrong = local & (mine != theirs)
+    pair = np.where(local, mine, theirs)
+    return Escalation(
+        variant=certificate.variant,
+        hardware_class=certificate.hardware_class,
+        hub_model=certificate.hub_model,
+        alpha=certificate.alpha,
+        delta=certificate.delta,
+        calibration_scenes=certificate.scenes,
+        allowed_losses=certificate.allowed_losses,
+        at=Point(
+            threshold=certificate.threshold if math.isfinite(certificate.threshold) else None,
+            escalated=float((~local).mean()),
+            disagreement=float(wrong.mean()),
+            accuracy=None if labels is None else float((pair == labels).mean()),
+        ),
+        disagreement=metrics.rate(wrong, items.scenes),
+        accuracy_edge=None if labels is None else float((mine == labels).mean()),
+        accuracy_hub=None if labels is None else float((theirs == labels).mean()),
+        curve=metrics.risk_curve(mine, theirs, scores, labels),
+    )
+
+
+class _Answers:
+    """One model's outputs, with what is asked of them more than once."""
+
+    def __init__(self, outputs: Array, vectors: bool) -> None:
+        self.outputs = outputs
+        self.top = None if vectors else metrics.top(outputs)
+
+
+def _figures(
+    mine: _Answers,
+    base: _Answers,
+    peer: _Answers | None,
+    items: HeldOut,
+    classes: Sequence[str],
+) -> Figures:
+    cosines = errors = None
+    if mine.top is None:
+        cosines = metrics.cosines(mine.outputs, base.outputs)
+        errors = metrics.relative_errors(mine.outputs, base.outputs)
+    labels, answers = items.labels, mine.top
+    bins: tuple[Bin, ...] = ()
+    counts: Array | None = None
+    recall: dict[str, Rate] = {}
+    if labels is not None and answers is not None:
+        bins = metrics.reliability(mine.outputs, labels)
+        counts = metrics.confusion(labels, answers, len(classes))
+        for index, name in enumerate(classes):
+            here = labels == index
+            if here.any():
+                recall[name] = metrics.rate(answers[here] == index, items.scenes[here])
+    everything = np.ones(len(items.scenes), dtype=bool)
+    whole = _slice("", everything, mine, base, items)
+    agreement_hub = None
+    if answers is not None and peer is not None and peer.top is not None:
+        agreement_hub = metrics.rate(answers == peer.top, items.scenes)
+    return Figures(
+        accuracy=whole.accuracy,
+        loss=whole.loss,
+        agreement=whole.agreement,
+        agreement_hub=agreement_hub,
+        macro_f1=None if counts is None else metrics.macro_f1(counts),
+        calibration_error=metrics.calibration_error(bins) if bins else None,
+        reliability=bins,
+        recall=recall,
+        confusion=() if counts is None else tuple(tuple(row) for row in counts.tolist()),
+        cosine=None if cosines is None else float(cosines.mean()),
+        cosine_worst=None if cosines is None else float(cosines.min()),
+        relative_error=None if errors is None else float(errors.mean()),
+        relative_error_worst=None if errors is None else float(errors.max()),
+        slices=()
+        if items.slices is None
+        else tuple(
+            _slice(str(name), items.slices == name, mine, base, items)
+            for name in sorted(set(items.slices.tolist()), key=_natural)
+        ),
+    )
+
+
+def _slice(name: str, here: Array, mine: _Answers, base: _Answers, items: HeldOut) -> Slice:
+    scenes = items.scenes[here]
+    accuracy = agreement = loss = None
+    if mine.top is not None and base.top is not None:
+        right: Array | None = None
+        if items.labels is not None:
+            right = mine.top[here] == items.labels[here]
+            accuracy = metrics.rate(right, scenes)
+        if mine is not base:
+            agreement = metrics.rate((mine.top == base.top)[here], scenes)
+            if items.labels is not None and right is not None:
+                loss = metrics.difference(base.top[here] == items.labels[here], right, scenes)
+    return Slice(name, int(here.sum()), len(np.unique(scenes)), accuracy, agreement, loss)
+
+
+def _natural(name: object) -> list[tuple[int, str]]:
+    """Return a key by which "group 9" comes before "group 10"."""
+    parts = re.split(r"(\d+)", str(name))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _names(logits: Array, names: tuple[str, ...]) -> tuple[str, ...]:
+    width = logits.reshape(len(logits), -1).shape[1]
+    return names or tuple(str(index) for index in range(width))
+
+
+def _check(outputs: Mapping[str, Array], items: HeldOut, reference: str, vectors: bool) -> None:
+    count = len(items.scenes)
+    if count == 0:
+        raise BadInput("evaluate: the held-out split has no items")
+    if reference not in outputs:
+        raise BadInput(f"evaluate: no variant {reference!r} to compare with, only {list(outputs)}")
+    width = outputs[reference].reshape(len(outputs[reference]), -1).shape[1]
+    for name, array in outputs.items():
+        if len(array) != count:
+            raise BadInput(f"evaluate: {name} gave {len(array)} rows for {count} items")
+        if array.reshape(count, -1).shape[1] != width:
+            raise BadInput(
+                f"evaluate: {name} gives {array.reshape(count, -1).shape[1]} values per item, "
+                f"{reference} gives {width}"
+            )
+        finite = np.isfinite(array.reshape(count, -1)).all(axis=1)
+        if not finite.all():
+            raise BadInput(
+                f"evaluate: {name} gives values that are not finite on {int((~finite).sum())} of "
+                f"{count} items"
+            )
+    if vectors:
+        return
+    if items.names and len(items.names) != width:
+        raise BadInput(
+            f"evaluate: {len(items.names)} labels are named, but {reference} has {width} outputs"
+        )
+    for what, known in (("labels", items.labels), ("slices", items.slices)):
+        if known is not None and len(known) != count:
+            raise BadInput(f"evaluate: {len(known)} {what} for {count} items")
+    if items.labels is not None and not bool(((items.labels >= 0) & (items.labels < width)).all()):
+        stray = items.labels[(items.labels < 0) | (items.labels >= width)]
+        raise BadInput(f"evaluate: label {stray[0]} is none of the {width} classes")
 
 
 def tolerance(reference: Array, outputs: Array, precision: str) -> Tolerance:
@@ -66,6 +351,8 @@ class Golden:
 def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -> Golden:
     """Run a variant on its bundle's golden vectors, as a device does before it trusts it.
 
+    On a machine that the variant is not meant for it runs as it is written, unfused.
+
     Raises:
         BadInput: the vectors lack a tensor or have none, or the variant does not run here.
     """
@@ -74,7 +361,9 @@ def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -
         vectors = GoldenVectors.read(bundle, directory.file(bundle.self_test.path))
     except VectorsUnusable as error:
         raise BadInput(str(error)) from None
-    session = Session(directory.file(bundle.variant(variant_name).path), provider)
+    variant = bundle.variant(variant_name)
+    here = variant.providers_on((provider,), hardware.this_machine())
+    session = Session(directory.file(variant.path), provider, as_written=not here)
     answers = [session.run(inputs, rows_at_once=1) for inputs in vectors.batches()]
     problem: str | None = None
     try:
@@ -82,51 +371,3 @@ def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -
     except Deviates as error:
         figures, problem = error.figures, str(error)
     return Golden(figures.get("max_abs_error", FAR_OFF), figures.get("agreement", 0.0), problem)
-
-
-def latencies_us(
-    files: Mapping[str, Path], inputs: Mapping[str, Array], batches: Sequence[int]
-) -> dict[str, dict[str, float]]:
-    """Return the median run time of every file at every batch size, in microseconds.
-
-    One thread, this machine, the files taking turns: read ratios, not last digits.
-    """
-    sessions = {name: Session(path) for name, path in files.items()}
-    medians: dict[str, dict[str, float]] = {name: {} for name in files}
-    for batch in batches:
-        rows = {key: array[:batch] for key, array in inputs.items()}
-        samples: dict[str, list[float]] = {name: [] for name in files}
-        for _ in range(TURNS):
-            for name, session in sessions.items():
-                session.run(rows, batch)  # warm caches again after the others' turn
-                for _ in range(RUNS_PER_TURN):
-                    start = time.perf_counter()
-                    session.run(rows, batch)
-                    samples[name].append(time.perf_counter() - start)
-        for name in files:
-            medians[name][f"batch_{batch}"] = round(float(np.median(samples[name])) * 1e6, 1)
-    return medians
-
-
-@dataclass(frozen=True, slots=True)
-class Hybrid:
-    """What edge and hub give together at one threshold."""
-
-    share_edge: float
-    disagreement: float  # answered at the edge and different from the hub, over all rows
-    accuracy_edge: float
-    accuracy_hub: float
-    accuracy_hybrid: float
-
-
-def hybrid(edge: Array, hub: Array, scores: Array, labels: Array, threshold: float) -> Hybrid:
-    """Return the figures of the pair: logits ``[n, classes]`` twice, ``[n]`` scores and labels."""
-    local = scores > threshold
-    mine, theirs = edge.argmax(axis=1), hub.argmax(axis=1)
-    return Hybrid(
-        share_edge=float(local.mean()),
-        disagreement=float((local & (mine != theirs)).mean()),
-        accuracy_edge=float((mine == labels).mean()),
-        accuracy_hub=float((theirs == labels).mean()),
-        accuracy_hybrid=float((np.where(local, mine, theirs) == labels).mean()),
-    )

@@ -4,7 +4,8 @@
 quietly runs on the CPU. So where each node was placed is read back and compared (model-workshop 9).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fogline_protocol import hardware
 from fogline_protocol.tensors import Array
 
 CPU = "CPUExecutionProvider"
+ALL_ROWS = 2**31 - 1  # more than there are: one run
 
 
 def hardware_class(provider: str = CPU) -> str:
@@ -27,8 +29,12 @@ def hardware_class(provider: str = CPU) -> str:
 class Session:
     """One loaded ONNX file; single-threaded, as a device runs it."""
 
-    def __init__(self, model: Path, provider: str = CPU) -> None:
+    def __init__(self, model: Path, provider: str = CPU, *, as_written: bool = False) -> None:
         """Load ``model``.
+
+        With ``as_written`` nothing is fused: what lies between dequantize and quantize nodes
+        then computes in float32, exactly what the file says. Fused, it runs in integer kernels,
+        which on x86 without VNNI cut off sums that weights of 8 bits make too large.
 
         Raises:
             BadInput: the file is no ONNX model, or the provider cannot run all of it here.
@@ -40,9 +46,9 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        options.log_severity_level = (
-            3  # what matters is raised; warnings of the graph pass are noise
-        )
+        options.log_severity_level = 4  # what matters is raised, not printed
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if provider != CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -51,9 +57,8 @@ class Session:
             raise BadInput(
                 f"provider {provider} is not in this onnxruntime, it has {', '.join(available)}"
             )
-        try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
-        except (
+        self._model = model
+        self._refusals = (
             native.EPFail,
             native.Fail,
             native.InvalidArgument,
@@ -62,27 +67,86 @@ class Session:
             native.NoSuchFile,
             native.NotImplemented,
             native.RuntimeException,
-        ) as error:
-            raise BadInput(f"{model}: onnxruntime refuses it on {provider}: {error}") from None
+        )
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+        except self._refusals as error:
+            raise BadInput(f"{model}: {_reason(str(error), provider)}") from None
         placed = {part.ep_name for part in self._session.get_provider_graph_assignment_info()}
         if placed != {provider}:
             raise BadInput(f"{model}: asked for {provider}, placed on {', '.join(sorted(placed))}")
         self._outputs = [output.name for output in self._session.get_outputs()]
 
+    def rows(self, wanted: int) -> int:
+        """Return how many rows go into one run: ``wanted``, unless the file fixes them."""
+        firsts = {
+            spec.shape[0]
+            for spec in self._session.get_inputs()
+            if spec.shape and isinstance(spec.shape[0], int)
+        }
+        return int(firsts.pop()) if len(firsts) == 1 else wanted
+
     def run(self, inputs: Mapping[str, Array], rows_at_once: int) -> dict[str, Array]:
         """Return every output for all rows, computed ``rows_at_once`` at a time.
 
         ``{name: [n, ...]} -> {name: [n, ...]}``
+
+        Raises:
+            BadInput: the model refuses these inputs.
         """
-        total = len(next(iter(inputs.values())))
+        total = max((len(array) for array in inputs.values() if array.ndim), default=1)
+        if total <= rows_at_once:  # also where an input has no rows, because no batch varies
+            return dict(zip(self._outputs, self._run(inputs), strict=True))
         parts = [
-            self._session.run(
-                self._outputs,
-                {name: array[start : start + rows_at_once] for name, array in inputs.items()},
-            )
+            self._run({name: array[start : start + rows_at_once] for name, array in inputs.items()})
             for start in range(0, total, rows_at_once)
         ]
         return {
             name: np.concatenate([part[i] for part in parts])
             for i, name in enumerate(self._outputs)
         }
+
+    def _run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        try:
+            outputs: Sequence[Array] = self._session.run(self._outputs, inputs)
+        except self._refusals as error:
+            raise BadInput(
+                f"{self._model}: it fails on these inputs: {str(error).splitlines()[0]}"
+            ) from None
+        return outputs
+
+
+# What onnxruntime 1.32 says of an operator that it has never heard of, or has no kernel for.
+_UNKNOWN = re.compile(
+    r"No Op registered for (?P<onnx>\S+) with"
+    r"|Fatal error: (?P<foreign>\S+?)\(-?\d+\) is not a registered"
+    r"|Could not find an implementation for (?P<kernel>\S+?\(\d+\))"
+)
+_TOO_NEW = re.compile(r"Unsupported model IR version: (\d+), max supported IR version: (\d+)")
+_OPSET = re.compile(
+    r"Opset (\d+) is under development.* domain (\S+) is till opset (\d+)", re.DOTALL
+)
+
+
+def _reason(text: str, provider: str) -> str:
+    """Return one sentence for onnxruntime's refusal of a file."""
+    import onnxruntime
+
+    here = f"onnxruntime {onnxruntime.__version__}"
+    if found := _UNKNOWN.search(text):
+        name = next(filter(None, found.groups()))
+        newer = ", or in a newer opset" if found["kernel"] else ""
+        return (
+            f"{here} has no operator {name} for the types it is used with on {provider}: write "
+            f"the model without it{newer}"
+        )
+    if found := _TOO_NEW.search(text):
+        return (
+            f"it is written in ONNX IR {found[1]}, {here} reads up to {found[2]}: export it older"
+        )
+    if found := _OPSET.search(text):
+        return (
+            f"it is written in opset {found[1]} of {found[2]}, {here} runs up to {found[3]}: "
+            "export it with that"
+        )
+    return f"onnxruntime refuses it on {provider}: {text}"

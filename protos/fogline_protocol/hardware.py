@@ -9,6 +9,7 @@ hub and workshop must name classes identically, and this file does it for all th
 
 import functools
 import platform
+from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def sums_saturate(processor: str) -> bool:
     x86 without VNNI adds two products in 16 bits; int8 weights of 7 bits always fit.
     """
     return processor.partition("+")[0] == "x86_64" and "vnni" not in processor
+
+
+def suits(processor: str, wanted: Collection[str]) -> bool:
+    """Return whether a processor like ``x86_64+avx512_vnni`` is one of ``wanted``; none: any is.
+
+    ``x86_64`` stands for all of its kind, ``x86_64+vnni`` for those with VNNI of either width.
+    """
+    machine, _, features = processor.partition("+")
+    for each in wanted:
+        kind, _, feature = each.partition("+")
+        if kind == machine and feature in features:
+            return True
+    return not wanted
 
 
 @functools.cache

@@ -17,13 +17,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from fogline_protocol import certificate, documents
+from fogline_protocol import certificate, documents, hardware
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.tensors import DTYPES, TensorSpec
 from fogline_protocol.v1 import release_pb2 as pb
 
 ROOT = "bundle.json"
+CPU = "CPUExecutionProvider"
 CERTIFICATES = "certificates"
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 SEMANTIC_VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?")
@@ -74,6 +75,15 @@ class Variant:
     path: str
     precision: str
     providers: tuple[str, ...]
+    processors: tuple[str, ...] = ()  # whose CPU kernels compute it as written; none: all
+
+    def providers_on(self, usable: Collection[str], processor: str) -> tuple[str, ...]:
+        """Return the providers it is meant for, best first, on a machine with ``usable`` ones."""
+        return tuple(
+            name
+            for name in self.providers
+            if name in usable and (name != CPU or hardware.suits(processor, self.processors))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +175,13 @@ class Bundle:
             inputs=[_spec_message(s) for s in self.inputs],
             outputs=[_spec_message(s) for s in self.outputs],
             variants=[
-                pb.Variant(name=v.name, path=v.path, precision=v.precision, providers=v.providers)
+                pb.Variant(
+                    name=v.name,
+                    path=v.path,
+                    precision=v.precision,
+                    providers=v.providers,
+                    processors=v.processors,
+                )
                 for v in self.variants
             ],
             self_test=pb.SelfTest(
@@ -228,7 +244,8 @@ def parse(data: bytes) -> Bundle:
         labels=tuple(message.labels),
         description=message.description,
         variants=tuple(
-            Variant(v.name, v.path, v.precision, tuple(v.providers)) for v in message.variants
+            Variant(v.name, v.path, v.precision, tuple(v.providers), tuple(v.processors))
+            for v in message.variants
         ),
         self_test=SelfTest(
             message.self_test.path,
@@ -376,6 +393,11 @@ def _contradiction(bundle: Bundle) -> str | None:
             return f"variant {variant.name!r} has no self-test tolerance"
     if bundle.self_test.path not in bundle.files:
         return "the self-test vectors are not listed"
+    if bundle.parent is not None:
+        if not SEMANTIC_VERSION.fullmatch(bundle.parent.version):
+            return f"the parent's version {bundle.parent.version!r} is not a semantic version"
+        if not re.fullmatch(r"[0-9a-f]{64}", bundle.parent.bundle_sha256):
+            return "the parent has no SHA-256"
     for step in (*bundle.pre_processing, *bundle.post_processing):
         for name in step.files:
             if name not in bundle.files:

@@ -18,7 +18,9 @@ from cloud_hub.config import HubConfig
 from cloud_hub.errors import ConfigRefused
 from cloud_hub.fleet.link import Arrival
 from cloud_hub.hub import Hub
+from fogline_protocol.release import Parent
 from fogline_protocol.v1 import fleet_pb2 as pb
+from tests.cloud_hub.console import workshop
 
 
 @pytest.fixture
@@ -85,6 +87,32 @@ async def test_releases_are_pushed_listed_and_shown(hub: Hub, bundles: Path) -> 
     unknown = said(await fogline("release", "show", "digits@7", *at), 6)
     assert "the hub refused [release/unknown]" in unknown
     assert "there are: digits@1" in unknown
+
+
+async def test_parents_and_children_are_listed_and_what_was_left_out_is_said(
+    hub: Hub, bundles: Path, tmp_path: Path
+) -> None:
+    at = ("--data", hub.config.data)
+    first = await hub.fleet.releases.accept(bundles / "digits-hub-1.0.0")
+    for version, parent in (("1.1.0", first.bundle_sha256), ("1.2.0", "ab" * 32)):
+        path = workshop.bundle(
+            tmp_path / version,
+            bundles.parent,
+            of="digits-hub-1.0.0",
+            version=version,
+            parent=Parent("1.0.0", parent),
+            document="[]",
+        )
+        told = said(await fogline("release", "push", path, *at), 0).splitlines()
+        assert told[1].strip() == (
+            "note: report.json was left out: it is no JSON object (it is a list)"
+        )
+    listed = said(await fogline("release", "list", *at), 0).splitlines()
+    assert listed[0].endswith("from 1.0.0 (unknown to this hub)")
+    assert listed[1].endswith("from digits-hub@1")
+    assert listed[2].endswith("parent of digits-hub@2")
+    shown = json.loads(said(await fogline("release", "show", "digits-hub@1", *at), 0))
+    assert (shown["parent"], shown["children"]) == (None, ["digits-hub@2"])
 
 
 async def test_a_failing_self_test_is_forced_and_shown_as_such(hub: Hub, bundles: Path) -> None:

@@ -9,6 +9,7 @@ The files were written once with onnx 1.23 (opset 13), which tests do without.
 
 import datetime
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def make(
     certified: bool = True,
     variants: tuple[str, ...] = ("fp32",),
     variant_providers: tuple[str, ...] = (providers.CPU,),
+    processors: Mapping[str, tuple[str, ...]] | None = None,
 ) -> BundleDirectory:
     """Write a bundle to ``path`` and read it back."""
     path.mkdir(parents=True)
@@ -74,7 +76,10 @@ def make(
         inputs=(TensorSpec(names[0], *tensor),),
         outputs=(TensorSpec(names[1], *tensor),),
         max_batch=max_batch,
-        variants=tuple(Variant(name, f"{name}.onnx", name, variant_providers) for name in variants),
+        variants=tuple(
+            Variant(name, f"{name}.onnx", name, variant_providers, (processors or {}).get(name, ()))
+            for name in variants
+        ),
         self_test=SelfTest("selftest.npz", {name: Tolerance(0.1, 0.9) for name in variants}),
         files=files,
         score=Score("max_softmax", "logits") if scored else None,

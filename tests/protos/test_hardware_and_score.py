@@ -24,6 +24,22 @@ def test_the_strongest_instruction_set_names_the_class(machine, flags, name):
 
 
 @pytest.mark.parametrize(
+    ("processor", "wanted", "suits"),
+    [
+        ("x86_64+avx2", (), True),
+        ("x86_64+avx2", ("x86_64",), True),
+        ("x86_64+avx2", ("x86_64+vnni", "aarch64"), False),
+        ("x86_64+avx512_vnni", ("x86_64+vnni",), True),
+        ("x86_64+avx_vnni", ("x86_64+avx512_vnni",), False),
+        ("aarch64+i8mm", ("x86_64+vnni", "aarch64"), True),
+        ("x86_64", ("x86_64+vnni",), False),
+    ],
+)
+def test_a_processor_suits_those_who_name_its_kind_and_what_it_can(processor, wanted, suits):
+    assert hardware.suits(processor, wanted) == suits
+
+
+@pytest.mark.parametrize(
     ("processor", "saturates"),
     [
         ("x86_64", True),

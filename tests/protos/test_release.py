@@ -36,7 +36,9 @@ def a_bundle(**changes):
         "inputs": (TensorSpec("image", "FP32", (-1, 1, 8, 8)),),
         "outputs": (TensorSpec("logits", "FP32", (-1, 10)),),
         "max_batch": 64,
-        "variants": (Variant("fp32", "variants/fp32.onnx", "fp32", ("CPUExecutionProvider",)),),
+        "variants": (
+            Variant("fp32", "variants/fp32.onnx", "fp32", ("CPUExecutionProvider",), ("x86_64",)),
+        ),
         "self_test": SelfTest(
             "selftest.npz",
             {"fp32": Tolerance(1e-3, 1.0, {"CUDAExecutionProvider": Tolerance(1e-2, 0.99)})},
@@ -185,6 +187,8 @@ def test_a_certificate_of_another_release_is_refused(folder):
         ({"files": {"a\\b": File("ab" * 32, 1)}}, "plain path"),
         ({"files": {"certificates/x.json": File("ab" * 32, 1)}}, "reserved"),
         ({"files": {"a": File("short", 1)}}, "no SHA-256"),
+        ({"parent": Parent("latest", "ab" * 32)}, "parent's version 'latest'"),
+        ({"parent": Parent("1.0.0", "ab\0")}, "parent has no SHA-256"),
     ],
 )
 def test_a_root_document_that_contradicts_itself_is_refused(changes, text):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deploy.demo.fleet import script
-from fogline_models.certify import read_calibration
+from fogline_models.data import read
 from fogline_protocol import release
 from fogline_protocol.client import Client
 from fogline_protocol.errors import InferenceError
@@ -26,7 +26,7 @@ QUOTA = ("--examples-quota-bytes", "100000000")
 @pytest.fixture(scope="session")
 def images(digits):
     with np.load(digits / "traffic.npz") as file:
-        return file["main_images"]
+        return file["input.image"]
 
 
 async def ask(client, rows, **parameters):
@@ -125,7 +125,7 @@ async def test_what_a_device_lets_the_hub_keep_comes_back_as_a_data_set(
     assert set(found["edge_release"]) == {"digits@1.0.0"}
     assert set(found["hub_model"]) == {"digits-hub"}
     # The workshop reads it as it is.
-    data = read_calibration(tmp_path / "hard.npz")
+    data = read(tmp_path / "hard.npz")
     assert data.inputs["image"].shape == (33, 1, 8, 8)
     assert "Not a uniform sample" in data.sampling
 

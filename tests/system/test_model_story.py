@@ -20,7 +20,7 @@ pytestmark = pytest.mark.system
 @pytest.fixture(scope="session")
 def traffic(digits):
     with np.load(digits / "traffic.npz") as file:
-        return file["main_images"]
+        return file["input.image"]
 
 
 @pytest.fixture(scope="session")

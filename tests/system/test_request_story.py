@@ -18,7 +18,7 @@ pytestmark = pytest.mark.system
 @pytest.fixture(scope="session")
 def traffic(digits):
     with np.load(digits / "traffic.npz") as file:
-        return file["main_images"], file["main_labels"]
+        return file["input.image"], file["label"]
 
 
 async def ask(client, image, mode="prefer_edge", **parameters):

@@ -14,5 +14,5 @@ def test_run_says_what_it_can_do_from_wherever_it_is_called() -> None:
     done = subprocess.run(["sh", *asked], cwd=ROOT.parent, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr == ""
-    for command in ("demo", "test", "check", "bench"):
+    for command in ("demo", "test", "test workshop", "check", "bench"):
         assert f"./run {command}" in done.stdout

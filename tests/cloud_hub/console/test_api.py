@@ -13,6 +13,7 @@ from cloud_hub.console import api
 from cloud_hub.console.app import add_console
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
+from cloud_hub.insight.examples import Examples
 from cloud_hub.insight.history import History, Overview
 from cloud_hub.store.store import Store
 from fogline_protocol.v1.fleet_pb2 import Telemetry
@@ -86,6 +87,7 @@ async def test_the_real_history_is_understood(tmp_path: Path) -> None:
             app,
             history=history,
             devices=devices,
+            examples=cast(Examples, NOBODY),
             fleet=cast(Fleet, NOBODY),  # asked by fleet_api.py only, which has tests of its own
             scratch=Path(),
             models=lambda: [],

@@ -19,6 +19,7 @@ PATHS = (
     "/devices?q=nothing",
     "/devices/kiosk-1",
     "/models",
+    "/models/digits",
     "/models/digits/2",
     "/models/digits/3",
     "/deploy?release=digits%403&to=all",

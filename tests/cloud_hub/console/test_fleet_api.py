@@ -19,7 +19,9 @@ from cloud_hub.config import HubConfig
 from cloud_hub.fleet import upload
 from cloud_hub.fleet.link import Arrival
 from cloud_hub.hub import Hub
+from fogline_protocol.release import Parent
 from fogline_protocol.v1 import fleet_pb2 as pb
+from tests.cloud_hub.console import workshop
 
 
 @contextlib.asynccontextmanager
@@ -81,6 +83,44 @@ async def report_as(hub: Hub, *devices: str) -> None:
     await hub.fleet.controller.commit([Arrival("default", one.device, one) for one in births])
 
 
+async def test_a_push_carries_lineage_and_report_and_says_what_it_left_out(
+    session: aiohttp.ClientSession, hub: Hub, digits: Path, tmp_path: Path
+) -> None:
+    def push(name: str, **changes: Any) -> bytes:
+        return packed(
+            workshop.bundle(
+                tmp_path / name, digits, of="digits-hub-1.0.0", escalates_to=None, **changes
+            )
+        )
+
+    first = await ask(session, "POST", "/releases", data=push("1", version="2.0.0"))
+    assert (first.status, first.document["parent"], first.document["notes"]) == (201, None, [])
+    digest = first.document["bundle_sha256"]
+    child = push("2", version="2.1.0", parent=Parent("2.0.0", digest), page="x" * (5 << 20))
+    second = (await ask(session, "POST", "/releases", data=gzip.compress(child))).document
+    named = {"version": "2.0.0", "bundle_sha256": digest, "release": "digits-hub@1"}
+    assert second["parent"] == named
+    assert second["notes"] == ["report.html was left out: it is larger than 4 MiB"]
+    orphan = push("3", version="2.2.0", parent=Parent("1.9.0", "ab" * 32))
+    third = (await ask(session, "POST", "/releases", data=orphan)).document
+    assert third["parent"]["release"] is None
+    listed = (await ask(session, "GET", "/releases")).document
+    assert [one["children"] for one in listed] == [[], [], ["digits-hub@2"]]
+    shown = (await ask(session, "GET", "/releases/digits-hub/2.0.0")).document
+    assert shown["report"] == workshop.report()
+    assert shown["report_html"] == "/api/v1/releases/digits-hub/1/report.html"
+    async with session.get(shown["report_html"]) as response:
+        assert await response.text() == workshop.PAGE
+    shown = (await ask(session, "GET", "/releases/digits-hub/2")).document
+    assert shown["report_html"] is None
+    status, code, _ = await refused(session, "GET", "/releases/digits-hub/2/report.html")
+    assert (status, code) == (404, "report/none")
+    stolen = push("4", version="2.0.0", model="stolen", parent=Parent("2.0.0", digest))
+    status, code, detail = await refused(session, "POST", "/releases", data=stolen)
+    assert (status, code) == (422, "parent/model")
+    assert "digits-hub@1, a release of another model" in detail
+
+
 async def test_a_bundle_becomes_a_release_and_once_more_the_same(
     session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path
 ) -> None:
@@ -90,6 +130,7 @@ async def test_a_bundle_becomes_a_release_and_once_more_the_same(
     assert (first.status, first.document["release"]) == (201, "digits-hub@1")
     assert again.document == first.document
     assert first.document["self_test"]
+    assert first.document.pop("notes") == []
     assert (await ask(session, "GET", "/releases")).document == [first.document]
     for name in ("digits-hub/1", "digits-hub/0", "digits-hub/1.0.0"):
         shown = (await ask(session, "GET", f"/releases/{name}")).document

@@ -1,7 +1,9 @@
+import html
 import json
 import math
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -9,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_hub.console import release_views
-from cloud_hub.fleet.identity import Caller
+from cloud_hub.console import model_views, release_pages, report_views
+from cloud_hub.fleet.callers import Caller
+from cloud_hub.fleet.releases import Release
+from fogline_protocol.release import Parent, Processing
+from tests.cloud_hub.console import workshop
 from tests.cloud_hub.console.fleet_stage import Stage
 from tests.examples import numbered, offer, settled
 
@@ -42,9 +47,11 @@ async def test_releases_are_listed_with_the_devices_that_run_and_want_them(
     await stage.fleet.controller.want(["kiosk-1"], "digits", 2)
     text = await page(session, f"{stage.url}/models")
     assert re.findall(r'href="(/models/[^"]+)"', text) == [
+        "/models/digits",
         "/models/digits/3",
         "/models/digits/2",
         "/models/digits/1",
+        "/models/digits-hub",
         "/models/digits-hub/1",
     ]
     assert '<a href="/devices?runs=digits%401">2 devices</a>' in text
@@ -84,7 +91,7 @@ async def test_a_release_shows_contract_certificates_report_card_and_digests(
         second.certificate.hardware_class,
         "parameters",
         "6,138",
-        "# digits 1.1.0",
+        ">digits 1.1.0</h3>",
         release.bundle_sha256,
         *(file.sha256 for file in release.bundle.files.values()),
     ):
@@ -130,19 +137,222 @@ anything = st.recursive(
 
 @given(st.dictionaries(st.text(max_size=9), anything, max_size=5))
 def test_a_report_may_hold_anything(report: dict[str, Any]) -> None:
-    groups = release_views.report(report)
+    groups = report_views.facts(report)
     facts = [fact for group in groups for fact in group.facts]
-    assert len(facts) <= release_views.FACTS_SHOWN
-    assert all(len(value) <= release_views.LONGEST_FACT + 100 for _, value in facts)
+    assert len(facts) <= report_views.FACTS_SHOWN
+    assert all(len(value) <= report_views.LONGEST_FACT + 100 for _, value in facts)
 
 
 def test_a_report_of_hostile_size_is_cut() -> None:
-    groups = release_views.report({"a": {str(i): i for i in range(5000)}, "b": 10**4000})
-    assert sum(len(group.facts) for group in groups) == release_views.FACTS_SHOWN
+    groups = report_views.facts({"a": {str(i): i for i in range(5000)}, "b": 10**4000})
+    assert sum(len(group.facts) for group in groups) == report_views.FACTS_SHOWN
     deep: Any = math.pi
     for _ in range(200):
         deep = {"x": deep}
-    assert release_views.report({"deep": deep})
+    assert report_views.facts({"deep": deep})
+
+
+async def accept(stage: Stage, folder: Path, **changes: Any) -> Release:
+    digits = Path(__file__).parents[3] / "models" / "digits"
+    return await stage.fleet.releases.accept(workshop.bundle(folder, digits, **changes))
+
+
+async def test_a_release_shows_what_the_workshop_found_and_refused(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await accept(stage, tmp_path / "b")
+    text = html.unescape(await page(session, f"{stage.url}/models/digits/4"))
+    for said in (
+        "int8-qdq ships although 1.31 x the latency of fp32",
+        "fp16 refused: loses 3.1 points (95 %: 2.7 to 3.5) of accuracy",
+        ">Refused<",
+        ">Waived<",
+        "not in the bundle",
+        "93.5 to 95.5%",
+        "2,100 held-out items of 105 scenes",
+        "writers 14",
+        "static QDQ int8 per channel",
+        "<b>resize</b>",
+        "<b>argmax</b>",
+        "With 95% confidence, at most 5% of all requests are answered by int8-qdq",
+        "like the 350 calibration scenes.",
+        "held-out items 25.0% escalate and 2.2% are answered differently than by the hub; the two "
+        "together are right on 96.5%, the device alone on 86.5%, the hub alone on 98.4%.",
+        ">to compare<",
+        "<td>+4.2<small>+1.0 to +7.0</small></td>",
+        "<td>87.1%<small>86.1 to 88.1%</small></td>",
+        'href="/models/digits/4/report.html"',
+        "Image classification",
+    ):
+        assert said in text, said
+
+
+async def test_a_report_that_contradicts_its_bundle_is_said_to(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    document = workshop.report()
+    document["decisions"]["variants"][1] |= {"verdict": "refused", "sentence": "fp32 refused"}
+    await accept(stage, tmp_path / "b", document=document)
+    text = await page(session, f"{stage.url}/models/digits/4")
+    assert "fp32 refused. The bundle ships it all the same." in text
+    assert text.count(">Refused<") == 1  # fp16, which is not in the bundle
+
+
+async def test_lineage_leads_from_parent_to_child_with_what_changed(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await stage.join("kiosk-1", "kiosk-2", runs=4, version="1.3.0")
+    before = await stage.fleet.releases.show("digits", 2)
+    first = await accept(stage, tmp_path / "1", parent=Parent("1.1.0", before.bundle_sha256))
+    document = workshop.report()
+    document["figures"]["evaluation"]["variants"]["fp32"]["accuracy"]["value"] = 0.975
+    await accept(
+        stage,
+        tmp_path / "2",
+        version="1.4.0",
+        of="digits-1.0.0",
+        document=document,
+        parent=Parent("1.3.0", first.bundle_sha256),
+    )
+    text = await page(session, f"{stage.url}/models/digits/4")
+    card = text[text.index('<ol class="lineage">') : text.index('id="certificates"')]
+    assert re.findall(r'href="(/models/[^"]+)"', card) == ["/models/digits/2", "/models/digits/5"]
+    assert "on 2 devices" in card
+    assert "94.5% \N{RIGHTWARDS ARROW} 94.5%" in card  # the parent's own report says so
+    assert "Pre-processing: none \N{RIGHTWARDS ARROW} resize height 8, width 8." in card
+    text = await page(session, f"{stage.url}/models/digits/5")
+    assert "94.4% \N{RIGHTWARDS ARROW} 97.5%" in text
+    size = "25.6\N{NO-BREAK SPACE}kB \N{RIGHTWARDS ARROW} 16.0\N{NO-BREAK SPACE}kB"
+    assert size in text
+    assert "hub's model are the same" in text
+    listed = await page(session, f"{stage.url}/models/digits")
+    assert "<td>digits@2</td>" in listed
+    assert "<td>digits@4</td>" in listed
+
+
+async def test_a_parent_that_this_hub_does_not_have_is_said(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await accept(stage, tmp_path / "b", parent=Parent("0.9.0", "ab" * 32))
+    text = await page(session, f"{stage.url}/models/digits/4")
+    assert "made to replace digits 0.9.0, which this hub does not have" in text
+    assert "abababababab</code>" in text
+    assert "smaller now" in text  # what the workshop says has changed
+    assert "0.9.0, not here" in await page(session, f"{stage.url}/models")
+    assert "begins a line of its own" in await page(session, f"{stage.url}/models/digits/1")
+
+
+async def test_the_workshops_page_is_served_as_it_came_and_powerless(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await accept(stage, tmp_path / "b", page=workshop.HOSTILE)
+    await accept(stage, tmp_path / "without", version="1.4.0", page=None)
+    for path in ("/models/digits/4/report.html", "/api/v1/releases/digits/4/report.html"):
+        async with session.get(stage.url + path) as response:
+            assert await response.text() == workshop.HOSTILE
+            assert response.content_type == "text/html"
+            policy = response.headers["Content-Security-Policy"].split("; ")
+            assert policy[0] == "sandbox"
+            assert {"default-src 'none'", "form-action 'none'", "frame-ancestors 'none'"} <= {
+                *policy
+            }
+            assert not any("script" in rule or "http" in rule for rule in policy)
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+            assert response.headers["Referrer-Policy"] == "no-referrer"
+    assert "No report.html came with digits@5" in await page(
+        session, f"{stage.url}/models/digits/5/report.html", 404
+    )
+    assert "report.html" not in await page(session, f"{stage.url}/models/digits/5")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"figures": {"schema": 1, "evaluation": {"variants": {workshop.HOSTILE: {}}}}},
+        workshop.report(machine={workshop.HOSTILE: [workshop.HOSTILE, "\ud800"]}),
+        workshop.report(decisions=workshop.HOSTILE, timings=[1], machine=None),
+        {workshop.HOSTILE: {workshop.HOSTILE: workshop.HOSTILE}},
+    ],
+)
+async def test_a_hostile_report_and_card_are_text(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path, document: dict[str, Any]
+) -> None:
+    card = f"# x\n\n{workshop.HOSTILE}\n\n[a](javascript:alert) ![b](https://b.example/c)"
+    await accept(
+        stage,
+        tmp_path / "b",
+        document=document,
+        card=card,
+        task=workshop.HOSTILE,
+        pre_processing=(Processing(workshop.HOSTILE, parameters={"a": workshop.HOSTILE}),),
+    )
+    async with session.get(f"{stage.url}/models/digits/4") as response:
+        text = await response.text()
+        assert response.status == 200
+    assert "<script" not in text
+    assert "b.example" not in text
+    assert 'href="javascript' not in text
+    assert "&lt;script&gt;" in text
+
+
+async def test_a_release_without_a_report_says_how_one_comes(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await accept(stage, tmp_path / "b", document="[", page=None, certified=False)
+    text = await page(session, f"{stage.url}/models/digits/4")
+    assert "No report came with this release" in text
+    assert "No certificate is attached" in text
+
+
+async def test_a_release_without_a_certificate_says_why_if_the_workshop_does(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    await accept(stage, tmp_path / "b", certified=False)
+    text = await page(session, f"{stage.url}/models/digits/4")
+    assert "The workshop says: 12 scenes cannot carry 1 %: 299 are needed" in text
+
+
+async def test_models_and_releases_are_paged_on_the_server(
+    stage: Stage, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_views, "MODELS_AT_ONCE", 1)
+    monkeypatch.setattr(release_pages, "MODELS_AT_ONCE", 1)
+    monkeypatch.setattr(model_views, "LATEST_SHOWN", 2)
+    monkeypatch.setattr(release_pages, "RELEASES_AT_ONCE", 2)
+    text = await page(session, f"{stage.url}/models")
+    assert re.findall(r'href="(/models/?[^"]*)"', text)[1:] == [
+        "/models/digits",
+        "/models/digits/3",
+        "/models/digits/2",
+        "/models/digits",
+        "/models?page=2",
+    ]
+    assert "/models/digits-hub/1" in await page(session, f"{stage.url}/models?page=2")
+    assert "There is no such page" in await page(session, f"{stage.url}/models?page=3")
+    second = await page(session, f"{stage.url}/models/digits?page=2")
+    assert re.findall(r'href="(/models/digits[^"]*)"', second) == [
+        "/models/digits/1",
+        "/models/digits?page=1",
+    ]
+    assert "There is no such page" in await page(session, f"{stage.url}/models/digits?page=9")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/models?page=0", 400, "page must be a number from 1 on"),
+        ("/models?page=99999999999999999999", 400, "page must be a number"),
+        ("/models?page=1&page=2", 400, "comes twice"),
+        ("/models/digits?size=2", 400, "there is no parameter"),
+        ("/models/nothing", 404, "There is no release of a model"),
+        ("/models/%00", 404, "There is no release of a model"),
+        ("/models/digits/9/report.html", 404, "there is no release 9"),
+    ],
+)
+async def test_a_list_that_cannot_be_shown_is_a_page_with_a_sentence(
+    stage: Stage, session: aiohttp.ClientSession, path: str, status: int, said: str
+) -> None:
+    assert said.casefold() in (await page(session, stage.url + path, status)).casefold()
 
 
 async def test_kept_examples_are_told_with_their_size_and_what_comes_next(

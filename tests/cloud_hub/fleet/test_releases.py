@@ -15,10 +15,12 @@ from sqlalchemy import Connection
 
 from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import ModelRefused, StoreFailed
+from cloud_hub.fleet import lineage
 from cloud_hub.fleet.artifacts import Blobs, Disk
 from cloud_hub.fleet.golden import Engine
 from cloud_hub.fleet.releases import ReleaseRefused, Releases, pair_problem
 from cloud_hub.fleet.trust import Repository
+from cloud_hub.fleet.workshop_report import ReportPages
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import documents, hardware, release, release_index
@@ -27,6 +29,7 @@ from fogline_protocol.release import (
     Bundle,
     File,
     Pairing,
+    Parent,
     Score,
     SelfTest,
     Tolerance,
@@ -39,6 +42,7 @@ CPU = "CPUExecutionProvider"
 X = TensorSpec("x", "FP32", (-1, 3))
 Y = TensorSpec("y", "FP32", (-1, 2))
 T = TypeVar("T")
+PAGE = b"<!doctype html><title>Report</title>"
 
 
 class QuickDisk(Disk):
@@ -102,6 +106,7 @@ def bundle(
     inputs: tuple[TensorSpec, ...] = (X,),
     labels: tuple[str, ...] = (),
     beside: Mapping[str, str] | None = None,
+    parent: Parent | None = None,
 ) -> Path:
     """Write a bundle whose variants are factors, fp32 and those beside it; return its folder."""
     (folder / "variants").mkdir(parents=True)
@@ -127,10 +132,12 @@ def bundle(
         files={name: File(documents.sha256(data), len(data)) for name, data in files.items()},
         score=Score("max_softmax", "y"),
         escalates_to=escalates_to,
+        parent=parent,
     )
     for name, data in {**files, "bundle.json": root.to_json()}.items():
         (folder / name).write_bytes(data)
     (folder / "report.json").write_text('{"accuracy": 0.9}')
+    (folder / "report.html").write_bytes(PAGE)
     for certificate in certificates:
         (folder / "certificates").mkdir(exist_ok=True)
         (folder / "certificates" / f"{certificate.id}.json").write_bytes(certificate.to_json())
@@ -181,8 +188,14 @@ class Hub:
         self.store = await Store.open(f"sqlite:///{self.data}/hub.db")
         self.repository = Repository(self.data, now=NOW, disk=self.disk)
         blobs = Blobs(self.data / "blobs", self.disk)
+        self.reports = ReportPages(self.data / "reports", self.disk)
         self.releases = Releases(
-            self.store, blobs, self.repository, load=self.load, clock=lambda: NOW
+            self.store,
+            blobs,
+            self.repository,
+            reports=self.reports,
+            load=self.load,
+            clock=lambda: NOW,
         )
         return self.releases
 
@@ -230,7 +243,8 @@ async def test_a_bundle_becomes_a_numbered_signed_release(hub: Hub, tmp_path: Pa
         False,
         {"fp32": {"max_abs_error": 0, "agreement": 1}},
     )
-    assert found.report == {"accuracy": 0.9}
+    assert await hub.releases.report(found) == {"accuracy": 0.9}
+    assert await hub.releases.report_page(found) == PAGE
     assert hub.releases.file(found, "README.md").read_bytes() == b"# card of digits-hub"
     info = hub.repository.targets()[found.index_target]
     signed = hub.data / "tuf" / "targets" / info.get_prefixed_paths()[0]
@@ -251,6 +265,86 @@ async def test_the_same_bundle_is_the_same_release(hub: Hub, tmp_path: Path) -> 
     (hub.data / "blobs" / "sha256").mkdir()
     assert await hub.releases.accept(path) == first
     assert hub.releases.file(first, "README.md").exists()  # repaired on the way
+
+
+async def test_pushing_again_adds_a_report_where_there_was_none_and_replaces_none(
+    hub: Hub, tmp_path: Path
+) -> None:
+    path = bundle(tmp_path / "b")
+    for name in ("report.json", "report.html"):
+        (path / name).unlink()
+    first = await hub.releases.accept(path)
+    assert await hub.releases.report(first) == {}
+    assert not hub.releases.has_report_page(first)
+    for said in ("first", "second"):
+        (path / "report.json").write_text(f'{{"said": "{said}"}}')
+        (path / "report.html").write_text(said)
+        assert await hub.releases.accept(path) == first
+        assert await hub.releases.report(first) == {"said": "first"}
+        assert await hub.releases.report_page(first) == b"first"
+
+
+async def test_a_parent_is_what_it_is_said_to_be_or_unknown(hub: Hub, tmp_path: Path) -> None:
+    made = await hub.releases.accept(bundle(tmp_path / "1"))
+    for model, version, code, said in (
+        ("other", "1.0.0", "parent/model", "digits-hub@1, a release of another model"),
+        ("digits-hub", "1.0.1", "parent/version", "with the version 1.0.0, not 1.0.1"),
+    ):
+        path = bundle(
+            tmp_path / code,
+            model=model,
+            version="2.0.0",
+            parent=Parent(version, made.bundle_sha256),
+        )
+        error = await refused(hub.releases.accept(path))
+        assert error.code == code
+        assert said in error.sentence
+    for version, parent in (("2.0.0", "3" * 64), ("3.0.0", made.bundle_sha256)):
+        path = bundle(tmp_path / version, version=version, parent=Parent("1.0.0", parent))
+        await hub.releases.accept(path)
+    known = await hub.releases.list("digits-hub")
+    third, second, first = (lineage.trace(one, known) for one in known)
+    assert second.unknown
+    assert second.parent is None
+    assert third.parent == made
+    assert (first.named, first.unknown, first.children) == (None, False, (known[0],))
+
+
+async def test_a_parent_that_comes_later_is_found(hub: Hub, tmp_path: Path) -> None:
+    before = bundle(tmp_path / "before")
+    digest = documents.sha256((before / "bundle.json").read_bytes())
+    after = bundle(tmp_path / "after", version="1.1.0", parent=Parent("1.0.0", digest))
+    late = await hub.releases.accept(after)
+    assert lineage.trace(late, await hub.releases.list()).unknown
+    early = await hub.releases.accept(before)
+    assert early.number == 2
+    assert lineage.trace(late, await hub.releases.list()).parent == early
+
+
+async def test_a_device_fetches_only_the_blocks_that_its_parent_lacks(
+    hub: Hub, tmp_path: Path
+) -> None:
+    first = await hub.releases.accept(bundle(tmp_path / "1", beside={"int8": "1.0001"}))
+    path = bundle(
+        tmp_path / "2",
+        version="1.1.0",
+        beside={"int8": "1.0002", "fp16": "1.0003"},
+        parent=Parent("1.0.0", first.bundle_sha256),
+    )
+    second = await hub.releases.accept(path)
+    found = lineage.fetches(
+        first.bundle,
+        await hub.releases.index(first),
+        second.bundle,
+        await hub.releases.index(second),
+    )
+    root = (path / "bundle.json").stat().st_size
+    shared = sum(second.bundle.files[name].bytes for name in ("selftest.npz", "README.md"))
+    assert {name: (fetch.bytes, fetch.whole) for name, fetch in found.items()} == {
+        "fp32": (root, root + shared + 1),
+        "int8": (root + 6, root + shared + 6),
+        "fp16": (root + 6, root + shared + 6),
+    }
 
 
 async def test_numbers_count_per_model(hub: Hub, tmp_path: Path) -> None:
@@ -496,9 +590,14 @@ async def test_a_crash_around_the_row_leaves_a_complete_release_or_none(
     failing.before = before
     blobs = Blobs(hub.data / "blobs", hub.disk)
     with pytest.raises(PowerCut):
-        await Releases(failing, blobs, hub.repository, load=Hub.load, clock=lambda: NOW).accept(
-            path
-        )
+        await Releases(
+            failing,
+            blobs,
+            hub.repository,
+            reports=hub.reports,
+            load=Hub.load,
+            clock=lambda: NOW,
+        ).accept(path)
     await failing.close()
     assert len(await hub.releases.list()) == (0 if before else 1)
     assert (await hub.releases.accept(path)).number == 1
@@ -512,6 +611,7 @@ async def _check_complete(hub: Hub) -> None:
         info = hub.repository.targets()[target]
         signed = hub.data / "tuf" / "targets" / info.get_prefixed_paths()[0]
         assert signed.read_bytes() == row.index_document.encode()
+        assert hub.reports.read(row.bundle_sha256) == PAGE
         for file in release_index.parse(signed.read_bytes()).files.values():
             assert (hub.data / "blobs" / "sha256" / file.sha256).stat().st_size == file.bytes
 
@@ -540,6 +640,7 @@ async def test_the_committed_digits_become_releases_and_the_broken_one_does_not(
         hub.store,
         Blobs(hub.data / "blobs", hub.disk),
         hub.repository,
+        reports=hub.reports,
         load=Launcher(threads=1).open_apart,
     )
     built = digits / "bundles"

@@ -12,7 +12,7 @@ import pytest
 from cloud_hub.insight import dataset
 from cloud_hub.insight.dataset import DatasetRefused, NpzDataset, ParquetDataset
 from cloud_hub.insight.example_codec import Example, Facts
-from fogline_models.certify import read_calibration
+from fogline_models.data import read
 
 FACTS = Facts(
     "a" * 64, 1_790_000_000.25, "kiosk", "", "uncertain", 1.0, 0.25, "double@1.0.0", "e" * 64,
@@ -63,7 +63,7 @@ def test_every_column_is_there_and_the_workshop_reads_it(tmp_path):
     assert found["edge_score"].dtype == np.float32
     assert {"edge_release", "edge_sha256", "hub_model", "sha256"} < found.keys()
     assert "by reason: audit 1, uncertain 4" in str(found["sampling"])
-    data = read_calibration(tmp_path / "hard.npz")
+    data = read(tmp_path / "hard.npz")
     assert data.inputs["x"].shape == (5, 3)
     assert data.scenes.tolist() == [0, 1, 0, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["hard.npz"]

@@ -20,8 +20,9 @@ def chosen(
     usable: tuple[str, ...] = (CPU,),
     now: datetime.datetime = NOW,
     hardware_class: Callable[[str], str] = providers.hardware_class,
+    processor: str = "",
 ) -> variants.Choice:
-    return variants.choose(read(path), usable, hardware_class, now)
+    return variants.choose(read(path), usable, hardware_class, now, processor)
 
 
 def test_a_certified_variant_comes_before_an_earlier_one_without(tmp_path: Path) -> None:
@@ -76,6 +77,25 @@ def test_a_bundle_for_other_hardware_is_refused(tmp_path: Path) -> None:
         ReleaseRefused, match="has variants for QNNExecutionProvider, this device runs CPU"
     ):
         chosen(made.path)
+
+
+def test_a_variant_that_this_processor_would_get_wrong_is_left_aside(tmp_path: Path) -> None:
+    vnni = {"int8": ("x86_64+vnni", "aarch64")}
+    made = bundles.make(tmp_path / "b", variants=TWO, certified=False, processors=vnni)
+    assert chosen(made.path, processor="x86_64+avx512_vnni").variant.name == "int8"
+    assert chosen(made.path, processor="aarch64+i8mm").variant.name == "int8"
+    found = chosen(made.path, processor="x86_64+avx2")
+    assert found.variant.name == "fp32"
+    assert "int8: meant for x86_64+vnni, aarch64" in found.why
+    # An accelerator computes it rightly, whatever processor stands beside it.
+    other = bundles.make(
+        tmp_path / "c", variants=("int8",), variant_providers=("CUDAExecutionProvider", CPU),
+        processors=vnni,
+    )  # fmt: skip
+    with pytest.raises(ReleaseRefused, match=r"runs CPUExecutionProvider on x86_64\+avx2: int8: m"):
+        chosen(other.path, processor="x86_64+avx2")
+    both = ("CUDAExecutionProvider", CPU)
+    assert chosen(other.path, both, processor="x86_64+avx2").provider == "CUDAExecutionProvider"
 
 
 def test_the_variants_order_of_providers_decides_between_usable_ones(tmp_path: Path) -> None:

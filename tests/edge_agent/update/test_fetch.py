@@ -126,7 +126,7 @@ async def test_a_device_gets_its_variant_with_certificates_and_nothing_else(
     found = below(into)
     ids = [path.rpartition("/")[2] for path in target.certificate_targets]
     assert found == sorted(
-        ["README.md", "bundle.json", "selftest.npz", "variants/int8-qdq.onnx"]
+        ["README.md", "bundle.json", "selftest.npz", "sources.json", "variants/int8-qdq.onnx"]
         + [f"certificates/{name}" for name in ids]
     )
     read = release.read(into, variants={"int8-qdq"})
@@ -144,7 +144,8 @@ async def test_files_of_another_release_are_copied(
     for name in ("selftest.npz", "variants/int8-qdq.onnx"):
         shutil.copy(source / name, tmp_path / "files" / documents.sha256_of_file(source / name))
     await releases.fetch(target, into, nothing)
-    assert releases.last.received == (into / "README.md").stat().st_size
+    told = ("README.md", "sources.json")
+    assert releases.last.received == sum((into / name).stat().st_size for name in told)
     release.read(into, variants={"int8-qdq"})
 
 

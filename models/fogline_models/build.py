@@ -1,0 +1,595 @@
+"""Builds the releases of a recipe, step by step. The composition root of the workshop.
+
+    data ─► export ─► quantize (each form) ─► run ─► measure ─► gates ─► bundle ─► certify ─► report
+             │                                 │                                     │
+             └ golden vectors of the origin    └ the hub's model on the same items ──┘
+
+Everything up to the gates is a step kept by content (``steps.py``), so a build that was
+interrupted, or whose recipe changed in one place, does only what is due. What follows is made
+anew each time: it is quick, and certificates are dated. Digests of what a bundle's root names
+depend on recipe, data, code and tools alone; timings and certificates lie beside it.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fogline_models import (
+    archive,
+    data,
+    export,
+    graph,
+    hooks,
+    huggingface,
+    measure,
+    preprocess,
+    quantize,
+    report,
+    sensitivity,
+    session,
+    sources,
+)
+from fogline_models.assemble import PARENT, Built, Hub, Measured, computes_here, finish
+from fogline_models.data import Items
+from fogline_models.errors import BadInput, require
+from fogline_models.graph import Signature
+from fogline_models.measure import Cost
+from fogline_models.quantize import DynamicQuantizer
+from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
+from fogline_models.session import Session, hardware_class
+from fogline_models.steps import Say, Steps, code, tools
+from fogline_protocol import documents, hardware, release
+from fogline_protocol.release import BundleDirectory, BundleRefused
+from fogline_protocol.tensors import Array
+
+BUNDLES = "bundles"
+SELF_TEST_SCENES = 32  # of training, if there is no split for it
+RANGE_SCENES = 1024
+LATENCY_BATCHES = (1, 8, 32)
+RUN_ROWS = 64  # at once, when a whole split is run
+TOGETHER = (("training", "ranges", "self_test"),)  # splits that may share items
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    steps: Steps,
+    say: Say,
+    *,
+    now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+) -> tuple[Built, ...]:
+    """Build every release of ``recipe`` below ``out``, in the order of the recipe.
+
+    Raises:
+        BadInput: of a step; names the step, the thing and what to do. Releases that were
+            finished before it stay, nothing half-written does.
+        MissingExtra: a package that a step needs is not installed.
+    """
+    return _Build(recipe, out, steps, say, now).run()
+
+
+def export_only(recipe: Recipe, steps: Steps) -> Path:
+    """Return the folder that the source of the recipe's only release becomes.
+
+    Raises:
+        BadInput, MissingExtra: as ``build``.
+    """
+    steps.expect(("data", "export"))
+    return _Build(
+        recipe, Path(), steps, lambda line: None, lambda: datetime.datetime.now(datetime.UTC)
+    ).export_only()
+
+
+def quantize_file(
+    model: Path,
+    form: str,
+    ranges: Mapping[str, Array] | None,
+    path: Path,
+    *,
+    keep: tuple[str, ...] = (),
+    sweep: float | None = None,
+    say: Say,
+    props: Mapping[str, str] | None = None,
+    dynamic: DynamicQuantizer = quantize.with_onnxruntime,
+) -> tuple[str, ...]:
+    """Write one form of an fp32 file to ``path`` and return the nodes that stayed fp32.
+
+    With ``sweep`` the fewest nodes are found for which agreement with fp32 reaches it.
+
+    Raises:
+        BadInput: as ``quantize`` and ``sensitivity.mixed``.
+    """
+    if sweep is not None:
+        if ranges is None:
+            raise BadInput("quantize: a sweep measures agreement on training items: give it some")
+        choice, _ = sensitivity.mixed(
+            model, form, ranges, ranges, sweep, clock=time.monotonic, progress=_sweeping(say)
+        )
+        say(f"{len(choice.keep)} nodes stay fp32")
+        keep = (*keep, *choice.keep)
+    quantize.quantize(model, form, ranges, props or {}, path, keep=keep, dynamic=dynamic)
+    return keep
+
+
+class _Build:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        steps: Steps,
+        say: Say,
+        now: Callable[[], datetime.datetime],
+    ) -> None:
+        self._recipe = recipe
+        self._out = out
+        self._steps = steps
+        self._say = say
+        self._now = now
+        self._data: tuple[report.Input, ...] = ()
+        self._exported: dict[tuple[str, str], Path] = {}  # by model and version
+        self._finished: dict[tuple[str, str], Built] = {}
+
+    def run(self) -> tuple[Built, ...]:
+        recipe = self._recipe
+        self._steps.expect(_planned(recipe))
+        for each in recipe.release:
+            self._check_given(each)
+        splits = self._splits()
+        for name in recipe.data.publish:
+            data.save(self._out / f"{name}.npz", splits[name])
+        if recipe.data.publish:
+            _publish_scenes(splits, self._out / "splits.json")
+        return tuple(self._release(each, splits) for each in recipe.release)
+
+    def export_only(self) -> Path:
+        return self._export(self._recipe.release[0], self._splits(only_training=True))
+
+    def _splits(self, *, only_training: bool = False) -> Mapping[str, Items]:
+        recipe = self._recipe
+        folder = recipe.folder
+        facts: dict[str, object] = {
+            "labels": recipe.labels,
+            "together": recipe.data.together,
+            "only_training": only_training,
+            "taken from training": [SELF_TEST_SCENES, RANGE_SCENES],
+            **code(data),
+        }
+        if recipe.data.make:
+            facts |= {
+                "make": recipe.data.make,
+                "hooks": hooks.digests(folder),
+                **tools("numpy", extra="models"),
+            }
+        else:
+            facts["files"] = {
+                name: _digest(folder / path, f"data.files.{name}")
+                for name, path in recipe.data.files.items()
+            }
+
+        def make(into: Path, say: Say) -> None:
+            if recipe.data.make:
+                found = _splits_of(hooks.load(folder, recipe.data.make, "data.make")(), recipe)
+            else:
+                found = {name: data.read(folder / p) for name, p in recipe.data.files.items()}
+            splits = _completed(found, only_training=only_training)
+            for name, items in splits.items():
+                data.check(items, f"data: split {name}")
+                data.check_labels(items, recipe.labels, f"data: split {name}")
+            if "calibration" in splits:
+                data.check_classes(splits["calibration"], "data: split calibration")
+            data.check_disjoint(splits, (*TOGETHER, *recipe.data.together))
+            for name, items in splits.items():
+                data.save(into / f"{name}.npz", items)
+            say(", ".join(f"{name} {len(items)}" for name, items in splits.items()))
+
+        made = self._steps.make(recipe.family, "data", facts, make)
+        splits = {path.stem: data.read(path) for path in sorted(made.glob("*.npz"))}
+        self._data = tuple(
+            report.Input(path.name, splits[path.stem].sha256, path.stat().st_size, "data")
+            for path in sorted(made.glob("*.npz"))
+        )
+        for name in (*recipe.data.also, *recipe.data.publish):
+            if name not in splits:
+                raise BadInput(f"data: there is no split {name!r}, only {', '.join(splits)}")
+        return splits
+
+    def _release(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> Built:
+        recipe = self._recipe
+        folder = self._export(each, splits)
+        self._exported[each.model, each.version] = folder
+        prepared = folder / sources.PREPARED
+        if prepared.is_dir():
+            splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
+        exported = sources.Exported.read(folder)
+        signature = sources.signature(folder, each.source)
+        _check_head(recipe, exported, signature, splits, each)
+        files = {FP32: folder / sources.FP32}
+        for name in recipe.variants(each):
+            if name != FP32:
+                files[name] = self._quantize(each, name, files[FP32], splits["ranges"])
+        hub, parent = self._hub(each), self._parent(each)
+        found = Measured(
+            recipe=recipe,
+            release=each,
+            exported=exported,
+            signature=signature,
+            extras=sources.extras(folder),
+            golden=self._golden(each),
+            files=files,
+            splits=splits,
+            outputs=self._outputs(each, files, splits, hub, parent, signature),
+            costs=self._measure(each, files, splits["evaluation"], signature),
+            hub=hub,
+            parent=parent,
+            inputs=self._inputs(each),
+            steps=_did(each, exported, files),
+        )
+        target = self._out / BUNDLES / each.folder
+        try:
+            built = finish(found, target, now=self._now(), say=self._say)
+        except BadInput as error:
+            if each.title in str(error):
+                raise
+            raise type(error)(f"{each.title}: {error}") from None
+        self._finished[each.model, each.version] = built
+        return built
+
+    def _export(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> Path:
+        recipe, source = self._recipe, each.source
+        seen = dict(splits)
+        if not source.huggingface:  # what must not be seen in training is not handed over
+            seen = {name: seen[name] for name in TOGETHER[0]}
+        if each.examples is not None:
+            seen["examples"] = data.read(recipe.folder / each.examples)
+            kept_apart = {
+                name: splits[name] for name in ("calibration", "evaluation") if name in splits
+            }
+            data.check_disjoint({"examples": seen["examples"], **kept_apart})
+        facts: dict[str, object] = {
+            "props": sources.props(recipe, each, FP32),
+            "task": recipe.task,
+            "labels": recipe.labels,
+            "max_batch": each.max_batch,
+            "outputs": source.outputs,
+            "dynamic": {name: dict(axes) for name, axes in source.dynamic.items()},
+            "arguments": source.arguments,
+            "splits": {name: items.sha256 for name, items in seen.items()},
+            "machine": hardware.this_machine(),  # weights differ in their last bits elsewhere
+            **code(export, graph, sources),
+        }
+        if source.torch:
+            packages = ["torch", "onnx", "onnxscript", "numpy"]
+            facts |= {"torch": source.torch, "hooks": hooks.digests(recipe.folder)}
+        elif source.huggingface:
+            packages = ["torch", "onnx", "transformers", "optimum-onnx", "numpy"]
+            facts |= {"huggingface": source.huggingface, **code(huggingface, preprocess)}
+            if hooks.is_function(source.huggingface):
+                facts["hooks"] = hooks.digests(recipe.folder)
+            else:
+                place = recipe.folder / source.huggingface
+                facts["folder"] = {
+                    path.relative_to(place).as_posix(): documents.sha256_of_file(path)
+                    for path in sorted(place.rglob("*"))
+                    if path.is_file()
+                }
+        else:
+            packages = ["onnx"]
+            assert source.onnx is not None
+            facts["onnx"] = _digest(recipe.folder / source.onnx, "source.onnx")
+        return self._steps.make(
+            each.title,
+            "export",
+            {**facts, **tools(*packages, extra="hf" if source.huggingface else "models")},
+            lambda into, say: sources.make(recipe, each, seen, into, say),
+        )
+
+    def _quantize(self, each: ReleaseRecipe, form: str, fp32: Path, ranges: Items) -> Path:
+        props = sources.props(self._recipe, each, form)
+        facts = {
+            "props": props,
+            "fp32": documents.sha256_of_file(fp32),
+            "ranges": ranges.sha256,
+            "keep": each.keep.get(form, ()),
+            "sweep": each.sweep.get(form),
+            **code(graph, quantize, sensitivity),
+            **tools("onnx", "onnxruntime", extra="models"),
+        }
+        dynamic: DynamicQuantizer = quantize.with_onnxruntime
+        if each.source.huggingface:  # what optimum exported, optimum quantizes
+            dynamic = huggingface.quantize_dynamic
+            facts |= {**code(huggingface), **tools("optimum-onnx", extra="hf")}
+
+        def make(into: Path, say: Say) -> None:
+            quantize_file(
+                fp32,
+                form,
+                ranges.inputs,
+                into / f"{form}.onnx",
+                keep=each.keep.get(form, ()),
+                sweep=each.sweep.get(form),
+                say=say,
+                props=props,
+                dynamic=dynamic,
+            )
+
+        return self._steps.make(each.title, f"quantize {form}", facts, make) / f"{form}.onnx"
+
+    def _outputs(
+        self,
+        each: ReleaseRecipe,
+        files: Mapping[str, Path],
+        splits: Mapping[str, Items],
+        hub: Hub | None,
+        parent: BundleDirectory | None,
+        signature: Signature,
+    ) -> Mapping[str, Mapping[str, Array]]:
+        """Return what every variant, and the hub's model, gives on the splits: by split, name."""
+        wanted = ("evaluation", *self._recipe.data.also, "ranges", "self_test")
+        output = signature.outputs[0].name
+        sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
+        if parent is not None and parent.bundle.inputs == signature.inputs:
+            sessions[PARENT] = parent.file(parent.bundle.variants[0].path)
+        facts = {
+            "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
+            "splits": {name: splits[name].sha256 for name in wanted},
+            "output": output,
+            "rows": (rows := min(RUN_ROWS, each.max_batch) if signature.batched else 1),
+            "hardware": hardware_class(),
+            **code(session),
+        }
+
+        def make(into: Path, say: Say) -> None:
+            arrays: dict[str, Array] = {}
+            for name, path in sessions.items():
+                # What this processor's kernels would cut off is run as it is written.
+                running = Session(path, as_written=not computes_here(name))
+                for split in wanted:
+                    answers = running.run(splits[split].inputs, rows)
+                    if output not in answers:
+                        raise BadInput(
+                            f"{name} gives no output {output!r}, only {', '.join(answers)}: what "
+                            "is compared must call its answers alike"
+                        )
+                    arrays[f"{split}/{name}"] = answers[output]
+            archive.save(into / "outputs.npz", arrays)
+
+        made = self._steps.make(each.title, "run", facts, make)
+        found: dict[str, dict[str, Array]] = {split: {} for split in wanted}
+        for key, array in archive.read(made / "outputs.npz").items():
+            split, name = key.split("/", 1)
+            found[split][name] = array
+        return found
+
+    def _measure(
+        self,
+        each: ReleaseRecipe,
+        files: Mapping[str, Path],
+        items: Items,
+        signature: Signature,
+    ) -> Mapping[str, Cost]:
+        files = {name: path for name, path in files.items() if computes_here(name)}
+        wanted = {*LATENCY_BATCHES, (each.gates or self._recipe.gates).latency_batch}
+        most = max(each.max_batch, 1) if signature.batched else 1
+        batches = sorted(n for n in wanted if n <= min(most, len(items)))
+        facts = {
+            "files": {name: documents.sha256_of_file(path) for name, path in files.items()},
+            "split": items.sha256,
+            "batches": batches,
+            "hardware": hardware_class(),
+            **code(measure, session),
+        }
+
+        def make(into: Path, say: Say) -> None:
+            costs = measure.measure(files, items.inputs, batches)
+            say("; ".join(f"{name} {_micros(cost)}" for name, cost in costs.items()))
+            text = json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()})
+            (into / "costs.json").write_text(text, encoding="utf-8")
+
+        made = self._steps.make(each.title, "measure", facts, make)
+        document = json.loads((made / "costs.json").read_text(encoding="utf-8"))
+        return {name: measure.cost_from(cost) for name, cost in document.items()}
+
+    def _check_given(self, each: ReleaseRecipe) -> None:
+        """Check what a release names outside the recipe: not only after others were trained."""
+        recipe, source = self._recipe, each.source
+        where = f"release {each.title}"
+        if source.torch:
+            require("torch", "onnx", "onnxscript", extra="models")
+            hooks.load(recipe.folder, source.torch, f"{where}: source.torch")
+        for key, file in (("source.onnx", source.onnx), ("examples", each.examples)):
+            if file is not None:
+                _digest(recipe.folder / file, f"{where}: {key}")
+        named = str(source.huggingface or "")  # a folder, unless it is a function
+        if named and ".py:" not in named and not (recipe.folder / named).is_dir():
+            raise BadInput(
+                f"{where}: source.huggingface: there is no folder {recipe.folder / named}"
+            )
+        mine = {other.model for other in recipe.release}
+        if each.escalates_to and each.escalates_to not in mine:
+            _bundle(recipe.folder / each.escalates_to, f"{where}: escalates_to")
+        versions = {other.version for other in recipe.release if other.model == each.model}
+        if each.parent and each.parent not in versions:
+            _bundle(recipe.folder / each.parent, f"{where}: parent")
+
+    def _hub(self, each: ReleaseRecipe) -> Hub | None:
+        """Return the model that a release escalates to, of this recipe or from a folder."""
+        if not each.escalates_to:
+            return None
+        mine = [b for (model, _), b in self._finished.items() if model == each.escalates_to]
+        if mine:
+            directory = mine[-1].directory
+        else:
+            directory = _bundle(self._recipe.folder / each.escalates_to, "escalates_to")
+        return Hub(directory)
+
+    def _parent(self, each: ReleaseRecipe) -> BundleDirectory | None:
+        if not each.parent:
+            return None
+        mine = self._finished.get((each.model, each.parent))
+        if mine is not None:
+            return mine.directory
+        return _bundle(self._recipe.folder / each.parent, "parent")
+
+    def _inputs(self, each: ReleaseRecipe) -> tuple[report.Input, ...]:
+        """Return what a release was made from: the recipe's code, files it names, the data."""
+        recipe = self._recipe
+        found = [
+            report.Input(path.name, documents.sha256_of_file(path), path.stat().st_size, what)
+            for path, what in (
+                *((path, "code of the recipe") for path in sorted(recipe.folder.glob("*.py"))),
+                *_given(recipe, each),
+            )
+        ]
+        return (*found, *self._data)
+
+    def _golden(self, each: ReleaseRecipe) -> Mapping[str, Array]:
+        version = each.version if each.accident is None else each.accident.golden_of
+        return archive.read(self._exported[each.model, version] / sources.GOLDEN)
+
+
+def _planned(recipe: Recipe) -> Iterator[str]:
+    """Yield the names of the steps of a build."""
+    yield "data"
+    for each in recipe.release:
+        yield "export"
+        yield from (f"quantize {name}" for name in recipe.variants(each) if name != FP32)
+        yield from ("run", "measure")
+
+
+def _splits_of(made: object, recipe: Recipe) -> Mapping[str, Items]:
+    """Return what the function of a recipe made, if it is splits."""
+    wrong = type(made).__name__
+    if isinstance(made, Mapping):
+        strange = [(key, value) for key, value in made.items() if not isinstance(value, Items)]
+        if not strange:
+            return made
+        wrong = f"a {type(strange[0][1]).__name__} for {strange[0][0]!r}"
+    raise BadInput(
+        f"data.make: {recipe.data.make} returned {wrong}, expected Items by the name of their "
+        "split: {'training': Items(...), ...}"
+    )
+
+
+def _check_head(
+    recipe: Recipe,
+    exported: sources.Exported,
+    signature: Signature,
+    splits: Mapping[str, Items],
+    each: ReleaseRecipe,
+) -> None:
+    """Check that the model has one output per class, before anything is made of it.
+
+    Raises:
+        BadInput: it has more or fewer than there are labels, or fewer than the items need.
+    """
+    output = signature.outputs[0]
+    width = output.shape[-1] if output.shape else -1
+    if recipe.task == "feature-extraction" or width < 0:
+        return
+    labels = recipe.labels or exported.labels
+    if labels and len(labels) != width:
+        raise BadInput(
+            f"export: release {each.title}: output {output.name!r} has {width} classes, but "
+            f"{len(labels)} labels are named: name one for each"
+        )
+    for name, items in splits.items():
+        if items.labels is not None and int(items.labels.max()) >= width:
+            raise BadInput(
+                f"export: release {each.title}: output {output.name!r} has {width} classes, but "
+                f"split {name} has class number {int(items.labels.max())}"
+            )
+
+
+def _completed(found: Mapping[str, Items], *, only_training: bool) -> dict[str, Items]:
+    """Return the splits with those that can be taken from training."""
+    splits = dict(found)
+    training = splits.get("training")
+    if "evaluation" not in splits and not only_training:
+        raise BadInput(
+            f"data: there is no split evaluation, only {', '.join(splits)}: without held-out "
+            "items nothing can be said of a model"
+        )
+    if training is None and not {"ranges", "self_test"} <= splits.keys():
+        raise BadInput("data: there is no split training, so ranges and self_test are needed")
+    if training is not None:
+        independent = training.independent
+        splits.setdefault("ranges", training.rows(independent[:RANGE_SCENES]))
+        splits.setdefault("self_test", training.rows(independent[:SELF_TEST_SCENES]))
+    else:
+        splits["training"] = splits["ranges"]
+    return splits
+
+
+def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
+    """Yield the files that the recipe names as what a release is made from."""
+    source = each.source
+    if source.onnx is not None:
+        yield recipe.folder / source.onnx, "the model"
+    if source.huggingface:
+        for path in sorted((recipe.folder / source.huggingface).rglob("*")):
+            if path.is_file():
+                yield path, "the model"
+    if each.examples is not None:
+        yield recipe.folder / each.examples, "hard examples"
+
+
+def _did(
+    each: ReleaseRecipe, exported: sources.Exported, files: Mapping[str, Path]
+) -> tuple[report.Step, ...]:
+    """Say what was done, in words that depend on the recipe alone."""
+    source = each.source
+    arguments = ", ".join(f"{name}={value!r}" for name, value in source.arguments.items())
+    made = (
+        f"{source.torch}({arguments})" if source.torch else str(source.huggingface or source.onnx)
+    )
+    count = f", {exported.parameters:,} parameters" if exported.parameters is not None else ""
+    steps = [report.Step("export", f"{made} from {exported.origin}{count}")]
+    for name in files:
+        if name != FP32:
+            kept = ", ".join(each.keep.get(name, ()))
+            swept = f", a sweep for {each.sweep[name]:g} agreement" if name in each.sweep else ""
+            left = f", left fp32: {kept}" if kept else ""
+            steps.append(
+                report.Step(f"quantize {name}", quantize.FORMS[name].hardware + left + swept)
+            )
+    return tuple(steps)
+
+
+def _sweeping(say: Say) -> sensitivity.Progress:
+    def progress(done: int, total: int, seconds_left: float) -> None:
+        say(f"sweep, {done} of {total}, {seconds_left:.0f} s left")
+
+    return progress
+
+
+def _micros(cost: Cost) -> str:
+    return f"{next(iter(cost.latency_us.values())).median:.0f} us"
+
+
+def _digest(path: Path, key: str) -> str:
+    try:
+        return documents.sha256_of_file(path)
+    except OSError as error:
+        raise BadInput(f"{key}: {path}: {error.strerror}") from None
+
+
+def _bundle(path: Path, key: str) -> BundleDirectory:
+    try:
+        return release.read(path)
+    except BundleRefused as refusal:
+        raise BadInput(f"{key}: {path} is not an intact bundle: {refusal}") from None
+
+
+def _publish_scenes(splits: Mapping[str, Items], path: Path) -> None:
+    """Write which scenes each split holds: the claim that no split leaks, to be checked."""
+    scenes = {name: np.unique(items.scenes).tolist() for name, items in splits.items()}
+    text = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(scenes.items()))
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,458 @@
+"""What is done to an ONNX file, whoever made it: read it, take it in, strip it, check it, write it.
+
+Tools leave traces in a graph: absolute source paths, time and place of the run, opsets nobody
+uses, in subgraphs and functions as well as at the top. What ``finish`` writes depends on the
+model alone: same model, same bytes, in one file.
+
+    load       a file and its external data, or one sentence
+    signature  what a graph says of its inputs and outputs, and which of them vary
+    adopt      a model that somebody else made, as it is: at its own opset, run before it counts
+    finish     strip, label, check, write: the last thing that happens to every file we make
+
+Needs ``onnx``, which is imported on use.
+"""
+
+import heapq
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fogline_models.errors import BadInput, require
+from fogline_models.session import ALL_ROWS, Session
+from fogline_protocol.tensors import Array, TensorSpec, dtype_of
+
+Dimension = tuple[str, int, int]  # its name, its smallest and its largest size
+Dynamic = Mapping[str, Mapping[int, Dimension]]  # {input: {axis: dimension}}
+
+DEFAULT_DOMAINS = ("", "ai.onnx")  # two spellings of one domain
+MAX_BYTES = 2**31 - 1  # of one protobuf message: a larger model cannot be one file
+EXAMPLE_ROWS = 2
+
+# onnx.proto, TensorProto.DataType, by its number: onnx itself is not imported before a call.
+DATATYPES: Mapping[int, str] = {
+    1: "FP32", 2: "UINT8", 3: "INT8", 4: "UINT16", 5: "INT16", 6: "INT32", 7: "INT64",
+    8: "BYTES", 9: "BOOL", 10: "FP16", 11: "FP64", 12: "UINT32", 13: "UINT64", 16: "BF16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a graph takes and gives."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batched: bool  # the first axis of every input and output is the batch
+    dynamic: Dynamic  # what varies besides it
+
+
+def load(path: Path, *, step: str) -> Any:
+    """Return the ``onnx.ModelProto`` at ``path`` with its external data in memory.
+
+    Raises:
+        BadInput: there is no such file, it is no ONNX model, or what it refers to is missing;
+            the message opens with ``step``.
+        MissingExtra: onnx is not installed.
+    """
+    require("onnx", extra="models")
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx import external_data_helper
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise BadInput(f"{step}: {path}: {error.strerror or error}") from None
+    except DecodeError:
+        raise BadInput(
+            f"{step}: {path} is not an intact ONNX file: export or copy it again"
+        ) from None
+    if not model.graph.node or not model.opset_import:
+        raise BadInput(f"{step}: {path} holds no graph: it is empty, cut off or no ONNX file")
+    for tensor in _tensors(model):
+        if external_data_helper.uses_external_data(tensor):
+            _check_external(path, tensor, step)
+    try:
+        external_data_helper.load_external_data_for_model(model, str(path.parent))
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise BadInput(
+            f"{step}: {path}: its external data cannot be read: {_first_line(error)}"
+        ) from None
+    return model
+
+
+def finish(
+    model: Any,
+    props: Mapping[str, str],
+    path: Path,
+    *,
+    opset: int | None = None,
+    step: str = "export",
+) -> None:
+    """Strip what tools left in an ``onnx.ModelProto``, add our metadata, check it, write it.
+
+    Written whole or not at all, over an older file. With ``opset`` the model must have it.
+
+    Raises:
+        BadInput: the model breaks ONNX's rules, has another opset than the one asked for, is
+            too large for one file, or cannot be written.
+    """
+    import onnx
+
+    _strip(model)
+    if opset is not None and opset_of(model) != opset:
+        raise BadInput(f"{step}: asked for opset {opset}, the tool answered with {opset_of(model)}")
+    onnx.helper.set_model_props(model, dict(sorted(props.items())))
+    size = model.ByteSize()
+    if size > MAX_BYTES:
+        raise BadInput(
+            f"{step}: {path.name} would have {size / 2**30:.1f} GiB, one ONNX file holds at most 2: "
+            "give a smaller model"
+        )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BadInput(f"{step}: {path.name} breaks ONNX's rules: {_first_line(error)}") from None
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(model.SerializeToString(deterministic=True))
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise BadInput(f"{step}: cannot write {path}: {error.strerror or error}") from None
+
+
+def adopt(
+    source: Path,
+    props: Mapping[str, str],
+    path: Path,
+    *,
+    bounds: Mapping[str, tuple[int, int]] | None = None,
+    examples: Mapping[str, Array] | None = None,
+) -> Signature:
+    """Take in a model that somebody else made and write it to ``path``, as one stripped file.
+
+    It keeps its own opset, if onnxruntime runs that. It is run on ``examples``, or on random
+    ones, before it counts.
+
+    Raises:
+        BadInput: the file is not usable, has a variable dimension without bounds, needs what
+            this onnxruntime does not have, or answers with NaN or infinity.
+    """
+    step = "export"
+    model = load(source, step=step)
+    found = signature(model, bounds or {}, step=step)
+    staged = path.with_name(f".{path.name}.staged")
+    try:
+        finish(model, props, staged, step=step)
+        inputs = examples or random_inputs(found, rows=EXAMPLE_ROWS)
+        check_inputs(found, inputs, step=step, what="an example")
+        try:
+            session = Session(staged)
+        except BadInput as error:
+            raise BadInput(f"{step}: {str(error).replace(str(staged), str(source))}") from None
+        for part in runs(found, inputs, rows=EXAMPLE_ROWS):
+            check_finite(session.run(part, ALL_ROWS), step=step, what=str(source))
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return found
+
+
+def opset_of(model: Any) -> int | None:
+    """Return the version of ONNX's own operators that a model is written in."""
+    for entry in model.opset_import:
+        if entry.domain in DEFAULT_DOMAINS:
+            return int(entry.version)
+    return None
+
+
+def signature(
+    model: Any, bounds: Mapping[str, tuple[int, int]] | None = None, *, step: str
+) -> Signature:
+    """Return what a graph takes and gives.
+
+    The batch is the first axis where every input and output has it and its size is open,
+    under one name or none. Any other open axis needs an entry in ``bounds``, under its own
+    name, or ``tensor[axis]`` where it has none: an engine must know how far a shape may go.
+
+    Raises:
+        BadInput: a tensor is of a kind that requests cannot carry, or is open without bounds.
+    """
+    given = {tensor.name for tensor in model.graph.initializer}  # before IR 4 these are inputs too
+    values = [value for value in model.graph.input if value.name not in given]
+    if not values:
+        raise BadInput(f"{step}: the graph has no inputs: a release answers requests")
+    axes = {value.name: _axes(value, step) for value in (*values, *model.graph.output)}
+    inputs = [axes[value.name] for value in values]
+    firsts = {shape[0] for shape in inputs if shape}
+    names = {first for first in firsts if isinstance(first, str)}
+    batched = (
+        all(shape and not isinstance(shape[0], int) for shape in axes.values()) and len(names) <= 1
+    )
+    dynamic: dict[str, dict[int, Dimension]] = {}
+    for value in values:
+        for axis, size in enumerate(axes[value.name]):
+            if isinstance(size, int) or (axis == 0 and batched):
+                continue
+            name = size or f"{value.name}[{axis}]"
+            if name not in (bounds or {}):
+                raise BadInput(
+                    f"{step}: axis {axis} of input {value.name!r} is open and has no bounds: "
+                    f"give the smallest and the largest size of {name!r}"
+                )
+            least, most = (bounds or {})[name]
+            if not 1 <= least <= most:
+                raise BadInput(f"{step}: bounds of {name!r} must rise from 1, got {least}..{most}")
+            dynamic.setdefault(value.name, {})[axis] = (name, least, most)
+
+    def specs(values: Iterable[Any]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                value.name,
+                DATATYPES[value.type.tensor_type.elem_type],
+                tuple(size if isinstance(size, int) else -1 for size in axes[value.name]),
+            )
+            for value in values
+        )
+
+    return Signature(specs(values), specs(model.graph.output), batched, dynamic)
+
+
+def unbounded(model: Any) -> dict[str, tuple[int, int]]:
+    """Return bounds that allow everything, for steps that do not care how far shapes go."""
+    everything = (1, 2**31 - 1)
+    return {
+        name: everything
+        for value in model.graph.input
+        for axis, size in enumerate(value.type.tensor_type.shape.dim)
+        for name in (size.dim_param, f"{value.name}[{axis}]")
+    }
+
+
+def runs(found: Signature, inputs: Mapping[str, Array], rows: int) -> Iterator[dict[str, Array]]:
+    """Cut items into what a graph takes at once: ``rows`` of them, if its batch varies.
+
+    A graph with a fixed first axis takes that many, and an incomplete rest is left out. One
+    whose inputs have different first axes, or none, takes everything at once.
+    """
+    at_once = rows if found.batched else _fixed_rows(found)
+    if at_once is None:
+        yield dict(inputs)
+        return
+    total = len(next(iter(inputs.values())))
+    for start in range(0, total if found.batched else total - at_once + 1, at_once):
+        yield {name: array[start : start + at_once] for name, array in inputs.items()}
+
+
+def random_inputs(found: Signature, rows: int, seed: int = 0) -> dict[str, Array]:
+    """Return inputs that fit a signature, with open axes at their smallest.
+
+    Numbers are normal, whole numbers 0 or 1, so that they index whatever they index.
+    """
+    rng = np.random.default_rng(seed)
+    inputs: dict[str, Array] = {}
+    for spec in found.inputs:
+        dimensions = found.dynamic.get(spec.name, {})
+        shape = [
+            size if size >= 0 else dimensions[axis][1] if axis in dimensions else rows
+            for axis, size in enumerate(spec.shape)
+        ]
+        dtype = dtype_of(spec.datatype)
+        if spec.datatype in ("FP16", "FP32", "FP64"):
+            inputs[spec.name] = rng.standard_normal(shape).astype(dtype)
+        elif spec.datatype == "BYTES":
+            inputs[spec.name] = np.full(shape, b"a", dtype)
+        else:
+            inputs[spec.name] = rng.integers(0, 2, shape).astype(dtype)
+    return inputs
+
+
+def check_inputs(found: Signature, inputs: Mapping[str, Array], *, step: str, what: str) -> None:
+    """Check that arrays are what a graph takes: all of them, in their types and shapes.
+
+    Raises:
+        BadInput: it names the input and how it differs.
+    """
+    wanted = {spec.name for spec in found.inputs}
+    if set(inputs) != wanted:
+        raise BadInput(
+            f"{step}: the model takes {', '.join(sorted(wanted))}, "
+            f"{what} has {', '.join(sorted(inputs)) or 'nothing'}"
+        )
+    fixed = _fixed_rows(found)
+    counts = {len(array) if array.ndim else 0 for array in inputs.values()}
+    for spec in found.inputs:
+        # Items of a graph with a fixed first axis are cut into runs of that size.
+        shape = spec.shape if fixed is None else (-1, *spec.shape[1:])
+        problem = TensorSpec(spec.name, spec.datatype, shape).mismatch(inputs[spec.name])
+        if problem is not None:
+            raise BadInput(f"{step}: input {spec.name!r} of {what}: {problem}")
+        for axis, (name, least, most) in found.dynamic.get(spec.name, {}).items():
+            size = inputs[spec.name].shape[axis]
+            if not least <= size <= most:
+                raise BadInput(
+                    f"{step}: input {spec.name!r} of {what}: axis {axis} ({name}) is {size}, "
+                    f"its bounds are {least}..{most}"
+                )
+    needed = 1 if found.batched else fixed
+    if needed is not None and (len(counts) != 1 or min(counts) < needed):
+        raise BadInput(
+            f"{step}: every input of {what} must have the same number of items and at least "
+            f"{needed}, got {', '.join(map(str, sorted(counts)))}"
+        )
+
+
+def check_finite(outputs: Mapping[str, Array], *, step: str, what: str) -> None:
+    """Check that a model's answers are numbers.
+
+    Raises:
+        BadInput: an output has NaN or infinity; it is named, with how many of its values.
+    """
+    for name, array in outputs.items():
+        if array.dtype.kind == "f":
+            wrong = int(array.size - np.isfinite(array).sum())
+            if wrong:
+                raise BadInput(
+                    f"{step}: {what}: output {name!r} is NaN or infinite in {wrong} of "
+                    f"{array.size} values: look for a division by zero or an overflow in the model"
+                )
+
+
+def graphs(model: Any) -> Iterator[Any]:
+    """Yield every graph and function of a model, the ones inside nodes included."""
+    waiting = [model.graph, *model.functions]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        for node in part.node:
+            for attribute in node.attribute:
+                waiting.extend(attribute.graphs)
+                if attribute.HasField("g"):
+                    waiting.append(attribute.g)
+
+
+def first_axes(found: Signature) -> set[int]:
+    """Return the sizes that the first axes of inputs and outputs have; 0: there is no axis."""
+    return {spec.shape[0] if spec.shape else 0 for spec in (*found.inputs, *found.outputs)}
+
+
+def _fixed_rows(found: Signature) -> int | None:
+    """Return the first axis that all inputs of an unbatched graph share, or None."""
+    firsts = {spec.shape[0] if spec.shape else -1 for spec in found.inputs}
+    return firsts.pop() if len(firsts) == 1 and min(firsts) > 0 else None
+
+
+def sort_nodes(model: Any) -> None:
+    """Put the nodes of the main graph after what they read, otherwise in the order they have."""
+    nodes = list(model.graph.node)
+    makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    waits = [{makers[name] for name in reads(node) if name in makers} for node in nodes]
+    readers: dict[int, list[int]] = {}
+    for index, before in enumerate(waits):
+        for maker in before:
+            readers.setdefault(maker, []).append(index)
+    ready = [index for index, before in enumerate(waits) if not before]  # a heap, sorted as it is
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for reader in readers.get(index, ()):
+            waits[reader].discard(index)
+            if not waits[reader]:
+                heapq.heappush(ready, reader)
+    sorted_nodes = [nodes[index] for index in order]
+    model.graph.ClearField("node")
+    model.graph.node.extend(sorted_nodes)
+
+
+def reads(node: Any) -> Iterator[str]:
+    """Yield what a node reads, through the graphs inside it as well."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            for part in inner.node:
+                yield from reads(part)
+            yield from (value.name for value in inner.output)
+
+
+def _strip(model: Any) -> None:
+    domains: set[str] = set()
+    for part in (model, *graphs(model)):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for part in graphs(model):
+        part.ClearField("value_info")
+        for node in part.node:
+            domains.add(node.domain)
+            for piece in (node, *node.attribute):
+                _clear(piece)
+        if hasattr(part, "initializer"):  # a function has none, and its inputs are plain names
+            for piece in (*part.input, *part.output, *part.initializer):
+                _clear(piece)
+    for tensor in _tensors(model):
+        _clear(tensor)
+    # Preparing for quantization leaves eight opsets that no node uses.
+    keep = [entry for entry in model.opset_import if entry.domain in domains]
+    model.ClearField("opset_import")
+    model.opset_import.extend(keep)
+
+
+def _clear(piece: Any) -> None:
+    for field in ("metadata_props", "doc_string"):
+        if field in piece.DESCRIPTOR.fields_by_name:
+            piece.ClearField(field)
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    for part in graphs(model):
+        if hasattr(part, "initializer"):
+            yield from part.initializer
+            for sparse in part.sparse_initializer:
+                yield sparse.values
+                yield sparse.indices
+        for node in part.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
+
+
+def _check_external(path: Path, tensor: Any, step: str) -> None:
+    from onnx.external_data_helper import ExternalDataInfo
+
+    location = ExternalDataInfo(tensor).location
+    if not location or not (path.parent / location).is_file():
+        raise BadInput(
+            f"{step}: {path} keeps tensor {tensor.name!r} in {location or 'a file it does not name'}"
+            f", which is missing: put it beside the model"
+        )
+
+
+def _axes(value: Any, step: str) -> Sequence[int | str | None]:
+    """Return every axis of a tensor: its size, the name of an open one, or None without one."""
+    if not value.type.HasField("tensor_type"):
+        kind = value.type.WhichOneof("value") or "something without a type"
+        raise BadInput(f"{step}: {value.name!r} is a {kind}: requests carry plain tensors only")
+    tensor = value.type.tensor_type
+    if tensor.elem_type not in DATATYPES:
+        raise BadInput(
+            f"{step}: {value.name!r} has ONNX's element type {tensor.elem_type}, which the Open "
+            f"Inference Protocol does not have: cast it in the model to one of "
+            f"{', '.join(DATATYPES.values())}"
+        )
+    if not tensor.HasField("shape"):
+        raise BadInput(
+            f"{step}: {value.name!r} has no shape: export the model with one, open axes named"
+        )
+    return [
+        int(size.dim_value) if size.HasField("dim_value") else size.dim_param or None
+        for size in tensor.shape.dim
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,118 @@
+"""The Python beside a recipe: functions that it names as ``nets.py:edge``.
+
+What they raise is theirs: it is told in one sentence with file and line, and the exception
+itself is kept as its cause, for ``fogline-models --traceback``.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fogline_models.errors import BadInput, MissingExtra
+from fogline_protocol import documents
+
+
+def is_function(name: str) -> bool:
+    """Return whether a recipe means a function by this name, rather than a file or a folder."""
+    file, colon, _ = name.partition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def load(folder: Path, name: str, key: str) -> Callable[..., Any]:
+    """Return the function called ``file.py:function`` of a recipe's folder.
+
+    The folder is loaded as a package of its own, so its files may import each other. The
+    function is returned so that calling it raises ``BadInput`` for whatever goes wrong in it,
+    and for arguments that it does not take.
+
+    Args:
+        folder: of the recipe.
+        name: as the recipe has it.
+        key: where the recipe has it, for the error.
+
+    Raises:
+        BadInput: there is no such file or function, or importing the file fails.
+    """
+    file, colon, function = name.partition(":")
+    stem = file.removesuffix(".py")
+    if not (colon and file.endswith(".py") and stem.isidentifier() and function.isidentifier()):
+        raise BadInput(f"{key}: {name!r} must name a function as file.py:function")
+    if not (folder / file).is_file():
+        raise BadInput(f"{key}: there is no {file} beside the recipe, in {folder}")
+    found = getattr(_module(folder, stem, key), function, None)
+    if not callable(found):
+        raise BadInput(f"{key}: {file} has no function {function}")
+    hook: Callable[..., Any] = found
+
+    def call(*arguments: object, **named: object) -> Any:
+        _check_arguments(hook, arguments, named, f"{key}: {name}")
+        try:
+            return hook(*arguments, **named)
+        except (BadInput, MissingExtra):
+            raise
+        # Foreign code ends here: whatever it raises is the recipe's, not ours.
+        except Exception as error:
+            raise BadInput(f"{key}: {name} raised {_told(error, folder)}") from error
+
+    return call
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every Python file of a recipe's folder, by name."""
+    return {path.name: documents.sha256_of_file(path) for path in sorted(folder.glob("*.py"))}
+
+
+def _module(folder: Path, stem: str, key: str) -> Any:
+    # The digest of the path keeps two families apart that are called alike.
+    where = documents.sha256(str(folder.resolve()).encode())[:8]
+    package = f"fogline_family_{folder.resolve().name}_{where}"
+    if package not in sys.modules:
+        spec = importlib.util.spec_from_loader(package, loader=None, is_package=True)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        module.__path__ = [str(folder)]
+        sys.modules[package] = module
+    importlib.invalidate_caches()  # the file may be younger than what was listed last
+    try:
+        return importlib.import_module(f"{package}.{stem}")
+    except (BadInput, MissingExtra):
+        raise
+    except Exception as error:  # importing runs it
+        raise BadInput(f"{key}: {stem}.py cannot be imported: {_told(error, folder)}") from error
+
+
+def _check_arguments(
+    hook: Callable[..., Any],
+    arguments: tuple[object, ...],
+    named: dict[str, object],
+    where: str,
+) -> None:
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):
+        return  # written in C: it says itself what it takes
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError as error:
+        given = [f"{len(arguments)} by position"] if arguments else []
+        given += [", ".join(named)] if named else []
+        raise BadInput(
+            f"{where}{signature} is called with {' and '.join(given) or 'nothing'}: {error}"
+        ) from None
+
+
+def _told(error: Exception, folder: Path) -> str:
+    """Return an exception's type, first line, and the last place in the recipe's own files."""
+    said = (str(error).strip() or "without a message").splitlines()[0]
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve().parent == folder.resolve()
+    ]
+    at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {said}{at}"

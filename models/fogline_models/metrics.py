@@ -1,0 +1,261 @@
+"""What answers are worth, as figures with intervals. Pure: arrays in, numbers out.
+
+Items of one *scene* (copies of a digit, frames of a clip, lines of a file) are no independent
+evidence, so every interval counts scenes:
+
+    rates         Clopper-Pearson, as if each scene were one item. A scene's share of hits lies
+                  between 0 and 1 and varies at most like a coin of the same bias; what is not
+                  a whole number of scenes is rounded outwards.
+    differences   paired by scene, after Bonett and Price (2012): one imaginary scene gained and
+                  one lost, then the normal interval. Without them, two models that never differ
+                  on ten scenes would be called equal beyond doubt.
+
+Where scenes have different numbers of items, estimates weigh items, as everybody computes
+them, and the scenes that count are Kish's effective number: (sum of sizes)² / sum of squares.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fogline_models import bound
+from fogline_protocol.tensors import Array
+
+CONFIDENCE = 0.95
+NORMAL_95 = 1.959963984540054  # two-sided, for CONFIDENCE
+BINS = 15  # of equal mass; the customary number
+MAX_POINTS = 101  # of a risk curve: one for each per cent
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A share of items, and its 95 % interval over scenes."""
+
+    value: float
+    lower: float
+    upper: float
+    items: int
+    scenes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much one model has over another on the same items, and its 95 % interval."""
+
+    value: float
+    lower: float
+    upper: float
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the data does not tell the difference from none."""
+        return self.lower <= 0.0 <= self.upper
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Items of similar confidence: what they claim and what they keep."""
+
+    confidence: float
+    accuracy: float
+    items: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Edge and hub together at one threshold; a score that is not above it escalates."""
+
+    threshold: float | None  # None: everything is answered at the edge
+    escalated: float
+    disagreement: float  # answered at the edge and different from the hub, over all items
+    accuracy: float | None  # of the pair
+
+
+def top(outputs: Array) -> Array:
+    """Return the top answer of every row: ``[n, ...] -> [n]``."""
+    answers: Array = outputs.reshape(len(outputs), -1).argmax(axis=1)
+    return answers
+
+
+def accuracy(logits: Array, labels: Array) -> float:
+    """Return the share of rows whose top answer is the label: ``[n, classes], [n]``."""
+    return float((top(logits) == labels).mean())
+
+
+def agreement(logits: Array, others: Array) -> float:
+    """Return the share of rows on which two models give the same top answer."""
+    return float((top(logits) == top(others)).mean())
+
+
+def rate(hits: Array, scenes: Array) -> Rate:
+    """Return the share of ``hits`` (bool ``[n]``, n > 0), with its interval over ``scenes``."""
+    value = float(hits.mean())
+    sizes = _sizes(scenes)
+    count = effective_scenes(sizes)
+    lower, upper = bound.interval(value * count, count, CONFIDENCE)
+    return Rate(value, min(lower, value), max(upper, value), len(hits), len(sizes))
+
+
+def difference(hits: Array, others: Array, scenes: Array) -> Difference:
+    """Return ``mean(hits) - mean(others)`` on the same items: bool ``[n]`` twice, scenes ``[n]``."""
+    delta = hits.astype(np.float64) - others.astype(np.float64)
+    _, scene = np.unique(scenes, return_inverse=True)
+    weights = np.bincount(scene).astype(np.float64)
+    means = np.bincount(scene, weights=delta) / weights
+    usual = weights.mean()
+    weights = np.concatenate([weights, [usual, usual]])
+    means = np.concatenate([means, [1.0, -1.0]])
+    center = float(np.average(means, weights=weights))
+    spread = float(np.sqrt((weights**2 * (means - center) ** 2).sum()) / weights.sum())
+    value = float(delta.mean())
+    return Difference(
+        value,
+        max(-1.0, min(value, center - NORMAL_95 * spread)),
+        min(1.0, max(value, center + NORMAL_95 * spread)),
+    )
+
+
+def effective_scenes(sizes: Array) -> int:
+    """Return Kish's effective number of scenes of these sizes; all of them if they are equal."""
+    return max(1, math.floor(float(sizes.sum()) ** 2 / float((sizes**2).sum()) + 1e-9))
+
+
+def confusion(rows: Array, columns: Array, classes: int) -> Array:
+    """Count the pairs of answers: int ``[n], [n] -> [classes, classes]``."""
+    counts: Array = np.bincount(rows * classes + columns, minlength=classes * classes)
+    return counts.reshape(classes, classes)
+
+
+def macro_f1(counts: Array) -> float:
+    """Return the mean F1 of the classes that occur at all; labels in rows, answers in columns.
+
+    A class that is never right has an F1 of 0.
+    """
+    both = counts.sum(axis=0) + counts.sum(axis=1)
+    occurs = both > 0
+    return float((2 * counts.diagonal()[occurs] / both[occurs]).mean()) if occurs.any() else 0.0
+
+
+def softmax(logits: Array) -> Array:
+    """Return the probabilities of each row, float64: ``[n, ...] -> [n, classes]``."""
+    rows = logits.reshape(len(logits), -1).astype(np.float64)
+    powers = np.exp(rows - rows.max(axis=1, keepdims=True))
+    shares: Array = powers / powers.sum(axis=1, keepdims=True)
+    return shares
+
+
+def reliability(logits: Array, labels: Array, bins: int = BINS) -> tuple[Bin, ...]:
+    """Return how confidence and accuracy go together: ``[n, classes], [n]``.
+
+    Bins hold equally many items, except that items of equal confidence share one.
+    """
+    shares = softmax(logits)
+    confidence = shares.max(axis=1)
+    hits = top(logits) == labels
+    edges = np.quantile(confidence, np.arange(1, bins) / bins)
+    place = np.searchsorted(edges, confidence, side="left")
+    return tuple(
+        Bin(float(confidence[here].mean()), float(hits[here].mean()), int(here.sum()))
+        for here in (place == i for i in range(bins))
+        if here.any()
+    )
+
+
+def calibration_error(bins: tuple[Bin, ...]) -> float:
+    """Return the expected calibration error, top label, bins of equal mass.
+
+    The mean over items of the distance between a bin's confidence and its accuracy. Bins of
+    equal width, the other custom, leave most bins of a good model nearly empty.
+    """
+    total = sum(part.items for part in bins)
+    return math.fsum(part.items * abs(part.confidence - part.accuracy) for part in bins) / total
+
+
+def cosines(outputs: Array, others: Array) -> Array:
+    """Return each row's cosine similarity with its counterpart; 1 for two rows of zeros."""
+    mine, theirs = _flat(outputs), _flat(others)
+    lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(theirs, axis=1)
+    both_zero = (np.abs(mine).max(axis=1) == 0) & (np.abs(theirs).max(axis=1) == 0)
+    products = (mine * theirs).sum(axis=1)
+    found: Array = np.where(
+        lengths > 0, products / np.where(lengths > 0, lengths, 1.0), both_zero.astype(np.float64)
+    )
+    return np.clip(found, -1.0, 1.0)
+
+
+def relative_errors(outputs: Array, reference: Array) -> Array:
+    """Return each row's distance from the reference, relative to the reference's length.
+
+    Rows of a reference of length 0 are measured in absolute terms.
+    """
+    want = _flat(reference)
+    length = np.linalg.norm(want, axis=1)
+    errors: Array = np.linalg.norm(_flat(outputs) - want, axis=1) / np.where(length > 0, length, 1)
+    return errors
+
+
+def risk_curve(
+    edge: Array, hub: Array, scores: Array, labels: Array | None = None
+) -> tuple[Point, ...]:
+    """Return what edge and hub give together, from no escalation to escalating everything.
+
+    ``edge``, ``hub`` and ``labels`` are answers, int ``[n]``; ``scores`` is float ``[n]``. Every
+    point is one that a threshold can reach: items of equal score go together.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    differs = np.concatenate([[0], np.cumsum((edge != hub)[order])])
+    # How many items stay at the edge at each distinct threshold, all of them first.
+    steps = np.flatnonzero(np.diff(ranked, append=-np.inf)) + 1
+    kept = np.concatenate([steps[::-1], [0]])
+    if len(kept) > MAX_POINTS:
+        kept = kept[np.unique(np.linspace(0, len(kept) - 1, MAX_POINTS).round().astype(int))]
+    right: Array | None = None
+    if labels is not None:
+        mine = np.concatenate([[0], np.cumsum((edge == labels)[order])])
+        theirs = np.concatenate([[0], np.cumsum((hub == labels)[order])])
+        right = mine + theirs[-1] - theirs
+    total = len(scores)
+    return tuple(
+        Point(
+            threshold=None if count == total else float(ranked[count]),
+            escalated=float(1 - count / total),
+            disagreement=float(differs[count] / total),
+            accuracy=None if right is None else float(right[count] / total),
+        )
+        for count in kept.tolist()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Hybrid:
+    """What edge and hub give together at one threshold."""
+
+    share_edge: float
+    disagreement: float  # answered at the edge and different from the hub, over all rows
+    accuracy_edge: float
+    accuracy_hub: float
+    accuracy_hybrid: float
+
+
+def hybrid(edge: Array, hub: Array, scores: Array, labels: Array, threshold: float) -> Hybrid:
+    """Return the figures of the pair: logits ``[n, classes]`` twice, ``[n]`` scores and labels."""
+    local = scores > threshold
+    mine, theirs = top(edge), top(hub)
+    return Hybrid(
+        share_edge=float(local.mean()),
+        disagreement=float((local & (mine != theirs)).mean()),
+        accuracy_edge=float((mine == labels).mean()),
+        accuracy_hub=float((theirs == labels).mean()),
+        accuracy_hybrid=float((np.where(local, mine, theirs) == labels).mean()),
+    )
+
+
+def _sizes(scenes: Array) -> Array:
+    return np.unique(scenes, return_counts=True)[1].astype(np.float64)
+
+
+def _flat(outputs: Array) -> Array:
+    rows: Array = outputs.reshape(len(outputs), -1).astype(np.float64)
+    return rows

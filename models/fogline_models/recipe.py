@@ -1,0 +1,349 @@
+"""A recipe: the one TOML file that says how a family of releases is made.
+
+    family = "digits"
+    task = "image-classification"
+    labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+    targets = ["x86_64"]
+
+    [data]
+    make = "data.py:make"             # or [data.files] with an .npz for each split
+
+    [certificate]
+    alpha = 0.05
+
+    [[release]]
+    model = "digits-hub"
+    version = "1.0.0"
+    source = { torch = "nets.py:hub" }
+
+    [[release]]
+    model = "digits"
+    version = "1.0.0"
+    source = { torch = "nets.py:edge", arguments = { width = 12 } }
+    escalates_to = "digits-hub"
+
+What a key means is said at the field of its name below. A key that there is not, is an error, and
+so is a value that cannot be: found before anything is trained, in one sentence.
+"""
+
+import dataclasses
+import datetime
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fogline_models.certify import Terms
+from fogline_models.errors import BadInput, require
+from fogline_models.gates import Gates
+from fogline_models.quantize import FORMS, forms_for
+from fogline_protocol.release import MODEL_NAME, SEMANTIC_VERSION
+from fogline_protocol.score import FUNCTIONS, MAX_SOFTMAX
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+FILE = "recipe.toml"
+FP32 = "fp32"
+Task = Literal[
+    "image-classification",
+    "audio-classification",
+    "text-classification",
+    "token-classification",
+    "feature-extraction",
+]
+# A row of these is no single answer: variants are compared as vectors, without accuracy, and
+# there is nothing to escalate. For tokens that would take labels per token, which Items have not.
+VECTORS = ("token-classification", "feature-extraction")
+_OF_TRANSFORMERS = ("text-classification", "token-classification", "feature-extraction")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Where the splits come from: a function beside the recipe, or files.
+
+    ``training``, ``evaluation`` and, for certificates, ``calibration`` are needed. ``ranges``
+    (for int8) and ``self_test`` are taken from ``training`` if they are not named. Others may
+    be added for ``also`` and ``publish``.
+    """
+
+    make: str = ""  # file.py:function, returns {split: Items}
+    files: Mapping[str, Path] = field(default_factory=dict)  # split: an .npz, beside the recipe
+    together: tuple[tuple[str, ...], ...] = ()  # splits that may share items
+    also: tuple[str, ...] = ()  # further splits that every variant is measured on
+    publish: tuple[str, ...] = ()  # splits that are written beside the bundles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a release is made from: exactly one of the first three."""
+
+    torch: str = ""  # file.py:function, returns a module in eval mode
+    # A folder that transformers wrote, with tokenizer or image processor; or file.py:function,
+    # which trains a model and writes that folder.
+    huggingface: str = ""
+    onnx: Path | None = None  # a file, taken as it is
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the function
+    outputs: tuple[str, ...] = ("logits",)  # names for what a torch module returns
+    # Axes besides the batch that vary, by input: {tokens = {1 = ["length", 1, 128]}}
+    dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What local answers may cost, as ``certify.Terms``."""
+
+    alpha: float = 0.01
+    delta: float = 0.05
+    valid_days: int = 365
+
+    @property
+    def terms(self) -> Terms:
+        """The same, in the words of the certify step."""
+        return Terms(self.alpha, self.delta, datetime.timedelta(days=self.valid_days))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accident:
+    """A release that is broken on purpose, to show that it is found out.
+
+    Its self-test vectors are those of another release, and it skips the checks and gates that
+    would have kept it in the workshop. It is written below ``broken``.
+    """
+
+    golden_of: str  # the version of the release, of the same model, that it pretends to be
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRecipe:
+    """One release of the family."""
+
+    model: str
+    version: str
+    source: Source
+    description: str = ""
+    max_batch: int = 64
+    # Best first: the form that devices try first. By default fp32 and what the targets call for.
+    variants: tuple[str, ...] = ()
+    keep: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # form: nodes left fp32
+    # form: the agreement with fp32 for which a sweep finds the fewest nodes to leave fp32
+    sweep: Mapping[str, float] = field(default_factory=dict)
+    escalates_to: str = ""  # a model of this recipe, or the path of a bundle
+    parent: str = ""  # the version that it replaces, of this recipe; or the path of a bundle
+    examples: Path | None = None  # what `fogline data export` wrote: handed to the torch function
+    score: str = MAX_SOFTMAX
+    gates: Gates | None = None  # instead of the family's
+    certificate: Certificate | None = None  # instead of the family's
+    accident: Accident | None = None
+
+    @property
+    def title(self) -> str:
+        """What people call the release."""
+        return f"{self.model} {self.version}"
+
+    @property
+    def folder(self) -> str:
+        """Where its bundle lies below the bundles of the family."""
+        return ("broken/" if self.accident else "") + f"{self.model}-{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A family of releases."""
+
+    family: str
+    task: Task
+    data: Data
+    release: tuple[ReleaseRecipe, ...]
+    labels: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("x86_64",)  # classes of hardware
+    license: str = "apache-2.0"
+    datasets: tuple[str, ...] = ()  # names for the model card
+    # For every model card, by heading, in Markdown: what the data is, what it does not show.
+    notes: Mapping[str, str] = field(default_factory=dict)
+    gates: Gates = field(default_factory=Gates)
+    certificate: Certificate = field(default_factory=Certificate)
+    folder: Path = Path()  # set by ``read``: where the recipe lies
+
+    def variants(self, release: ReleaseRecipe) -> tuple[str, ...]:
+        """Return the variants that a release is built in, best first."""
+        forms = forms_for(self.targets, transformer=self.task in _OF_TRANSFORMERS)
+        return release.variants or (*forms, FP32)
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe: the file, the folder that holds one, or the name of a family.
+
+    Raises:
+        BadInput: there is none, or a key or value is wrong; the message names it.
+        MissingExtra: pydantic is not installed.
+    """
+    file = _find(path)
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{file} is not TOML: {error}") from None
+    _check_keys(document, Recipe, str(file), hidden=("folder",))
+    return checked({**document, "folder": file.parent}, str(file))
+
+
+def checked(document: Mapping[str, Any], where: str) -> Recipe:
+    """Return the recipe that a document describes.
+
+    Raises:
+        BadInput: a value is wrong; the message opens with ``where``.
+        MissingExtra: pydantic is not installed.
+    """
+    require("pydantic", extra="models")
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(document)
+        problem = _contradiction(recipe)
+    except ValidationError as error:
+        raise BadInput(f"{where}: {_sentence(error)}") from None
+    except BadInput as error:  # of bars, terms and targets
+        raise BadInput(f"{where}: {error}") from None
+    if problem is not None:
+        raise BadInput(f"{where}: {problem}")
+    return recipe
+
+
+def _find(path: Path) -> Path:
+    for place in (path, Path("models") / path):
+        if place.is_file():
+            return place
+        if (place / FILE).is_file():
+            return place / FILE
+    raise BadInput(
+        f"no recipe {str(path)!r}: expected a file, or {FILE} in {path} or {Path('models') / path}"
+    )
+
+
+def _check_keys(
+    table: object, cls: Any, where: str, path: str = "", hidden: tuple[str, ...] = ()
+) -> None:
+    """Refuse keys that a table does not have, by name and with the nearest one that it has."""
+    if not isinstance(table, Mapping):
+        return  # of the wrong type altogether: said when it is validated
+    known = {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            meant = f", did you mean {near[0]}?" if near else f", known are {', '.join(known)}"
+            raise BadInput(f"{where}: there is no key {path}{key}{meant}")
+        inner = _TABLES.get((cls, key))
+        for item in value if isinstance(value, list) else [value]:
+            if inner is not None:
+                _check_keys(item, inner, where, f"{path}{key}.")
+
+
+_TABLES: Mapping[tuple[Any, str], Any] = {
+    (Recipe, "data"): Data,
+    (Recipe, "gates"): Gates,
+    (Recipe, "certificate"): Certificate,
+    (Recipe, "release"): ReleaseRecipe,
+    (ReleaseRecipe, "source"): Source,
+    (ReleaseRecipe, "gates"): Gates,
+    (ReleaseRecipe, "certificate"): Certificate,
+    (ReleaseRecipe, "accident"): Accident,
+}
+
+
+def _sentence(error: "ValidationError") -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    said: str = first["msg"]
+    return f"{where}: {said[0].lower()}{said[1:]}{more}"
+
+
+def _contradiction(recipe: Recipe) -> str | None:
+    data = recipe.data
+    if bool(data.make) == bool(data.files):
+        return "data: name either make or files"
+    if not recipe.release:
+        return "there is no [[release]]: nothing to build"
+    twice = [label for label in recipe.labels if recipe.labels.count(label) > 1]
+    if twice:
+        return f"labels: {twice[0]!r} is there twice, classes are told by their names"
+    seen: dict[tuple[str, str], ReleaseRecipe] = {}
+    for release in recipe.release:
+        problem = _release_contradiction(recipe, release, seen)
+        if problem is not None:
+            return f"release {release.title}: {problem}"
+        seen[release.model, release.version] = release
+    return None
+
+
+def _bars_contradiction(recipe: Recipe, release: ReleaseRecipe) -> str | None:
+    """Return what is wrong with gates and terms: training is too long to be told after it."""
+    (release.certificate or recipe.certificate).terms  # noqa: B018 - checks itself
+    gates = release.gates or recipe.gates
+    variants = (*recipe.variants(release), FP32)
+    for name in gates.allow:
+        if name not in variants:
+            return f"gates.allow: {name!r} is none of its variants {', '.join(variants)}"
+    if gates.latency_batch > max(release.max_batch, 1):
+        return (
+            f"gates.latency_batch: {gates.latency_batch} rows, but max_batch is {release.max_batch}"
+        )
+    return None
+
+
+def _release_contradiction(
+    recipe: Recipe, release: ReleaseRecipe, seen: Mapping[tuple[str, str], ReleaseRecipe]
+) -> str | None:
+    if not MODEL_NAME.fullmatch(release.model):
+        return f"model {release.model!r} must be lower-case letters, digits, '_' and '-'"
+    if not SEMANTIC_VERSION.fullmatch(release.version):
+        return f"{release.version!r} is not a semantic version such as 1.0.0"
+    if (release.model, release.version) in seen:
+        return "it is there twice"
+    source = release.source
+    if sum(map(bool, (source.torch, source.huggingface, source.onnx))) != 1:
+        return "source: name exactly one of torch, huggingface and onnx"
+    unknown = [name for name in recipe.variants(release) if name not in (FP32, *FORMS)]
+    if unknown:
+        return f"variants: {unknown[0]!r} is no form, known are {', '.join((FP32, *FORMS))}"
+    for form in (*release.keep, *release.sweep):
+        if form not in recipe.variants(release) or form == FP32:
+            return f"keep, sweep: {form!r} is none of its quantized variants"
+    if len(set(recipe.variants(release))) != len(recipe.variants(release)):
+        return "variants: one is there twice"
+    if release.score not in FUNCTIONS:
+        return f"score: {release.score!r} is unknown, known are {', '.join(FUNCTIONS)}"
+    if not 0 <= release.max_batch <= 65_536:
+        return f"max_batch: from 0, no batch dimension, to 65536, got {release.max_batch}"
+    for form, agreement in release.sweep.items():
+        if not 0 < agreement <= 1:
+            return f"sweep.{form}: agreement lies between 0 and 1, got {agreement:g}"
+    for name, axes in source.dynamic.items():
+        for axis, (_, least, most) in axes.items():
+            if axis < 1 or not 1 <= least <= most:
+                return (
+                    f"source.dynamic.{name}.{axis}: bounds must rise from 1, for an axis after the "
+                    f"batch, got {least}..{most}"
+                )
+    problem = _bars_contradiction(recipe, release)
+    if problem is not None:
+        return problem
+    models = {model for model, _ in seen}
+    to = release.escalates_to
+    if to and MODEL_NAME.fullmatch(to) and to not in models:
+        return f"escalates_to: {to!r} must be a release further up, or the path of a bundle"
+    if (
+        release.parent
+        and SEMANTIC_VERSION.fullmatch(release.parent)
+        and ((release.model, release.parent) not in seen)
+    ):
+        return f"parent: there is no {release.model} {release.parent} further up"
+    accident = release.accident
+    if accident is not None and (release.model, accident.golden_of) not in seen:
+        return f"accident.golden_of: there is no {release.model} {accident.golden_of} further up"
+    return None

@@ -1,0 +1,106 @@
+"""The sweep on real files: a layer that quantization hurts is found, and keeping it helps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[models]'")
+
+from fogline_models.errors import BadInput
+from fogline_models.quantize import prepared
+from fogline_models.sensitivity import Ask, Bench, Loss, mixed, sweep
+from tests.models import onnx_nets as nets
+
+pytestmark = pytest.mark.workshop
+
+RNG = np.random.default_rng(0)
+RANGES = {"x": RNG.standard_normal((64, 16)).astype(np.float32)}
+ITEMS = {"x": RNG.standard_normal((256, 16)).astype(np.float32)}
+HURT = "dense2"
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """Four layers; one is fed a value so large that the others beside it share few steps."""
+    weights = [nets.random(16, 16, seed=seed) for seed in range(4)]
+    weights[1][:, 0] *= 300
+    weights[2][0] /= 300
+    return nets.save(nets.mlp(*weights), tmp_path / "fp32.onnx")
+
+
+class Clock:
+    """Moves on by a second whenever it is looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.mark.parametrize("ask", Ask)
+def test_the_layer_that_was_made_to_hurt_comes_first(net: Path, ask: Ask) -> None:
+    with prepared(net, RANGES) as ready:
+        found = sweep(Bench(ready, "int8-qdq", net, ITEMS), clock=Clock(), ask=ask)
+    assert len(found) == 4
+    assert found[0].nodes[0] == HURT
+
+
+def test_a_sweep_gives_the_same_list_again(net: Path) -> None:
+    runs = []
+    for _ in range(2):
+        with prepared(net, RANGES) as ready:
+            runs.append(sweep(Bench(ready, "int8-qdq", net, ITEMS), clock=Clock()))
+    assert runs[0] == runs[1]
+
+
+def test_a_sweep_says_how_far_it_is(net: Path) -> None:
+    heard: list[tuple[int, int, float]] = []
+    with prepared(net, RANGES) as ready:
+        bench = Bench(ready, "int8-qdq", net, ITEMS)
+        sweep(
+            bench,
+            clock=Clock(),
+            progress=lambda done, total, seconds_left: heard.append((done, total, seconds_left)),
+        )
+    assert heard == [(1, 4, 3.0), (2, 4, 2.0), (3, 4, 1.0), (4, 4, 0.0)]
+
+
+def test_a_sweep_never_measures_more_than_it_may(net: Path) -> None:
+    with prepared(net, RANGES) as ready:
+        bench = Bench(ready, "int8-qdq", net, ITEMS)
+        assert len(sweep(bench, clock=Clock(), most=2)) == 2
+        with pytest.raises(BadInput, match="at least one measurement"):
+            sweep(bench, clock=Clock(), most=0)
+
+
+def test_keeping_the_layer_that_hurts_reaches_the_target(net: Path) -> None:
+    choice, ranked = mixed(net, "int8-qdq", RANGES, ITEMS, 0.95, clock=Clock())
+    assert HURT in choice.keep
+    assert choice.layers < len(ranked) == 4
+    assert choice.loss.agreement >= 0.95
+    with prepared(net, RANGES) as ready:
+        bench = Bench(ready, "int8-qdq", net, ITEMS)
+        assert bench.loss(()).agreement < 0.95
+        assert bench.loss(choice.keep) == choice.loss
+
+
+def test_nothing_is_kept_and_nothing_swept_where_the_target_is_met(net: Path) -> None:
+    choice, ranked = mixed(net, "int8-qdq", RANGES, ITEMS, 0.1, clock=Clock())
+    assert (choice.keep, choice.layers, ranked) == ((), 0, ())
+
+
+def test_with_everything_kept_nothing_is_lost(net: Path) -> None:
+    with prepared(net, RANGES) as ready:
+        bench = Bench(ready, "int8-qdq", net, ITEMS)
+        assert bench.loss([node.name for node in bench.nodes]) == Loss(1.0, float("inf"))
+
+
+def test_items_that_the_model_does_not_take_are_refused(net: Path) -> None:
+    with (
+        prepared(net, RANGES) as ready,
+        pytest.raises(BadInput, match=r"^sensitivity: the model takes x"),
+    ):
+        Bench(ready, "int8-qdq", net, {"z": ITEMS["x"]})
