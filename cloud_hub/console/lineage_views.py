@@ -159,7 +159,7 @@ def _specs(specs: Sequence[TensorSpec]) -> str:
 
 
 def _said(score: Any) -> str:
-    return f"{score.function} of {score.output}" if score is not None else "none"
+    return str(score) if score is not None else "none"
 
 
 def shape(spec: TensorSpec) -> str:

@@ -151,9 +151,7 @@ def release_page(
         after=[processing(step) for step in bundle.post_processing],
         max_batch=figures.count(bundle.max_batch) if bundle.max_batch else "no batch dimension",
         labels=_labels(bundle.labels),
-        score=f"{bundle.score.function} of {bundle.score.output}"
-        if bundle.score
-        else figures.NOTHING,
+        score=str(bundle.score) if bundle.score else figures.NOTHING,
         escalates_to_sha256=release.escalates_to.bundle_sha256 if release.escalates_to else "",
         variants=variants,
         certificates=certificates,

@@ -178,10 +178,7 @@ def objection(
         return f"it compares with {certificate.hub_model}, the release escalates to {hub.model}"
     if certificate.hub_sha256 not in {hub.files[v.path].sha256 for v in hub.variants}:
         return f"it compares with another file than those of {hub.model} {hub.version}"
-    if bundle.score is None or (certificate.score_function, certificate.score_output) != (
-        bundle.score.function,
-        bundle.score.output,
-    ):
+    if certificate.score != bundle.score:
         return "its score is not the one that the release computes"
     if certificate.expires_at.timestamp() <= now:
         return f"it expired at {certificate.expires_at.isoformat()}"

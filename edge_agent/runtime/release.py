@@ -72,12 +72,13 @@ def load_intact(
     bundle = directory.bundle
     score = None
     if bundle.score is not None:
-        score = scores.FUNCTIONS.get(bundle.score.function)
-        if score is None:
+        try:
+            score = scores.scorer(bundle.score)
+        except KeyError:
             raise ReleaseRefused(
                 f"{directory.path}: score function {bundle.score.function!r} is unknown to this "
                 f"agent, which knows {', '.join(scores.FUNCTIONS)}"
-            )
+            ) from None
     engine = Engine(
         directory.file(choice.variant.path),
         provider=choice.provider,

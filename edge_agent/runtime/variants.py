@@ -87,12 +87,9 @@ def _valid_certificate(
 
 
 def _contradiction(bundle: Bundle, certificate: Certificate) -> str | None:
-    pairing, score = bundle.escalates_to, bundle.score
+    pairing = bundle.escalates_to
     if pairing is None or certificate.hub_model != pairing.model:
         return f"it compares with {certificate.hub_model!r}, which the bundle does not escalate to"
-    if score is None or (certificate.score_function, certificate.score_output) != (
-        score.function,
-        score.output,
-    ):
+    if certificate.score != bundle.score:
         return "its threshold lives on another score"
     return None

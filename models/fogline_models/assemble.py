@@ -32,11 +32,11 @@ from fogline_protocol.release import (
     BundleDirectory,
     Pairing,
     Parent,
-    Score,
     SelfTest,
     Tolerance,
     Variant,
 )
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array
 
 SELF_TEST = "selftest.npz"

@@ -23,7 +23,7 @@ from fogline_models.errors import BadInput, TooLittle
 from fogline_models.session import CPU, Session, hardware_class
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
-from fogline_protocol.score import FUNCTIONS
+from fogline_protocol.score import FUNCTIONS, scorer
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 REFERENCE_QUANTILES = 64
@@ -97,7 +97,7 @@ def certify(
             f"the hub's model gives all {len(rows)} calibration items the same answer "
             f"({_label(hub.bundle, int(answers[0]))}): calibrate on items of every class"
         )
-    scores = FUNCTIONS[score.function](local)
+    scores = scorer(score)(local)
     found = bound.threshold(scores, local.argmax(axis=1) != answers, allowed)
     escalated = int((scores <= found).sum())
     quantiles = np.quantile(
@@ -111,8 +111,7 @@ def certify(
         hub_model=hub.bundle.model,
         hub_sha256=hub.variant_sha256(peer),
         hardware_class=hardware_class(provider),
-        score_function=score.function,
-        score_output=score.output,
+        score=score,
         alpha=terms.alpha,
         delta=terms.delta,
         items=len(items),

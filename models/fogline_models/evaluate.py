@@ -30,7 +30,7 @@ from fogline_protocol.golden import (
     judge,
 )
 from fogline_protocol.release import BundleDirectory, Tolerance
-from fogline_protocol.score import FUNCTIONS
+from fogline_protocol.score import scorer
 from fogline_protocol.tensors import Array
 
 # Rows of the golden vectors that must keep the reference's answer. int8 may flip rows that
@@ -181,7 +181,7 @@ def escalation(
         raise BadInput("evaluate: a certificate speaks of answers, these outputs are vectors")
     both = {certificate.variant: edge, certificate.hub_model: hub}
     _check(both, items, certificate.variant, vectors)
-    scores = FUNCTIONS[certificate.score_function](edge)
+    scores = scorer(certificate.score)(edge)
     mine, theirs = metrics.top(edge), metrics.top(hub)
     local = scores > certificate.threshold
     labels = items.labels

@@ -1,5 +1,6 @@
 """Says everything that is in a verified bundle: for people, or as JSON."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from fogline_models.wording import percent, size
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import GoldenVectors, VectorsUnusable
 from fogline_protocol.release import ROOT, BundleDirectory
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import TensorSpec
 
 
@@ -26,9 +28,7 @@ def document(found: BundleDirectory) -> Mapping[str, Any]:
         "outputs": [_spec(spec) for spec in bundle.outputs],
         "max_batch": bundle.max_batch,
         "labels": list(bundle.labels),
-        "score": None
-        if bundle.score is None
-        else {"function": bundle.score.function, "output": bundle.score.output},
+        "score": None if bundle.score is None else dataclasses.asdict(bundle.score),
         "escalates_to": None
         if bundle.escalates_to is None
         else {
@@ -76,7 +76,7 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
         more = f", ... ({len(told['labels'])} in all)" if len(told["labels"]) > 12 else ""
         yield f"  labels      {shown}{more}"
     if told["score"] is not None:
-        yield f"  score       {told['score']['function']} of {told['score']['output']}"
+        yield f"  score       {Score(**told['score'])}"
     if told["escalates_to"] is not None:
         hub = told["escalates_to"]
         yield f"  escalates   to {hub['model']}, bundle {hub['bundle_sha256'][:16]}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from fogline_protocol import documents
 from fogline_protocol.documents import DocumentError
+from fogline_protocol.score import Score
 from fogline_protocol.v1 import release_pb2 as pb
 
 SCHEMA = 1
@@ -32,8 +33,7 @@ class Certificate:
     hub_model: str
     hub_sha256: str
     hardware_class: str
-    score_function: str
-    score_output: str
+    score: Score  # the one that the threshold is of, with its parameters
     alpha: float
     delta: float
     items: int
@@ -71,7 +71,7 @@ class Certificate:
         """Return the canonical document."""
         message = pb.Certificate(
             schema=SCHEMA,
-            score=pb.Score(function=self.score_function, output=self.score_output),
+            score=score_message(self.score),
             **{name: getattr(self, name) for name in _PLAIN_FIELDS},
         )
         message.reference_score_quantiles.extend(self.reference_score_quantiles)
@@ -106,11 +106,23 @@ def parse(data: bytes) -> Certificate:
         raise DocumentError("certificate: more scenes than items")
     if message.allowed_losses < 0 and message.threshold != NEVER:
         raise DocumentError("certificate: too few scenes for the bound, yet a finite threshold")
+    scale = score_of(message.score)
+    if scale.problem is not None:
+        raise DocumentError(f"certificate: {scale.problem}")
     return Certificate(
-        score_function=message.score.function,
-        score_output=message.score.output,
+        score=scale,
         reference_score_quantiles=tuple(message.reference_score_quantiles),
         issued_at=message.issued_at.ToDatetime(datetime.UTC),
         expires_at=message.expires_at.ToDatetime(datetime.UTC),
         **{name: getattr(message, name) for name in _PLAIN_FIELDS},
     )
+
+
+def score_of(message: pb.Score) -> Score:
+    """Return what a bundle's or a certificate's message says of the score."""
+    return Score(message.function, message.output, dict(message.parameters))
+
+
+def score_message(score: Score) -> pb.Score:
+    """Return the same as a message."""
+    return pb.Score(function=score.function, output=score.output, parameters=score.parameters)

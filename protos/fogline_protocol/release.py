@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from fogline_protocol import certificate, documents, hardware
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.documents import DocumentError
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import DTYPES, TensorSpec
 from fogline_protocol.v1 import release_pb2 as pb
 
@@ -57,14 +58,6 @@ class Processing:
     kind: str  # tokenizer, resize, argmax, ...
     files: tuple[str, ...] = ()  # of the bundle
     parameters: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """How a row's certainty is computed: ``function`` of the tensor ``output``."""
-
-    function: str
-    output: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +189,7 @@ class Bundle:
             },
         )
         if self.score is not None:
-            message.score.CopyFrom(pb.Score(function=self.score.function, output=self.score.output))
+            message.score.CopyFrom(certificate.score_message(self.score))
         if self.escalates_to is not None:
             message.escalates_to.CopyFrom(
                 pb.Pairing(
@@ -252,9 +245,7 @@ def parse(data: bytes) -> Bundle:
             {name: _tolerance(t) for name, t in message.self_test.tolerances.items()},
         ),
         files={path: File(f.sha256, f.bytes) for path, f in message.files.items()},
-        score=Score(message.score.function, message.score.output)
-        if message.HasField("score")
-        else None,
+        score=certificate.score_of(message.score) if message.HasField("score") else None,
         escalates_to=Pairing(message.escalates_to.model, message.escalates_to.bundle_sha256)
         if message.HasField("escalates_to")
         else None,
@@ -405,6 +396,8 @@ def _contradiction(bundle: Bundle) -> str | None:
     if bundle.score is not None:
         if bundle.score.output not in [spec.name for spec in bundle.outputs]:
             return f"the score reads {bundle.score.output!r}, which is not an output"
+        if bundle.score.problem is not None:
+            return bundle.score.problem
     elif bundle.escalates_to is not None:
         return "a bundle that escalates needs a score"
     return None

@@ -22,12 +22,12 @@ from fogline_protocol.release import (
     BundleDirectory,
     File,
     Pairing,
-    Score,
     SelfTest,
     Tolerance,
     Variant,
     read,
 )
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array, TensorSpec
 from tests.fakes import HUB_DIGEST, HUB_MODEL
 
@@ -36,6 +36,7 @@ DIGITS = Path(__file__).parents[2] / "models/digits/bundles/digits-1.0.0"
 DIGITS_HUB = DIGITS.parent / "digits-hub-1.0.0"
 NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
+MAX_SOFTMAX = Score("max_softmax", "logits")
 THRESHOLD = 0.9
 SURE: Array = np.array([[5, 0, 0]], np.float32)  # scores 0.9999
 UNSURE: Array = np.array([[0.1, 0, 0]], np.float32)  # scores 0.379
@@ -58,6 +59,7 @@ def make(
     variants: tuple[str, ...] = ("fp32",),
     variant_providers: tuple[str, ...] = (providers.CPU,),
     processors: Mapping[str, tuple[str, ...]] | None = None,
+    score: Score = MAX_SOFTMAX,
 ) -> BundleDirectory:
     """Write a bundle to ``path`` and read it back."""
     path.mkdir(parents=True)
@@ -82,7 +84,7 @@ def make(
         ),
         self_test=SelfTest("selftest.npz", {name: Tolerance(0.1, 0.9) for name in variants}),
         files=files,
-        score=Score("max_softmax", "logits") if scored else None,
+        score=score if scored else None,
         escalates_to=Pairing(HUB_MODEL, "c" * 64) if paired and scored else None,
     )
     (path / "bundle.json").write_bytes(bundle.to_json())
@@ -103,8 +105,7 @@ def certificate(directory: BundleDirectory, variant: str = "", **changes: object
         "hub_model": HUB_MODEL,
         "hub_sha256": HUB_DIGEST,
         "hardware_class": providers.hardware_class(providers.CPU),
-        "score_function": "max_softmax",
-        "score_output": "logits",
+        "score": directory.bundle.score,
         "alpha": 0.05,
         "delta": 0.05,
         "items": 350,

@@ -18,6 +18,7 @@ from edge_agent.errors import ConfigRefused, ReleaseRefused, StartRefused
 from fogline_protocol import grpcio_door
 from fogline_protocol.client import Client
 from fogline_protocol.errors import BadRequest, Overloaded
+from fogline_protocol.score import Score
 from fogline_protocol.v1 import fleet_pb2
 from fogline_protocol.v1 import inference_pb2 as pb
 from tests.edge_agent import bundles
@@ -64,6 +65,21 @@ async def test_an_application_may_hold_the_agent_in_its_own_process(tmp_path: Pa
         response = await agent.infer(InferRequest("double", rows(SURE)), timeout_s=1.0)
         assert response.outputs["logits"].tolist() == [[10, 0, 0]]
         assert response.parameters["fogline.quality"] == "certified"
+
+
+async def test_a_release_may_bring_a_score_of_its_own(tmp_path: Path) -> None:
+    # Of [10, 0, 0] the log odds are 9.31 and the spread 4.71; of [0.2, 0, 0] -0.49 and 0.09.
+    head = Score("logistic", "logits", {"bias": -3.0, "log_odds": 0.25, "spread": 1.0})
+    bundles.make(tmp_path / "bundle", score=head)
+    async with Agent(config(tmp_path, grpc="off", http="off", unix="off")) as agent:
+        request = InferRequest(
+            "double",
+            rows(SURE, UNSURE),
+            parameters={"fogline.per_row": True, "fogline.mode": "edge_only"},
+        )
+        response = await agent.infer(request, timeout_s=1.0)
+    assert response.outputs["fogline.quality"].tolist() == [b"certified", b"degraded"]
+    assert response.outputs["fogline.score"].tolist() == pytest.approx([0.983, 0.046], abs=1e-3)
 
 
 @pytest.mark.parametrize("door", ["grpc", "unix"])

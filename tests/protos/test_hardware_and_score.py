@@ -85,3 +85,95 @@ def test_nothing_is_certain_about_a_row_that_is_not_finite(bad):
     scores = score.max_softmax(logits)
     assert scores[0] > 0.5
     assert scores[1] == 0.0
+
+
+HEAD = {"bias": 0.5, "log_odds": 1.25, "spread": -0.5}
+weights = st.floats(-100, 100)
+any_head = st.fixed_dictionaries(dict.fromkeys(HEAD, weights))
+any_finite = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 4), st.integers(1, 40)),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+@given(any_finite, any_head)
+def test_a_logistic_score_lies_between_0_and_1_whatever_the_logits(logits, head):
+    scores = score.logistic(logits, **head)
+    assert scores.shape == (len(logits),)
+    assert ((scores > 0) & (scores < 1)).all()
+
+
+@given(any_finite, any_head)
+def test_a_rows_logistic_score_does_not_depend_on_its_company(logits, head):
+    together = score.logistic(logits, **head)
+    alone = np.concatenate([score.logistic(row[None], **head) for row in logits])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 127, 1000])
+def test_nor_with_many_classes(classes):
+    logits = np.random.default_rng(classes).normal(0, 4, (33, classes)).astype(np.float32)
+    for function in (score.max_softmax, lambda some: score.logistic(some, **HEAD)):
+        alone = np.concatenate([function(row[None]) for row in logits])
+        np.testing.assert_array_equal(function(logits), alone)
+
+
+@given(hnp.arrays(np.float32, (6, 5), elements=st.integers(-1024, 1024)), st.integers(-999, 999))
+def test_a_logistic_score_does_not_change_when_every_logit_does(logits, constant):
+    np.testing.assert_array_equal(
+        score.logistic(logits + np.float32(constant), **HEAD), score.logistic(logits, **HEAD)
+    )
+
+
+@given(hnp.arrays(np.float64, (8, 4), elements=st.integers(-40, 40)), st.floats(0.1, 2))
+def test_a_head_on_the_log_odds_alone_ranks_as_the_softmax_does(steps, slope):
+    logits = (steps / 8).astype(np.float32)
+    plain = score.max_softmax(logits.astype(np.float64)).astype(np.float64)
+    scores = score.logistic(logits, bias=-0.7, log_odds=slope, spread=0)
+    for i in range(len(logits)):
+        surer = plain[i] > plain + 1e-6  # nearer ones are float32's business
+        assert (scores[i] > scores[surer]).all()
+    same = score.logistic(logits, bias=0, log_odds=1, spread=0)
+    np.testing.assert_allclose(same, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("head", [HEAD, dict.fromkeys(HEAD, 0.0)])
+def test_nor_is_a_logistic_head_certain_about_a_row_that_is_not_finite(bad, head):
+    scores = score.logistic(np.array([[1, 9], [bad, 2], [2, bad]], np.float32), **head)
+    assert scores[0] >= 0.5
+    assert scores[1:].tolist() == [0, 0]
+
+
+def test_a_score_with_parameters_is_the_function_with_them():
+    logits = np.array([[1, 3, 2]], np.float32)
+    ready = score.scorer(score.Score("logistic", "y", HEAD))
+    assert ready(logits) == score.logistic(logits, **HEAD)
+    assert score.scorer(score.Score("max_softmax", "y")) is score.max_softmax
+    with pytest.raises(KeyError):
+        score.scorer(score.Score("forest", "y"))
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        (score.Score("max_softmax", "y"), None),
+        (score.Score("logistic", "y", HEAD), None),
+        (score.Score("forest", "y", {"trees": 3.0}), None),  # of a later release of fogline
+        (
+            score.Score("max_softmax", "y", {"bias": 1.0}),
+            "the score max_softmax takes the parameters none, got bias",
+        ),
+        (
+            score.Score("logistic", "y"),
+            "the score logistic takes the parameters bias, log_odds, spread, got none",
+        ),
+        (
+            score.Score("logistic", "y", {**HEAD, "bias": float("nan")}),
+            "the score's parameter bias is not a finite number",
+        ),
+    ],
+)
+def test_a_score_has_the_parameters_of_its_function(found, problem):
+    assert found.problem == problem

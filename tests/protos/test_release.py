@@ -19,11 +19,11 @@ from fogline_protocol.release import (
     Pairing,
     Parent,
     Processing,
-    Score,
     SelfTest,
     Tolerance,
     Variant,
 )
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import TensorSpec
 
 CONTENT = {"variants/fp32.onnx": b"not really a model", "selftest.npz": b"vectors"}
@@ -66,8 +66,7 @@ def a_certificate(**changes):
         "hub_model": "digits-hub",
         "hub_sha256": "cd" * 32,
         "hardware_class": "x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-        "score_function": "max_softmax",
-        "score_output": "logits",
+        "score": Score("max_softmax", "logits"),
         "alpha": 0.05,
         "delta": 0.05,
         "items": 350,
@@ -99,6 +98,30 @@ def folder(tmp_path):
 
 def test_a_root_document_survives_the_disk():
     assert release.parse(a_bundle().to_json()) == a_bundle()
+
+
+HEAD = Score("logistic", "logits", {"bias": 0.1, "log_odds": 1 / 3, "spread": -2e-9})
+
+
+def test_a_scores_parameters_survive_the_disk_to_the_last_bit():
+    assert release.parse(a_bundle(score=HEAD).to_json()) == a_bundle(score=HEAD)
+    certified = a_certificate(score=HEAD)
+    assert certificate.parse(certified.to_json()) == certified
+    other = Score("logistic", "logits", {**HEAD.parameters, "bias": 0.2})
+    assert a_bundle(score=other).to_json() != a_bundle(score=HEAD).to_json()
+
+
+def test_a_score_without_parameters_is_written_as_before_there_were_any():
+    for document in (a_bundle(), a_certificate()):
+        assert json.loads(document.to_json())["score"] == {
+            "function": "max_softmax",
+            "output": "logits",
+        }
+
+
+def test_a_certificate_for_half_a_score_is_refused():
+    with pytest.raises(DocumentError, match="certificate: the score logistic takes the param"):
+        certificate.parse(a_certificate(score=Score("logistic", "logits")).to_json())
 
 
 def test_a_provider_without_a_tolerance_of_its_own_has_the_variants():
@@ -180,6 +203,7 @@ def test_a_certificate_of_another_release_is_refused(folder):
         ({"self_test": SelfTest("selftest.npz", {})}, "no self-test tolerance"),
         ({"self_test": SelfTest("absent.npz", {"fp32": Tolerance(0, 0)})}, "vectors are not"),
         ({"score": Score("max_softmax", "z")}, "not an output"),
+        ({"score": Score("logistic", "logits", {"bias": 1.0})}, "logistic takes the parameters"),
         ({"score": None}, "needs a score"),
         ({"files": {"/etc/passwd": File("ab" * 32, 1)}}, "plain path"),
         ({"files": {"a/../b": File("ab" * 32, 1)}}, "plain path"),

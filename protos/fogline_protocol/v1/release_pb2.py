@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fogline_protocol/v1/release.proto\x12\nfogline.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x04\n\x06\x42undle\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x0c\x65scalates_to\x18\x03 \x01(\x0b\x32\x13.fogline.v1.Pairing\x12&\n\x06inputs\x18\x04 \x03(\x0b\x32\x16.fogline.v1.TensorSpec\x12\'\n\x07outputs\x18\x05 \x03(\x0b\x32\x16.fogline.v1.TensorSpec\x12\x11\n\tmax_batch\x18\x06 \x01(\r\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12 \n\x05score\x18\x08 \x01(\x0b\x32\x11.fogline.v1.Score\x12%\n\x08variants\x18\t \x03(\x0b\x32\x13.fogline.v1.Variant\x12\'\n\tself_test\x18\n \x01(\x0b\x32\x14.fogline.v1.SelfTest\x12,\n\x05\x66iles\x18\x0b \x03(\x0b\x32\x1d.fogline.v1.Bundle.FilesEntry\x12\x13\n\x0b\x64\x65scription\x18\x0c \x01(\t\x12\x0c\n\x04task\x18\r \x01(\t\x12\"\n\x06parent\x18\x0e \x01(\x0b\x32\x12.fogline.v1.Parent\x12.\n\x0epre_processing\x18\x0f \x03(\x0b\x32\x16.fogline.v1.Processing\x12/\n\x0fpost_processing\x18\x10 \x03(\x0b\x32\x16.fogline.v1.Processing\x1a>\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.fogline.v1.File:\x02\x38\x01\"0\n\x06Parent\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\"\x98\x01\n\nProcessing\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12:\n\nparameters\x18\x03 \x03(\x0b\x32&.fogline.v1.Processing.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"/\n\x07Pairing\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\")\n\x05Score\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\"_\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x11\n\tproviders\x18\x04 \x03(\t\x12\x12\n\nprocessors\x18\x05 \x03(\t\"%\n\x04\x46ile\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x9c\x01\n\x08SelfTest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x38\n\ntolerances\x18\x02 \x03(\x0b\x32$.fogline.v1.SelfTest.TolerancesEntry\x1aH\n\x0fTolerancesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.fogline.v1.Tolerance:\x02\x38\x01\"\xbf\x01\n\tTolerance\x12\x15\n\rmax_abs_error\x18\x01 \x01(\x01\x12\x15\n\rmin_agreement\x18\x02 \x01(\x01\x12:\n\x0b\x62y_provider\x18\x03 \x03(\x0b\x32%.fogline.v1.Tolerance.ByProviderEntry\x1aH\n\x0f\x42yProviderEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.fogline.v1.Tolerance:\x02\x38\x01\"\xb5\x04\n\x0b\x43\x65rtificate\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x16\n\x0evariant_sha256\x18\x05 \x01(\t\x12\x11\n\thub_model\x18\x06 \x01(\t\x12\x12\n\nhub_sha256\x18\x07 \x01(\t\x12\x16\n\x0ehardware_class\x18\x08 \x01(\t\x12 \n\x05score\x18\t \x01(\x0b\x32\x11.fogline.v1.Score\x12\x0c\n\x04risk\x18\n \x01(\t\x12\r\n\x05\x61lpha\x18\x0b \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x0c \x01(\x01\x12\x0e\n\x06method\x18\r \x01(\t\x12\r\n\x05items\x18\x0e \x01(\r\x12\x0e\n\x06scenes\x18\x0f \x01(\r\x12\x16\n\x0e\x61llowed_losses\x18\x10 \x01(\x05\x12\x11\n\tthreshold\x18\x11 \x01(\x01\x12\x17\n\x0f\x65scalation_rate\x18\x12 \x01(\x01\x12\x1d\n\x15\x65scalation_rate_upper\x18\x13 \x01(\x01\x12!\n\x19reference_score_quantiles\x18\x14 \x03(\x01\x12\x1a\n\x12\x63\x61libration_sha256\x18\x15 \x01(\t\x12\x10\n\x08sampling\x18\x16 \x01(\t\x12-\n\tissued_at\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe6\x01\n\x0cReleaseIndex\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x15\n\rbundle_sha256\x18\x04 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\x12\x32\n\x05\x66iles\x18\x06 \x03(\x0b\x32#.fogline.v1.ReleaseIndex.FilesEntry\x1a\x45\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fogline.v1.IndexedFile:\x02\x38\x01\"<\n\x0bIndexedFile\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fogline_protocol/v1/release.proto\x12\nfogline.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x04\n\x06\x42undle\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x0c\x65scalates_to\x18\x03 \x01(\x0b\x32\x13.fogline.v1.Pairing\x12&\n\x06inputs\x18\x04 \x03(\x0b\x32\x16.fogline.v1.TensorSpec\x12\'\n\x07outputs\x18\x05 \x03(\x0b\x32\x16.fogline.v1.TensorSpec\x12\x11\n\tmax_batch\x18\x06 \x01(\r\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12 \n\x05score\x18\x08 \x01(\x0b\x32\x11.fogline.v1.Score\x12%\n\x08variants\x18\t \x03(\x0b\x32\x13.fogline.v1.Variant\x12\'\n\tself_test\x18\n \x01(\x0b\x32\x14.fogline.v1.SelfTest\x12,\n\x05\x66iles\x18\x0b \x03(\x0b\x32\x1d.fogline.v1.Bundle.FilesEntry\x12\x13\n\x0b\x64\x65scription\x18\x0c \x01(\t\x12\x0c\n\x04task\x18\r \x01(\t\x12\"\n\x06parent\x18\x0e \x01(\x0b\x32\x12.fogline.v1.Parent\x12.\n\x0epre_processing\x18\x0f \x03(\x0b\x32\x16.fogline.v1.Processing\x12/\n\x0fpost_processing\x18\x10 \x03(\x0b\x32\x16.fogline.v1.Processing\x1a>\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.fogline.v1.File:\x02\x38\x01\"0\n\x06Parent\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\"\x98\x01\n\nProcessing\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x66iles\x18\x02 \x03(\t\x12:\n\nparameters\x18\x03 \x03(\x0b\x32&.fogline.v1.Processing.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"/\n\x07Pairing\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rbundle_sha256\x18\x02 \x01(\t\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x93\x01\n\x05Score\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12\x35\n\nparameters\x18\x03 \x03(\x0b\x32!.fogline.v1.Score.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"_\n\x07Variant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x11\n\tproviders\x18\x04 \x03(\t\x12\x12\n\nprocessors\x18\x05 \x03(\t\"%\n\x04\x46ile\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"\x9c\x01\n\x08SelfTest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x38\n\ntolerances\x18\x02 \x03(\x0b\x32$.fogline.v1.SelfTest.TolerancesEntry\x1aH\n\x0fTolerancesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.fogline.v1.Tolerance:\x02\x38\x01\"\xbf\x01\n\tTolerance\x12\x15\n\rmax_abs_error\x18\x01 \x01(\x01\x12\x15\n\rmin_agreement\x18\x02 \x01(\x01\x12:\n\x0b\x62y_provider\x18\x03 \x03(\x0b\x32%.fogline.v1.Tolerance.ByProviderEntry\x1aH\n\x0f\x42yProviderEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.fogline.v1.Tolerance:\x02\x38\x01\"\xb5\x04\n\x0b\x43\x65rtificate\x12\x0e\n\x06schema\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x16\n\x0evariant_sha256\x18\x05 \x01(\t\x12\x11\n\thub_model\x18\x06 \x01(\t\x12\x12\n\nhub_sha256\x18\x07 \x01(\t\x12\x16\n\x0ehardware_class\x18\x08 \x01(\t\x12 \n\x05score\x18\t \x01(\x0b\x32\x11.fogline.v1.Score\x12\x0c\n\x04risk\x18\n \x01(\t\x12\r\n\x05\x61lpha\x18\x0b \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x0c \x01(\x01\x12\x0e\n\x06method\x18\r \x01(\t\x12\r\n\x05items\x18\x0e \x01(\r\x12\x0e\n\x06scenes\x18\x0f \x01(\r\x12\x16\n\x0e\x61llowed_losses\x18\x10 \x01(\x05\x12\x11\n\tthreshold\x18\x11 \x01(\x01\x12\x17\n\x0f\x65scalation_rate\x18\x12 \x01(\x01\x12\x1d\n\x15\x65scalation_rate_upper\x18\x13 \x01(\x01\x12!\n\x19reference_score_quantiles\x18\x14 \x03(\x01\x12\x1a\n\x12\x63\x61libration_sha256\x18\x15 \x01(\t\x12\x10\n\x08sampling\x18\x16 \x01(\t\x12-\n\tissued_at\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe6\x01\n\x0cReleaseIndex\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x15\n\rbundle_sha256\x18\x04 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x05 \x01(\x04\x12\x32\n\x05\x66iles\x18\x06 \x03(\x0b\x32#.fogline.v1.ReleaseIndex.FilesEntry\x1a\x45\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.fogline.v1.IndexedFile:\x02\x38\x01\"<\n\x0bIndexedFile\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x03 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUNDLE_FILESENTRY']._serialized_options = b'8\001'
   _globals['_PROCESSING_PARAMETERSENTRY']._loaded_options = None
   _globals['_PROCESSING_PARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_SCORE_PARAMETERSENTRY']._loaded_options = None
+  _globals['_SCORE_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_SELFTEST_TOLERANCESENTRY']._loaded_options = None
   _globals['_SELFTEST_TOLERANCESENTRY']._serialized_options = b'8\001'
   _globals['_TOLERANCE_BYPROVIDERENTRY']._loaded_options = None
@@ -56,26 +58,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PAIRING']._serialized_end=928
   _globals['_TENSORSPEC']._serialized_start=930
   _globals['_TENSORSPEC']._serialized_end=989
-  _globals['_SCORE']._serialized_start=991
-  _globals['_SCORE']._serialized_end=1032
-  _globals['_VARIANT']._serialized_start=1034
-  _globals['_VARIANT']._serialized_end=1129
-  _globals['_FILE']._serialized_start=1131
-  _globals['_FILE']._serialized_end=1168
-  _globals['_SELFTEST']._serialized_start=1171
-  _globals['_SELFTEST']._serialized_end=1327
-  _globals['_SELFTEST_TOLERANCESENTRY']._serialized_start=1255
-  _globals['_SELFTEST_TOLERANCESENTRY']._serialized_end=1327
-  _globals['_TOLERANCE']._serialized_start=1330
-  _globals['_TOLERANCE']._serialized_end=1521
-  _globals['_TOLERANCE_BYPROVIDERENTRY']._serialized_start=1449
-  _globals['_TOLERANCE_BYPROVIDERENTRY']._serialized_end=1521
-  _globals['_CERTIFICATE']._serialized_start=1524
-  _globals['_CERTIFICATE']._serialized_end=2089
-  _globals['_RELEASEINDEX']._serialized_start=2092
-  _globals['_RELEASEINDEX']._serialized_end=2322
-  _globals['_RELEASEINDEX_FILESENTRY']._serialized_start=2253
-  _globals['_RELEASEINDEX_FILESENTRY']._serialized_end=2322
-  _globals['_INDEXEDFILE']._serialized_start=2324
-  _globals['_INDEXEDFILE']._serialized_end=2384
+  _globals['_SCORE']._serialized_start=992
+  _globals['_SCORE']._serialized_end=1139
+  _globals['_SCORE_PARAMETERSENTRY']._serialized_start=1090
+  _globals['_SCORE_PARAMETERSENTRY']._serialized_end=1139
+  _globals['_VARIANT']._serialized_start=1141
+  _globals['_VARIANT']._serialized_end=1236
+  _globals['_FILE']._serialized_start=1238
+  _globals['_FILE']._serialized_end=1275
+  _globals['_SELFTEST']._serialized_start=1278
+  _globals['_SELFTEST']._serialized_end=1434
+  _globals['_SELFTEST_TOLERANCESENTRY']._serialized_start=1362
+  _globals['_SELFTEST_TOLERANCESENTRY']._serialized_end=1434
+  _globals['_TOLERANCE']._serialized_start=1437
+  _globals['_TOLERANCE']._serialized_end=1628
+  _globals['_TOLERANCE_BYPROVIDERENTRY']._serialized_start=1556
+  _globals['_TOLERANCE_BYPROVIDERENTRY']._serialized_end=1628
+  _globals['_CERTIFICATE']._serialized_start=1631
+  _globals['_CERTIFICATE']._serialized_end=2196
+  _globals['_RELEASEINDEX']._serialized_start=2199
+  _globals['_RELEASEINDEX']._serialized_end=2429
+  _globals['_RELEASEINDEX_FILESENTRY']._serialized_start=2360
+  _globals['_RELEASEINDEX_FILESENTRY']._serialized_end=2429
+  _globals['_INDEXEDFILE']._serialized_start=2431
+  _globals['_INDEXEDFILE']._serialized_end=2491
 # @@protoc_insertion_point(module_scope)

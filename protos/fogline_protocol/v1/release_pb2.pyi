@@ -96,12 +96,21 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("function", "output")
+    __slots__ = ("function", "output", "parameters")
+    class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     function: str
     output: str
-    def __init__(self, function: _Optional[str] = ..., output: _Optional[str] = ...) -> None: ...
+    parameters: _containers.ScalarMap[str, float]
+    def __init__(self, function: _Optional[str] = ..., output: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Variant(_message.Message):
     __slots__ = ("name", "path", "precision", "providers", "processors")

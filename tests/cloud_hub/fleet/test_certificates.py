@@ -12,7 +12,8 @@ from cloud_hub.fleet.trust import Repository
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol.certificate import Certificate
-from fogline_protocol.release import Bundle, File, Pairing, Score, SelfTest, Tolerance, Variant
+from fogline_protocol.release import Bundle, File, Pairing, SelfTest, Tolerance, Variant
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import TensorSpec
 
 WHEN = datetime.datetime(2026, 10, 1, tzinfo=datetime.UTC)
@@ -46,8 +47,7 @@ GOOD = Certificate(
     hub_model="digits-hub",
     hub_sha256="1" * 64,
     hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-    score_function="max_softmax",
-    score_output="y",
+    score=Score("max_softmax", "y"),
     alpha=0.05,
     delta=0.05,
     items=100,
@@ -190,7 +190,8 @@ async def test_what_was_never_attached_cannot_be_withdrawn(certificates: Certifi
         (replace(GOOD, variant_sha256="9" * 64), "another file than the release's fp32.onnx"),
         (replace(GOOD, hub_model="other"), "compares with other"),
         (replace(GOOD, hub_sha256="9" * 64), "another file than those of digits-hub"),
-        (replace(GOOD, score_output="z"), "its score"),
+        (replace(GOOD, score=Score("max_softmax", "z")), "its score"),
+        (replace(GOOD, score=Score("logistic", "y", {"bias": 1.0})), "its score"),
         (replace(GOOD, expires_at=WHEN), "it expired at"),
     ],
 )

@@ -30,11 +30,11 @@ from fogline_protocol.release import (
     File,
     Pairing,
     Parent,
-    Score,
     SelfTest,
     Tolerance,
     Variant,
 )
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array, TensorSpec
 
 NOW = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC).timestamp()
@@ -155,8 +155,7 @@ def certificate(edge: bytes = b"1.0005", hub: bytes = b"1", **changes: object) -
         hub_model="digits-hub",
         hub_sha256=documents.sha256(hub),
         hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-        score_function="max_softmax",
-        score_output="y",
+        score=Score("max_softmax", "y"),
         alpha=0.05,
         delta=0.05,
         items=100,

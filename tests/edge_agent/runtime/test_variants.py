@@ -9,6 +9,7 @@ from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime import providers, release, variants
 from edge_agent.runtime.providers import CPU
 from fogline_protocol.release import read
+from fogline_protocol.score import Score
 from tests.edge_agent import bundles
 from tests.edge_agent.bundles import NOW
 
@@ -49,7 +50,11 @@ def test_among_equals_the_bundles_order_decides(tmp_path: Path) -> None:
         ({"expires_at": NOW}, "it expired at"),
         ({"variant_sha256": "0" * 64}, "it was measured on another file"),
         ({"hub_model": "other"}, "which the bundle does not escalate to"),
-        ({"score_output": "x"}, "its threshold lives on another score"),
+        ({"score": Score("max_softmax", "x")}, "its threshold lives on another score"),
+        (
+            {"score": Score("logistic", "logits", {"bias": 0.0, "log_odds": 1.0, "spread": 0.0})},
+            "its threshold lives on another score",
+        ),
     ],
 )
 def test_a_certificate_that_does_not_hold_here_is_not_relied_on(
@@ -60,6 +65,19 @@ def test_a_certificate_that_does_not_hold_here_is_not_relied_on(
     found = chosen(made.path)
     assert found.certificate is None
     assert why_not in found.why
+
+
+def test_a_certificate_holds_for_the_very_parameters_of_its_score(tmp_path: Path) -> None:
+    head = {"bias": 0.5, "log_odds": 1.0, "spread": 0.25}
+    made = bundles.make(tmp_path / "b", score=Score("logistic", "logits", head))
+    assert chosen(made.path).certificate is not None
+    for path in (made.path / "certificates").iterdir():
+        path.unlink()
+    other = Score("logistic", "logits", {**head, "spread": 0.25000000000000006})
+    bundles.add_certificate(made, score=other)
+    found = chosen(made.path)
+    assert found.certificate is None
+    assert "its threshold lives on another score" in found.why
 
 
 def test_the_newest_valid_certificate_counts(tmp_path: Path) -> None:

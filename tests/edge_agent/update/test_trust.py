@@ -33,6 +33,7 @@ from edge_agent.update.trust import DocumentRefused, HubAway, Trust
 from fogline_protocol import documents
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release_index import IndexedFile, ReleaseIndex
+from fogline_protocol.score import Score
 
 DAY_S = 86_400.0
 YEAR_S = 365 * DAY_S
@@ -56,8 +57,7 @@ def certificate(model: str = "digits") -> bytes:
         hub_model="digits-hub",
         hub_sha256="1" * 64,
         hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-        score_function="max_softmax",
-        score_output="logits",
+        score=Score("max_softmax", "logits"),
         alpha=0.05,
         delta=0.05,
         items=100,
