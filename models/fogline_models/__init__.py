@@ -18,6 +18,7 @@
     gates.py          which variants may ship, with every figure and bar; pure
     bound.py          the exact binomial bound; pure
     certify.py        a threshold with its bound, measured on this machine
+    head.py           the combined score: a head fitted to the hub's answers, never on calibration
     bundle.py         the directory that hub and device accept; nothing half-written
     card.py           the model card, inside the digest
     report.py         report.json, and report.html made from it alone

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fogline_models import bundle, card, certify, comparison, evaluate, gates, measure, report
+from fogline_models import (
+    bundle,
+    card,
+    certify,
+    comparison,
+    evaluate,
+    gates,
+    head,
+    measure,
+    metrics,
+    report,
+)
 from fogline_models.data import UNSTATED, Items
 from fogline_models.errors import BadInput, TooLittle
 from fogline_models.evaluate import Evaluation, HeldOut
@@ -36,7 +47,7 @@ from fogline_protocol.release import (
     Tolerance,
     Variant,
 )
-from fogline_protocol.score import Score
+from fogline_protocol.score import PARAMETERS, Score
 from fogline_protocol.tensors import Array
 
 SELF_TEST = "selftest.npz"
@@ -154,6 +165,9 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
             )
     shipped = gates.eligible(decisions)
     root = _root(found, shipped)
+    combined = _combined(found, root, held_out)
+    if combined is not None:
+        say(f"{each.title}: {combined.sentence}")
     subject = _subject(found, sizes)
     words = card.Words(
         summary=each.description,
@@ -196,6 +210,7 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
             },
             gains=_gains(found, directory.bundle.variants[0].name),
             uncertified=uncertified,
+            combined=combined,
         )
         report.write(directory.path, document)
     return Built(release.read(target), decisions, certificates, uncertified)
@@ -272,7 +287,7 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
             },
         ),
         files={},
-        score=Score(each.score, found.output) if found.is_classifier else None,
+        score=_score(found, names[0]) if found.is_classifier else None,
         escalates_to=None
         if found.hub is None
         else Pairing(found.hub.directory.bundle.model, found.hub.directory.sha256),
@@ -281,6 +296,34 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
         else Parent(found.parent.bundle.version, found.parent.sha256),
         pre_processing=found.exported.pre_processing,
         post_processing=found.exported.post_processing,
+    )
+
+
+def _score(found: Measured, preferred: str) -> Score:
+    """Return the score, fitted to the variant that devices try first."""
+    function = found.release.score
+    if not PARAMETERS[function] or found.hub is None:
+        return Score(function, found.output)
+    split = head.split_of(found.splits)
+    outputs = found.outputs[split]
+    agrees = metrics.top(outputs[preferred]) == metrics.top(outputs[found.hub.name])
+    return Score(function, found.output, head.fit(outputs[preferred], agrees, split))
+
+
+def _combined(found: Measured, root: Bundle, held_out: HeldOut) -> evaluate.Combined | None:
+    """Return what the release's score buys, unless it is max_softmax itself."""
+    if root.score is None or not root.score.parameters or found.hub is None:
+        return None
+    outputs = found.outputs["evaluation"]
+    preferred = root.variants[0].name
+    return evaluate.combined(
+        root.score,
+        outputs[preferred],
+        outputs[found.hub.name],
+        held_out,
+        alpha=(found.release.certificate or found.recipe.certificate).alpha,
+        fitted_on=head.split_of(found.splits),
+        variant=preferred,
     )
 
 

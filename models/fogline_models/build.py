@@ -25,6 +25,7 @@ from fogline_models import (
     data,
     export,
     graph,
+    head,
     hooks,
     huggingface,
     measure,
@@ -46,6 +47,7 @@ from fogline_models.session import Session, hardware_class
 from fogline_models.steps import Say, Steps, code, tools
 from fogline_protocol import documents, hardware, release
 from fogline_protocol.release import BundleDirectory, BundleRefused
+from fogline_protocol.score import PARAMETERS
 from fogline_protocol.tensors import Array
 
 BUNDLES = "bundles"
@@ -228,7 +230,7 @@ class _Build:
             hub=hub,
             parent=parent,
             inputs=self._inputs(each),
-            steps=_did(each, exported, files),
+            steps=_did(each, exported, files, splits),
         )
         target = self._out / BUNDLES / each.folder
         try:
@@ -248,7 +250,9 @@ class _Build:
         if each.examples is not None:
             seen["examples"] = data.read(recipe.folder / each.examples)
             kept_apart = {
-                name: splits[name] for name in ("calibration", "evaluation") if name in splits
+                name: splits[name]
+                for name in ("calibration", "evaluation", head.TUNING)
+                if name in splits
             }
             data.check_disjoint({"examples": seen["examples"], **kept_apart})
         facts: dict[str, object] = {
@@ -331,6 +335,8 @@ class _Build:
     ) -> Mapping[str, Mapping[str, Array]]:
         """Return what every variant, and the hub's model, gives on the splits: by split, name."""
         wanted = ("evaluation", *self._recipe.data.also, "ranges", "self_test")
+        if PARAMETERS[each.score]:
+            wanted = tuple(dict.fromkeys((*wanted, head.split_of(splits))))
         output = signature.outputs[0].name
         sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
         if parent is not None and parent.bundle.inputs == signature.inputs:
@@ -540,7 +546,10 @@ def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
 
 
 def _did(
-    each: ReleaseRecipe, exported: sources.Exported, files: Mapping[str, Path]
+    each: ReleaseRecipe,
+    exported: sources.Exported,
+    files: Mapping[str, Path],
+    splits: Mapping[str, Items],
 ) -> tuple[report.Step, ...]:
     """Say what was done, in words that depend on the recipe alone."""
     source = each.source
@@ -558,6 +567,8 @@ def _did(
             steps.append(
                 report.Step(f"quantize {name}", quantize.FORMS[name].hardware + left + swept)
             )
+    if PARAMETERS[each.score]:
+        steps.append(report.Step("score", f"{each.score}, fitted on {head.split_of(splits)}"))
     return tuple(steps)
 
 

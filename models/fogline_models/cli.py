@@ -273,7 +273,9 @@ def certify(
 ) -> None:
     """Find the escalation threshold of BUNDLE on this machine and issue its certificates.
 
-    Needs numpy and onnxruntime only, so it runs on a machine of the devices' hardware class.
+    The items must be none that the model was trained on or its score was fitted to, or the bound
+    does not hold. Needs numpy and onnxruntime only, so it runs on a machine of the devices'
+    hardware class.
     """
     with _one_sentence():
         import datetime

@@ -30,7 +30,7 @@ from fogline_protocol.golden import (
     judge,
 )
 from fogline_protocol.release import BundleDirectory, Tolerance
-from fogline_protocol.score import scorer
+from fogline_protocol.score import Score, max_softmax, scorer
 from fogline_protocol.tensors import Array
 
 # Rows of the golden vectors that must keep the reference's answer. int8 may flip rows that
@@ -205,6 +205,63 @@ def escalation(
         accuracy_edge=None if labels is None else float((mine == labels).mean()),
         accuracy_hub=None if labels is None else float((theirs == labels).mean()),
         curve=metrics.risk_curve(mine, theirs, scores, labels),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """What a combined score gives beside max_softmax, at the same risk on the held-out items."""
+
+    function: str
+    parameters: Mapping[str, float]
+    fitted_on: str  # the split
+    variant: str
+    alpha: float
+    escalated: float
+    escalated_by_max_softmax: float
+    saved: Difference
+
+    @property
+    def sentence(self) -> str:
+        """What it buys, for people."""
+        saved = self.saved
+        verdict = "so it buys nothing that this data could tell from chance"
+        if saved.lower > 0:
+            verdict = "so it buys that much"
+        elif saved.upper < 0:
+            verdict = "so it does harm: take max_softmax"
+        return (
+            f"score {self.function}, fitted on split {self.fitted_on}: where disagreement is at "
+            f"most {self.alpha:g}, {self.variant} escalates {self.escalated:.1%} of the evaluation "
+            f"items instead of {self.escalated_by_max_softmax:.1%} by max_softmax, "
+            f"{100 * saved.value:+.1f} points saved ({100 * saved.lower:+.1f} to "
+            f"{100 * saved.upper:+.1f}), {verdict}"
+        )
+
+
+def combined(
+    score: Score,
+    edge: Array,
+    hub: Array,
+    items: HeldOut,
+    *,
+    alpha: float,
+    fitted_on: str,
+    variant: str,
+) -> Combined:
+    """Return what a combined score is worth on held-out items: logits ``[n, classes]`` twice."""
+    differs = metrics.top(edge) != metrics.top(hub)
+    scores, plain = scorer(score)(edge), max_softmax(edge)
+    once = np.ones(len(differs))
+    return Combined(
+        function=score.function,
+        parameters=score.parameters,
+        fitted_on=fitted_on,
+        variant=variant,
+        alpha=alpha,
+        escalated=metrics.least_escalation(differs, scores, alpha, once),
+        escalated_by_max_softmax=metrics.least_escalation(differs, plain, alpha, once),
+        saved=metrics.escalation_saved(differs, scores, plain, alpha, items.scenes),
     )
 
 

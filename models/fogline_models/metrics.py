@@ -25,6 +25,7 @@ from fogline_protocol.tensors import Array
 CONFIDENCE = 0.95
 NORMAL_95 = 1.959963984540054  # two-sided, for CONFIDENCE
 BINS = 15  # of equal mass; the customary number
+RESAMPLES = 400  # of a bootstrap, from a fixed seed
 MAX_POINTS = 101  # of a risk curve: one for each per cent
 
 
@@ -226,6 +227,43 @@ def risk_curve(
         )
         for count in kept.tolist()
     )
+
+
+def least_escalation(differs: Array, scores: Array, alpha: float, weights: Array) -> float:
+    """Return the smallest share that a threshold escalates to keep disagreement within ``alpha``.
+
+    ``differs`` (bool), ``scores`` and ``weights``: ``[n]``. Items of equal score go together.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.diff(scores[order], append=-np.inf))
+    kept = np.cumsum(weights[order])[ends]
+    wrong = np.cumsum((weights * differs)[order])[ends]
+    total = float(weights.sum())
+    return 1.0 - float(kept[wrong <= alpha * total].max(initial=0.0)) / total
+
+
+def escalation_saved(
+    differs: Array, scores: Array, others: Array, alpha: float, scenes: Array
+) -> Difference:
+    """Return how many fewer items ``scores`` escalate than ``others`` within the same ``alpha``.
+
+    Either threshold is the best one on these very items. The interval is a bootstrap over scenes
+    that finds both thresholds anew each time, since a paired interval would take them as given.
+    """
+    _, scene = np.unique(scenes, return_inverse=True)
+    count = int(scene.max()) + 1
+
+    def saved(weights: Array) -> float:
+        mine, theirs = (least_escalation(differs, s, alpha, weights) for s in (scores, others))
+        return theirs - mine
+
+    rng = np.random.default_rng(0)
+    even = np.full(count, 1 / count)
+    again = [saved(rng.multinomial(count, even)[scene]) for _ in range(RESAMPLES)]
+    tail = (1 - CONFIDENCE) / 2
+    value = saved(np.ones(len(scene)))
+    lower, upper = np.quantile(again, (tail, 1 - tail))
+    return Difference(value, min(value, float(lower)), max(value, float(upper)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from fogline_models.errors import BadInput, require
 from fogline_models.gates import Gates
 from fogline_models.quantize import FORMS, forms_for
 from fogline_protocol.release import MODEL_NAME, SEMANTIC_VERSION
-from fogline_protocol.score import FUNCTIONS, MAX_SOFTMAX
+from fogline_protocol.score import FUNCTIONS, MAX_SOFTMAX, PARAMETERS
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -57,6 +57,7 @@ Task = Literal[
 # A row of these is no single answer: variants are compared as vectors, without accuracy, and
 # there is nothing to escalate. For tokens that would take labels per token, which Items have not.
 VECTORS = ("token-classification", "feature-extraction")
+LEARNT_FROM = ("training", "ranges", "self_test", "tuning")
 _OF_TRANSFORMERS = ("text-classification", "token-classification", "feature-extraction")
 
 
@@ -65,8 +66,9 @@ class Data:
     """Where the splits come from: a function beside the recipe, or files.
 
     ``training``, ``evaluation`` and, for certificates, ``calibration`` are needed. ``ranges``
-    (for int8) and ``self_test`` are taken from ``training`` if they are not named. Others may
-    be added for ``also`` and ``publish``.
+    (for int8) and ``self_test`` are taken from ``training`` if they are not named. A combined
+    score is fitted on ``tuning``, or on ``ranges`` without one. Others may be added for ``also``
+    and ``publish``.
     """
 
     make: str = ""  # file.py:function, returns {split: Items}
@@ -134,6 +136,8 @@ class ReleaseRecipe:
     escalates_to: str = ""  # a model of this recipe, or the path of a bundle
     parent: str = ""  # the version that it replaces, of this recipe; or the path of a bundle
     examples: Path | None = None  # what `fogline data export` wrote: handed to the torch function
+    # How certain an answer is. logistic is fitted to the hub's answers on the split tuning, or on
+    # ranges; the report says what that buys.
     score: str = MAX_SOFTMAX
     gates: Gates | None = None  # instead of the family's
     certificate: Certificate | None = None  # instead of the family's
@@ -267,6 +271,13 @@ def _contradiction(recipe: Recipe) -> str | None:
     data = recipe.data
     if bool(data.make) == bool(data.files):
         return "data: name either make or files"
+    for group in data.together:
+        learnt = [name for name in group if name in LEARNT_FROM]
+        if "calibration" in group and learnt:
+            return (
+                f"data.together: calibration cannot share items with {learnt[0]}: no bound holds "
+                "for a model or a score that has seen them"
+            )
     if not recipe.release:
         return "there is no [[release]]: nothing to build"
     twice = [label for label in recipe.labels if recipe.labels.count(label) > 1]
@@ -318,6 +329,8 @@ def _release_contradiction(
         return "variants: one is there twice"
     if release.score not in FUNCTIONS:
         return f"score: {release.score!r} is unknown, known are {', '.join(FUNCTIONS)}"
+    if PARAMETERS[release.score] and not release.escalates_to:
+        return f"score: {release.score} is fitted to a hub's answers, so name escalates_to"
     if not 0 <= release.max_batch <= 65_536:
         return f"max_batch: from 0, no batch dimension, to 65536, got {release.max_batch}"
     for form, agreement in release.sweep.items():

@@ -21,7 +21,7 @@ from typing import Any
 
 from fogline_models import plots, wording
 from fogline_models.errors import BadInput, require
-from fogline_models.evaluate import Escalation, Evaluation, Slice
+from fogline_models.evaluate import Combined, Escalation, Evaluation, Slice
 from fogline_models.gates import Decision, Verdict
 from fogline_models.measure import Cost
 
@@ -88,12 +88,13 @@ def document(
     also: Mapping[str, Evaluation] | None = None,
     gains: Mapping[str, Sequence[Slice]] | None = None,
     uncertified: str = "",
+    combined: Combined | None = None,
 ) -> Document:
     """Return the whole report as plain values, ready for JSON.
 
     ``also`` are figures on further data, by its name; ``gains`` how the release that ships does
     beside its parent, on data by its name (``evaluate.against``); ``uncertified`` says why a release that
-    escalates has no certificate.
+    escalates has no certificate, and ``combined`` what a score other than max_softmax buys.
 
     Raises:
         BadInput: a figure is not finite, which JSON cannot hold.
@@ -106,6 +107,9 @@ def document(
         "evaluation": dataclasses.asdict(evaluation),
         "escalation": [dataclasses.asdict(each) for each in escalations],
         "uncertified": uncertified,
+        "combined": None
+        if combined is None
+        else {**dataclasses.asdict(combined), "sentence": combined.sentence},
         "gains": {
             name: [dataclasses.asdict(each) for each in slices]
             for name, slices in (gains or {}).items()

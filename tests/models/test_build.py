@@ -164,6 +164,56 @@ def test_a_hub_whose_answers_are_called_otherwise_is_refused(with_torch: Path) -
     assert "gives no output 'logits', only y: what is compared must call its answers alike" in said
 
 
+def with_a_score_of_its_own(family: Path, tuning: int | None = 4) -> None:
+    """Let the edge's release have a fitted score, and points that edge and hub differ on."""
+    change(family / "recipe.toml", 'to = "points-hub"', 'to = "points-hub"\nscore = "logistic"')
+    change(family / "data.py", "rng.normal(0, 0.3", "rng.normal(0, 0.6")
+    if tuning is not None:
+        change(family / "data.py", '"calibration": 3', f'"calibration": 3, "tuning": {tuning}')
+
+
+@pytest.mark.parametrize("tuning", [4, None])
+def test_a_fitted_score_is_shipped_certified_and_its_worth_is_said(
+    family: Path, tuning: int | None
+) -> None:
+    with_a_score_of_its_own(family, tuning)
+    result = build(family)
+    assert result.exit_code == 0, result.output
+    made = release.read(family.parent / "out/bundles/points-1.0.0")
+    score = made.bundle.score
+    assert score is not None
+    assert score.function == "logistic"
+    assert sorted(score.parameters) == ["bias", "log_odds", "spread"]
+    assert made.certificates
+    assert all(certificate.score == score for certificate in made.certificates)
+    split = "ranges" if tuning is None else "tuning"
+    report = json.loads((made.path / "report.json").read_bytes())["figures"]
+    assert report["combined"]["parameters"] == score.parameters
+    assert report["combined"]["sentence"] in result.output
+    assert f"score logistic, fitted on split {split}: " in result.output
+    assert f"<b>Score</b>: score logistic, fitted on split {split}" in (
+        (made.path / "report.html").read_text()
+    )
+    sources = json.loads((made.path / "sources.json").read_bytes())
+    assert sources["steps"]["score"] == f"logistic, fitted on {split}"
+    # Again, from the steps that were kept: the same coefficients.
+    assert build(family, "--out", family.parent / "again").exit_code == 0
+    assert release.read(family.parent / "again/bundles/points-1.0.0").sha256 == made.sha256
+
+
+def test_a_score_is_never_fitted_on_calibration_items(family: Path) -> None:
+    with_a_score_of_its_own(family, tuning=3)
+    assert "data: splits calibration and tuning overlap: 400 items are in both" in (
+        sentence(build(family))
+    )
+    # Nor may a recipe allow it.
+    together = 'together = [["calibration", "tuning"]]'
+    change(family / "recipe.toml", '"data.py:make"', f'"data.py:make"\n{together}')
+    assert "data.together: calibration cannot share items with tuning: no bound holds" in (
+        sentence(build(family))
+    )
+
+
 Change = Callable[[Path], None]
 
 
@@ -262,6 +312,12 @@ BAD: dict[str, tuple[Change, str, str]] = {
         altered("data.py", "return {name: points(seed) for name, seed in SEEDS.items()}",
                 "return [points(1)]"),
         "points: data: data.make: data.py:make returned list", "expected Items by the name",
+    ),
+    "a score that nothing can be fitted to": (
+        altered("recipe.toml", 'source = { onnx = "edge.onnx" }',
+                'source = { onnx = "hub.onnx" }\nscore = "logistic"'),
+        "points 1.0.0: score: edge and hub agree on all 400 items of split ranges",
+        "give a split tuning that neither was trained on, or take the score max_softmax",
     ),
     "a split that is none": (
         altered("data.py", "points(seed) for", "points(seed).inputs for"),

@@ -132,6 +132,15 @@ WRONG: Mapping[str, tuple[str, str, str]] = {
     "kept": ("escalates_to", "keep = {fp16 = ['a']}\nescalates_to", "'fp16' is none of its"),
     "swept": ("escalates_to", "sweep = {int8-qdq = 1.5}\nescalates_to", "agreement lies between"),
     "a score": ("escalates_to", "score = 'best'\nescalates_to", "score: 'best' is unknown, known"),
+    "a score without a hub": (
+        'source = { torch = "nets.py:hub" }',
+        'source = { torch = "nets.py:hub" }\nscore = "logistic"',
+        "score: logistic is fitted to a hub's answers, so name escalates_to",
+    ),
+    "calibration that was seen": (
+        'make = "data.py:make"', 'make = "data.py:make"\ntogether = [["ranges", "calibration"]]',
+        "data.together: calibration cannot share items with ranges: no bound holds",
+    ),
     "rows": ("escalates_to", "max_batch = -1\nescalates_to", "max_batch: from 0"),
     "a hub": ('escalates_to = "digits-hub"', 'escalates_to = "digit-hub"', "a release further up"),
     "a parent": ("escalates_to", 'parent = "0.9.0"\nescalates_to', "there is no digits 0.9.0 further"),
