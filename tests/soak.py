@@ -482,6 +482,10 @@ class _Soak:
             self._within(f"{name}: requests", sent - left, hub_all, sent)
             self._within(f"{name}: answers", ok, hub_ok, ok + left)
             self._within(f"{name}: errors", refused, hub_all - hub_ok, refused + left)
+        if report.problems:  # which way the difference went
+            told = sorted(f"{'/'.join(key)} {n}" for key, n in report.outcomes.items())
+            heard = sorted(f"{'/'.join(key)} {n}" for key, n in counted.items())
+            self._problem(f"callers: {', '.join(told)}; hub: {', '.join(heard)}")
         for (name, version), told in report.answered.items():
             left = report.total(model=name, outcome=LEFT)
             self._within(
