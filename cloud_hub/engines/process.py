@@ -326,14 +326,14 @@ class ProcessEngine:
         """End the child and wait until it is gone."""
         self._running.clear()
         channel, self._channel = self._channel, None
-        process, self._process = self._process, None
         if channel is not None:
             asyncio.get_running_loop().remove_reader(channel.fileno())
             channel.close()
-        if process is not None:
+        if (process := self._process) is not None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+            self._process = None  # only now: who is cancelled here leaves it to whoever closes
 
 
 # What a child's refusals are called there.

@@ -358,3 +358,15 @@ async def test_an_engine_has_the_threads_that_its_settings_say():
     await until(lambda: threads_of(three) - threads_of(one) == 2)  # loading needed more for a while
     await one.close()
     await three.close()
+
+
+async def test_who_closes_waits_for_the_child_that_was_being_ended():
+    engine = await Launcher(threads=1).open(TEXT)
+    assert isinstance(engine, ProcessEngine)
+    process = engine._process
+    ending = asyncio.create_task(engine._end())
+    await asyncio.sleep(0)  # it has sent the signal, and waits
+    ending.cancel()
+    await asyncio.gather(ending, return_exceptions=True)
+    await engine.close()
+    assert process.returncode == -signal.SIGKILL
