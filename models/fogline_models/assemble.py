@@ -7,7 +7,7 @@ report. A release whose figures allow nothing, or that fails its own self-test, 
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,50 +154,28 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
     evaluation = _evaluate(found, "evaluation", held_out)
     sizes = {name: measure.size_of(path) for name, path in found.files.items()}
     decisions = _decide(found, evaluation, sizes)
-    for decision in decisions:
-        if decision.verdict is not Verdict.ELIGIBLE:
-            say(f"{each.title}: {decision.sentence}")
-        if decision.may_change:
-            say(
-                f"{each.title}: {decision.variant} is decided by a latency within noise of its bar, "
-                "so the next build may decide otherwise and its bundle have another digest: give "
-                f"it a waiver (gates.allow.{decision.variant}), or leave it out of variants"
-            )
+    for sentence in _told(decisions):
+        say(f"{each.title}: {sentence}")
     shipped = gates.eligible(decisions)
     root = _root(found, shipped)
     combined = _combined(found, root, held_out)
     if combined is not None:
         say(f"{each.title}: {combined.sentence}")
     subject = _subject(found, sizes)
-    words = card.Words(
-        summary=each.description,
-        pipeline_tag=found.recipe.task,
-        license=found.recipe.license,
-        tags=(found.recipe.family,),
-        dataset=", ".join(found.recipe.datasets),
-        dataset_id=next(iter(found.recipe.datasets), ""),
-        sections=found.recipe.notes,
-    )
     contents = bundle.Contents(
         root=root,
         variants={name: found.files[name].read_bytes() for name in shipped},
         golden_inputs=_named(found.golden, "input."),
         golden_outputs=_named(found.golden, "output."),
-        card=card.card(words, subject, root, evaluation, decisions),
+        card=card.card(_words(found), subject, root, evaluation, decisions),
         extras={**found.extras, SOURCES: _pretty(found.sources)},
     )
     with bundle.assembled(target, contents) as directory:
         if each.accident is None:
             _check_golden(directory)
         certificates, uncertified = _certify(found, directory, now, say)
-        if found.parent is not None:
-            changes = comparison.sentences(comparison.compare(found.parent, directory))
-            subject = dataclasses.replace(
-                subject,
-                parent=report.Parent(found.parent.bundle.version, found.parent.sha256, changes),
-            )
         document = report.document(
-            subject,
+            dataclasses.replace(subject, parent=_since_parent(found, directory)),
             evaluation,
             decisions,
             found.costs,
@@ -247,6 +225,40 @@ def _decide(
     return tuple(decided[name] for name in found.recipe.variants(each))
 
 
+def _told(decisions: Sequence[Decision]) -> Iterator[str]:
+    """Yield what a person has to know of the decisions."""
+    for decision in decisions:
+        if decision.verdict is not Verdict.ELIGIBLE:
+            yield decision.sentence
+        if decision.may_change:
+            yield (
+                f"{decision.variant} is decided by a latency within noise of its bar, so the next "
+                "build may decide otherwise and its bundle have another digest: give it a waiver "
+                f"(gates.allow.{decision.variant}), or leave it out of variants"
+            )
+
+
+def _words(found: Measured) -> card.Words:
+    recipe = found.recipe
+    return card.Words(
+        summary=found.release.description,
+        pipeline_tag=recipe.task,
+        license=recipe.license,
+        tags=(recipe.family,),
+        dataset=", ".join(recipe.datasets),
+        dataset_id=next(iter(recipe.datasets), ""),
+        sections=recipe.notes,
+    )
+
+
+def _since_parent(found: Measured, directory: BundleDirectory) -> report.Parent | None:
+    parent = found.parent
+    if parent is None:
+        return None
+    changes = comparison.sentences(comparison.compare(parent, directory))
+    return report.Parent(parent.bundle.version, parent.sha256, changes)
+
+
 def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
     """Return the root document; its files follow from the contents."""
     each, recipe = found.release, found.recipe
@@ -255,7 +267,6 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
         name: np.concatenate([found.outputs[split][name] for split in ("ranges", "self_test")])
         for name in found.files
     }
-    names = tuple(dict.fromkeys(shipped))
     return Bundle(
         model=each.model,
         version=each.version,
@@ -273,7 +284,7 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
                 providers_of(name),
                 processors_of(name),
             )
-            for name in names
+            for name in shipped
         ),
         # Tolerances compare a variant with its own fp32 form, also where that is an accident.
         self_test=SelfTest(
@@ -283,11 +294,11 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
                     evaluate.tolerance(known[FP32], known[name], precision_of(name)),
                     providers_of(name),
                 )
-                for name in names
+                for name in shipped
             },
         ),
         files={},
-        score=_score(found, names[0]) if found.is_classifier else None,
+        score=_score(found, shipped[0]) if found.is_classifier else None,
         escalates_to=None
         if found.hub is None
         else Pairing(found.hub.directory.bundle.model, found.hub.directory.sha256),

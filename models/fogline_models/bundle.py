@@ -21,7 +21,6 @@ from fogline_protocol.release import Bundle, BundleDirectory, File
 from fogline_protocol.tensors import Array
 
 CARD = "README.md"
-REPORT = "report.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +61,6 @@ def assembled(target: Path, contents: Contents) -> Iterator[BundleDirectory]:
         raise BadInput(f"bundle: {title}: {refusal}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def write_report(directory: BundleDirectory, report: Mapping[str, object]) -> None:
-    """Write the figures of a build beside the root, where timings do not change its digest."""
-    text = json.dumps(report, indent=2, sort_keys=True) + "\n"
-    (directory.path / REPORT).write_text(text, encoding="utf-8")
 
 
 def model_card(head: Mapping[str, object], body: str) -> str:

@@ -79,16 +79,6 @@ def top(outputs: Array) -> Array:
     return answers
 
 
-def accuracy(logits: Array, labels: Array) -> float:
-    """Return the share of rows whose top answer is the label: ``[n, classes], [n]``."""
-    return float((top(logits) == labels).mean())
-
-
-def agreement(logits: Array, others: Array) -> float:
-    """Return the share of rows on which two models give the same top answer."""
-    return float((top(logits) == top(others)).mean())
-
-
 def rate(hits: Array, scenes: Array) -> Rate:
     """Return the share of ``hits`` (bool ``[n]``, n > 0), with its interval over ``scenes``."""
     value = float(hits.mean())
@@ -264,30 +254,6 @@ def escalation_saved(
     value = saved(np.ones(len(scene)))
     lower, upper = np.quantile(again, (tail, 1 - tail))
     return Difference(value, min(value, float(lower)), max(value, float(upper)))
-
-
-@dataclass(frozen=True, slots=True)
-class Hybrid:
-    """What edge and hub give together at one threshold."""
-
-    share_edge: float
-    disagreement: float  # answered at the edge and different from the hub, over all rows
-    accuracy_edge: float
-    accuracy_hub: float
-    accuracy_hybrid: float
-
-
-def hybrid(edge: Array, hub: Array, scores: Array, labels: Array, threshold: float) -> Hybrid:
-    """Return the figures of the pair: logits ``[n, classes]`` twice, ``[n]`` scores and labels."""
-    local = scores > threshold
-    mine, theirs = top(edge), top(hub)
-    return Hybrid(
-        share_edge=float(local.mean()),
-        disagreement=float((local & (mine != theirs)).mean()),
-        accuracy_edge=float((mine == labels).mean()),
-        accuracy_hub=float((theirs == labels).mean()),
-        accuracy_hybrid=float((np.where(local, mine, theirs) == labels).mean()),
-    )
 
 
 def _sizes(scenes: Array) -> Array:

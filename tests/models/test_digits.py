@@ -13,13 +13,14 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from digits import data
-from fogline_models import certify, evaluate, metrics
+from fogline_models import certify, evaluate
 from fogline_models.data import Items, read
 from fogline_models.session import Session, hardware_class
 from fogline_protocol import documents, release
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.score import max_softmax
 from fogline_protocol.tensors import Array
+from tests.models import counting
 
 EDGES = ("digits-1.0.0", "digits-1.1.0")
 HUB = "digits-hub-1.0.0"
@@ -200,7 +201,7 @@ def test_the_broken_release_is_the_better_one_with_its_answers_moved_by_one(
 
 def test_the_better_release_is_clearly_better(digits: Path, traffic: Items) -> None:
     first, better = (
-        metrics.accuracy(logits(bundle(digits, name), "int8-qdq", traffic), labels(traffic))
+        counting.accuracy(logits(bundle(digits, name), "int8-qdq", traffic), labels(traffic))
         for name in EDGES
     )
     assert better > first + 0.03
@@ -309,13 +310,13 @@ def test_certified_here_the_traffic_keeps_the_promise_and_gains(
     )
     mine = logits(edge, variant, traffic)
     theirs = logits(hub, hub.bundle.variants[0].name, traffic)
-    found = metrics.hybrid(mine, theirs, max_softmax(mine), labels(traffic), issued.threshold)
+    found = counting.hybrid(mine, theirs, max_softmax(mine), labels(traffic), issued.threshold)
     assert found.disagreement <= ALPHA
     assert found.accuracy_hybrid > found.accuracy_edge
     assert found.accuracy_hub > found.accuracy_edge + 0.02
     assert found.share_edge >= 0.6
     if name == "digits-1.0.0":  # without escalation the promise would be broken
-        assert 1 - metrics.agreement(mine, theirs) > 2 * ALPHA
+        assert 1 - counting.agreement(mine, theirs) > 2 * ALPHA
         assert found.share_edge <= 0.85
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fogline_models import bound, metrics
 from fogline_protocol.tensors import Array
+from tests.models import counting
 
 LOGITS = np.array([[3, 0, 0], [0, 2, 0], [0, 0, 1], [0, 5, 0]], dtype=np.float32)
 OTHERS = np.array([[3, 0, 0], [9, 2, 0], [0, 0, 1], [0, 0, 5]], dtype=np.float32)
@@ -28,10 +29,10 @@ def random_items(seed: int, classes: int = 4) -> tuple[Array, Array, Array, Arra
 
 
 def test_figures_count_what_they_say() -> None:
-    assert metrics.accuracy(LOGITS, LABELS) == 0.75
-    assert metrics.agreement(LOGITS, OTHERS) == 0.5
+    assert counting.accuracy(LOGITS, LABELS) == 0.75
+    assert counting.agreement(LOGITS, OTHERS) == 0.5
     scores = np.array([0.9, 0.6, 0.5, 0.2], dtype=np.float32)
-    found = metrics.hybrid(LOGITS, OTHERS, scores, LABELS, 0.5)
+    found = counting.hybrid(LOGITS, OTHERS, scores, LABELS, 0.5)
     assert found.share_edge == 0.5  # a score equal to the threshold escalates
     assert found.disagreement == 0.25
     assert (found.accuracy_edge, found.accuracy_hub) == (0.75, 0.75)
@@ -150,11 +151,11 @@ def test_the_two_sided_interval_is_its_own_mirror_image(k: int, n: int) -> None:
 @given(seed=SEEDS)
 def test_agreement_is_symmetric_and_complete_with_oneself(seed: int) -> None:
     logits, others, _, _ = random_items(seed)
-    assert metrics.agreement(logits, others) == metrics.agreement(others, logits)
-    assert metrics.agreement(logits, logits) == 1.0
+    assert counting.agreement(logits, others) == counting.agreement(others, logits)
+    assert counting.agreement(logits, logits) == 1.0
     counts = metrics.confusion(metrics.top(logits), metrics.top(others), 4)
     assert counts.sum() == len(logits)
-    assert counts.trace() / len(logits) == metrics.agreement(logits, others)
+    assert counts.trace() / len(logits) == counting.agreement(logits, others)
 
 
 @slow
@@ -210,7 +211,7 @@ def test_the_risk_curve_agrees_with_counting_at_every_threshold(seed: int) -> No
     curve = metrics.risk_curve(edge, hub, scores, labels)
     for point in curve:
         threshold = -np.inf if point.threshold is None else point.threshold
-        want = metrics.hybrid(logits, others, scores, labels, threshold)
+        want = counting.hybrid(logits, others, scores, labels, threshold)
         assert point.escalated == pytest.approx(1 - want.share_edge)
         assert point.disagreement == pytest.approx(want.disagreement)
         assert point.accuracy == pytest.approx(want.accuracy_hybrid)
