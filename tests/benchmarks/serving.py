@@ -193,7 +193,7 @@ def idle() -> list[Figure]:
         for name in ("hub", "pytriton")
     )
     return [
-        at_most(0.5, "idle memory (PSS of the process tree): hub / PyTriton",
+        at_most(0.5, "idle memory of the process tree: hub / PyTriton",
                 [our[0] / their[0] for our, their in pairs],
                 f"{ours[0] / 2**20:.0f} / {theirs[0] / 2**20:.0f} MiB"),
         at_most(0.3, "cold start to the first answer: hub / PyTriton",
