@@ -10,7 +10,8 @@
     sources.py        a torch module, a Hugging Face model or an ONNX file, made alike
     export.py         a torch module to an ONNX file, checked against torch
     graph.py          what is done to any ONNX file: read, take in, strip, check, write
-    quantize.py       an fp32 ONNX file to the forms that pay, per hardware class
+    forms.py          what a net can be quantized to, per hardware class; pure
+    quantize.py       an fp32 ONNX file to any of those forms
     sensitivity.py    the layers that quantization hurts, and the fewest to keep in fp32
     evaluate.py       what each variant is worth against labels, the original and the hub
     metrics.py        the figures and their intervals; pure

@@ -28,10 +28,10 @@ from fogline_models import (
 from fogline_models.data import UNSTATED, Items
 from fogline_models.errors import BadInput, TooLittle
 from fogline_models.evaluate import Evaluation, HeldOut
+from fogline_models.forms import precision_of, processors_of, providers_of
 from fogline_models.gates import Decision, Verdict
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
-from fogline_models.quantize import FORMS
 from fogline_models.recipe import FP32, VECTORS, Recipe, ReleaseRecipe
 from fogline_models.session import CPU
 from fogline_models.sources import Exported
@@ -54,13 +54,8 @@ SELF_TEST = "selftest.npz"
 SOURCES = "sources.json"
 PARENT = "the parent"  # its name among the outputs
 
-# Where a variant may run, best first. A provider that was not measured here gets a tolerance
-# wider by a factor: other kernels add in another order, and TF32 keeps 10 bits of a factor.
-PROVIDERS: Mapping[str, tuple[str, ...]] = {
-    "fp32": (CPU, "CUDAExecutionProvider"),
-    "fp16": ("TensorrtExecutionProvider", "CUDAExecutionProvider", CPU),
-    "int8-trt": ("TensorrtExecutionProvider", CPU),
-}
+# A provider that was not measured here gets a tolerance wider by a factor: other kernels add in
+# another order, and TF32 keeps 10 bits of a factor.
 UNMEASURED_FACTOR = 4.0
 
 
@@ -336,28 +331,6 @@ def _combined(found: Measured, root: Bundle, held_out: HeldOut) -> evaluate.Comb
         fitted_on=head.split_of(found.splits),
         variant=preferred,
     )
-
-
-def precision_of(variant: str) -> str:
-    """Return the precision that a variant computes in, mostly."""
-    return FORMS[variant].precision if variant in FORMS else variant
-
-
-def providers_of(variant: str) -> tuple[str, ...]:
-    """Return the execution providers that a variant is meant for, best first."""
-    return PROVIDERS.get(variant, (CPU,))
-
-
-def processors_of(variant: str) -> tuple[str, ...]:
-    """Return the processors whose kernels compute a variant as it is written; none: all."""
-    if variant in FORMS and FORMS[variant].saturates_on("x86_64"):
-        return ("x86_64+vnni", "aarch64")
-    return ()
-
-
-def computes_here(variant: str) -> bool:
-    """Return whether this machine's kernels compute a variant as it is written."""
-    return hardware.suits(hardware.this_machine(), processors_of(variant))
 
 
 def _widened(tolerance: Tolerance, providers: Sequence[str]) -> Tolerance:

@@ -24,6 +24,7 @@ from fogline_models import (
     archive,
     data,
     export,
+    forms,
     graph,
     head,
     hooks,
@@ -36,9 +37,10 @@ from fogline_models import (
     session,
     sources,
 )
-from fogline_models.assemble import PARENT, Built, Hub, Measured, computes_here, finish
+from fogline_models.assemble import PARENT, Built, Hub, Measured, finish
 from fogline_models.data import Items
 from fogline_models.errors import BadInput, require
+from fogline_models.forms import FORMS, computes_here
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.quantize import DynamicQuantizer
@@ -301,7 +303,7 @@ class _Build:
             "ranges": ranges.sha256,
             "keep": each.keep.get(form, ()),
             "sweep": each.sweep.get(form),
-            **code(graph, quantize, sensitivity),
+            **code(forms, graph, quantize, sensitivity),
             **tools("onnx", "onnxruntime", extra="models"),
         }
         dynamic: DynamicQuantizer = quantize.with_onnxruntime
@@ -564,9 +566,7 @@ def _did(
             kept = ", ".join(each.keep.get(name, ()))
             swept = f", a sweep for {each.sweep[name]:g} agreement" if name in each.sweep else ""
             left = f", left fp32: {kept}" if kept else ""
-            steps.append(
-                report.Step(f"quantize {name}", quantize.FORMS[name].hardware + left + swept)
-            )
+            steps.append(report.Step(f"quantize {name}", FORMS[name].hardware + left + swept))
     if PARAMETERS[each.score]:
         steps.append(report.Step("score", f"{each.score}, fitted on {head.split_of(splits)}"))
     return tuple(steps)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fogline_models.quantize import FORMS, Form
+from fogline_models.forms import FORMS, Form
 from fogline_models.session import CPU, hardware_class
 from fogline_protocol import hardware
 

@@ -1,45 +1,32 @@
 """Quantizes an fp32 ONNX file, in the form that pays on the hardware it is for.
 
-Every form is a variant of its own; ``FORMS`` says which hardware class each is for and where
-that is known from, ``forms_for`` picks them for the classes a recipe names. Any of them can be
-mixed: nodes named in ``keep`` stay fp32 (``sensitivity.py`` finds which are worth it). Ranges
-are read off training inputs; the threshold's calibration items are never seen here.
-
-Weights of ``int8-qdq`` use 7 of their 8 bits, so that one file is right on every x86 processor.
-Without VNNI a kernel adds two products of uint8 and int8 in 16 bits and cuts off what does not
-fit:
-
-    8 bits   255 * 127 * 2 = 64,770 > 32,767   cut off: logits of digits strayed by up to 8.8
-    7 bits   255 *  64 * 2 = 32,640            always fits, as on VNNI, which adds in 32 bits
-
-What the lost bit costs in accuracy is measured in models/digits/README.md. Where only
-processors with VNNI are meant, ``int8-vnni`` has it back.
+The forms are those of ``forms.py``, a variant each. Any of them can be mixed: nodes named in
+``keep`` stay fp32 (``sensitivity.py`` finds which are worth it). Ranges are read off training
+inputs; the threshold's calibration items are never seen here.
 
 A file is written only if onnxruntime runs it and its answers are numbers.
 """
 
 import contextlib
 import difflib
-import enum
 import fnmatch
 import functools
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from fogline_models import graph
+from fogline_models import forms, graph
 from fogline_models.errors import BadInput
+from fogline_models.forms import STEP, Form, Way
 from fogline_models.session import ALL_ROWS, Session
-from fogline_protocol import hardware
 from fogline_protocol.tensors import Array
 
-STEP = "quantize"
 RANGE_BATCH = 64
 PER_CHANNEL_OPSET = 13  # of ONNX, where QuantizeLinear learnt to have an axis
 MAX_FP16 = 65504.0
@@ -47,136 +34,12 @@ MAX_FP16 = 65504.0
 MASK = -1e30
 MAX_FP16_DIFFERENCE = 0.02  # of the largest output; measured: 1e-3 and less
 
-
-class Way(enum.StrEnum):
-    """How a form comes about."""
-
-    STATIC = "static"  # quantize and dequantize nodes, with ranges from training inputs
-    DYNAMIC = "dynamic"  # ranges found anew in every run
-    CAST = "cast"  # float16 inside, float32 at inputs and outputs
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """One way to make an fp32 file smaller and faster, and where that is true."""
-
-    name: str  # of the variant
-    precision: str
-    way: Way
-    hardware: str  # the classes it is for
-    source: str  # how that is known
-    activations: str = "uint8"
-    weights_of_7_bits: bool = False
-    symmetric: bool = False  # zero points are zero, biases stay float32
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether it cannot be made without training inputs."""
-        return self.way is Way.STATIC
-
-    def saturates_on(self, processor: str) -> bool:
-        """Return whether integer kernels of a processor like ``x86_64+avx2`` cut its sums off.
-
-        What is measured there says nothing of the hardware the form is for; a session that runs
-        the file as written still does.
-        """
-        return (
-            self.way is Way.STATIC
-            and not self.weights_of_7_bits
-            and hardware.sums_saturate(processor)
-        )
-
-
-FORMS: Mapping[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            "int8-qdq",
-            "int8",
-            Way.STATIC,
-            "x86_64, with VNNI and without",
-            "measured on AVX2 and VNNI; ONNX Runtime docs, Quantization: u8/s8 with reduce_range",
-            weights_of_7_bits=True,
-        ),
-        Form(
-            "int8-vnni",
-            "int8",
-            Way.STATIC,
-            "x86_64 with VNNI only: elsewhere its sums saturate",
-            "measured on VNNI; ONNX Runtime docs, Quantization: no reduce_range with VNNI",
-        ),
-        Form(
-            "int8-trt",
-            "int8",
-            Way.STATIC,
-            "TensorRT",
-            "TensorRT docs, explicit quantization: symmetric int8, biases in float; not measured",
-            activations="int8",
-            symmetric=True,
-        ),
-        Form(
-            "int8-arm",
-            "int8",
-            Way.STATIC,
-            "aarch64",
-            "ONNX Runtime docs, Quantization: s8/s8 QDQ first, all 8 bits on ARM; not measured",
-            activations="int8",
-        ),
-        Form(
-            "int8-dynamic",
-            "int8",
-            Way.DYNAMIC,
-            "any processor, transformers and recurrent nets only",
-            "measured on AVX2 and VNNI; convolutions would be slower than fp32 and stay fp32",
-            weights_of_7_bits=True,
-        ),
-        Form(
-            "fp16",
-            "fp16",
-            Way.CAST,
-            "TensorRT and CUDA; onnxruntime's x86 kernels cast back to float32",
-            "TensorRT docs, strong typing: precision is decided in the file; not measured",
-        ),
-    )
-}
-
 # What dynamic quantization may touch: no convolutions, 2 and 3.4 times slower than fp32
 # on VNNI and AVX2, and nothing that only passes integers on.
 _DYNAMIC = ("MatMul", "Gemm", "Gather", "Attention", "LSTM", "EmbedLayerNormalization")
 
 # What multiplies with weights or looks them up, by its first two inputs.
 _WEIGHTED = (*_DYNAMIC, "Conv", "ConvTranspose")
-
-
-def forms_for(targets: Iterable[str], *, transformer: bool) -> tuple[str, ...]:
-    """Return the names of the forms that may pay on some hardware, the likeliest first. Pure.
-
-    A target is ``tensorrt`` or a processor: ``x86_64``, ``x86_64+vnni``, ``aarch64``, or as
-    hardware classes spell it, ``x86_64+avx512_vnni``. Whether a form does pay is measured by
-    whoever has the hardware.
-
-    Raises:
-        BadInput: a target is none of these.
-    """
-    names: list[str] = []
-    for target in targets:
-        machine, _, _ = target.partition("+")
-        match machine:
-            case "tensorrt":
-                names += ["int8-trt", "fp16"]
-            case "aarch64":
-                names += ["int8-dynamic", "int8-arm"] if transformer else ["int8-arm"]
-            case "x86_64" if hardware.sums_saturate(target):
-                # Transformers on AVX2: 0.7 of fp32's time dynamic, 0.8 static.
-                names += ["int8-dynamic", "int8-qdq"] if transformer else ["int8-qdq"]
-            case "x86_64":
-                names += ["int8-vnni", "int8-dynamic"] if transformer else ["int8-vnni"]
-            case _:
-                raise BadInput(
-                    f"{STEP}: no form is known for target {target!r}: name x86_64, x86_64+vnni, "
-                    "aarch64 or tensorrt"
-                )
-    return tuple(dict.fromkeys(names))
 
 
 class DynamicQuantizer(Protocol):
@@ -271,7 +134,7 @@ class Prepared:
 
     def nodes(self, form: str) -> tuple[Node, ...]:
         """Return what a form would quantize, in the order of the graph."""
-        taken = _operators(_form(form))
+        taken = _operators(forms.named(form))
         constants = {tensor.name for tensor in self._model.graph.initializer}
         return tuple(
             Node(
@@ -297,7 +160,7 @@ class Prepared:
         Raises:
             BadInput: as ``quantize``.
         """
-        chosen = _form(form)
+        chosen = forms.named(form)
         if chosen.needs_inputs and self._ranges is None:
             raise BadInput(
                 f"{STEP}: form {form} reads ranges off training inputs: give it some, or take "
@@ -557,13 +420,6 @@ def _join(part: Any) -> None:
     keep = [node for node in keep if node.op_type != "Cast" or node.output[0] in read]
     part.ClearField("node")
     part.node.extend(keep)
-
-
-def _form(name: str) -> Form:
-    try:
-        return FORMS[name]
-    except KeyError:
-        raise BadInput(f"{STEP}: unknown form {name!r}, known are {', '.join(FORMS)}") from None
 
 
 def _operators(form: Form) -> Collection[str] | None:

@@ -37,8 +37,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fogline_models.certify import Terms
 from fogline_models.errors import BadInput, require
+from fogline_models.forms import FORMS, forms_for
 from fogline_models.gates import Gates
-from fogline_models.quantize import FORMS, forms_for
 from fogline_protocol.release import MODEL_NAME, SEMANTIC_VERSION
 from fogline_protocol.score import FUNCTIONS, MAX_SOFTMAX, PARAMETERS
 

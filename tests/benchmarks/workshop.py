@@ -32,7 +32,8 @@ import numpy as np
 
 from fogline_models import graph
 from fogline_models.export import MAX_RELATIVE_DIFFERENCE, export
-from fogline_models.quantize import FORMS, Way, forms_for, prepared
+from fogline_models.forms import FORMS, Way, forms_for
+from fogline_models.quantize import prepared
 from fogline_models.session import Session
 from fogline_protocol import hardware
 from fogline_protocol.tensors import Array, TensorSpec

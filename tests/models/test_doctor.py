@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fogline_models import doctor
 from fogline_models.cli import main
 from fogline_models.doctor import Level
-from fogline_models.quantize import FORMS
+from fogline_models.forms import FORMS
 
 RUNTIME = {"onnxruntime": "1.32.0"}
 GPU = {"onnxruntime-gpu": "1.32.0"}

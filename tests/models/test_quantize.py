@@ -10,7 +10,8 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[mode
 
 from fogline_models import graph, quantize  # noqa: E402 - only after onnx is known to be there
 from fogline_models.errors import BadInput  # noqa: E402
-from fogline_models.quantize import FORMS, Way, prepared  # noqa: E402
+from fogline_models.forms import FORMS, Way  # noqa: E402
+from fogline_models.quantize import prepared  # noqa: E402
 from fogline_models.session import Session  # noqa: E402
 from fogline_protocol.tensors import Array  # noqa: E402
 from tests.models import onnx_nets as nets  # noqa: E402

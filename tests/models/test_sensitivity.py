@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fogline_models.errors import BadInput
-from fogline_models.quantize import FORMS, Node, forms_for
+from fogline_models.forms import FORMS, forms_for
+from fogline_models.quantize import Node
 from fogline_models.sensitivity import Ask, Loss, Measurement, compare, fewest, layers, rank
 
 
