@@ -38,6 +38,7 @@ from edge_agent import config as options
 from edge_agent.config import OFF, AgentConfig
 from edge_agent.errors import ConfigRefused, StartRefused
 from edge_agent.fleet.telemetry import FAREWELL_TIMEOUT_S, Link, Telemetry
+from edge_agent.inference.audits import Audits
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed
@@ -79,6 +80,7 @@ class Agent:
             max_concurrency=config.max_concurrency,
             device=config.device,
             keep=config.keep,
+            audits=Audits(config.audit_rate),
         )
         self._extras = Extras(
             shared_memory=SharedMemory(max_request_bytes=config.max_message_bytes)

@@ -89,6 +89,12 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     "from. Repeatable [default: nothing].",
 )
 @click.option(
+    "--audit-rate",
+    type=float,
+    help="Share of what is answered here and may be kept that the hub answers too, so that what it "
+    "keeps speaks of all requests; 0: none [default: 0.01].",
+)
+@click.option(
     "--allow-shared-memory/--no-allow-shared-memory",
     default=None,
     help="Applications may name POSIX shared memory to read inputs from and write outputs to: "

@@ -65,6 +65,8 @@ class AgentConfig:
     private: bool = False  # nothing that applications send ever leaves this device
     # MODEL or MODEL/SOURCE: what escalates of it the hub may keep to learn from; empty: nothing.
     keep: tuple[str, ...] = ()
+    # Of what is answered here and may be kept: this share the hub answers, too.
+    audit_rate: float = field(default=0.01, metadata=_limits(0, 1))
     allow_shared_memory: bool = False  # applications may pass tensors in /dev/shm
 
     deadline_s: float = field(default=2.0, metadata=_limits(0.001, 3600))  # of calls without one

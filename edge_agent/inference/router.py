@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from edge_agent.errors import HubLate, HubRefused, HubUnavailable
 from edge_agent.inference import policy
+from edge_agent.inference.audits import Audits
 from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situation, Terms
 from edge_agent.inference.uplink import Answer, Question, Uplink
 from edge_agent.runtime.release import Release
@@ -36,7 +38,7 @@ from fogline_protocol.errors import (
     Overloaded,
     Unavailable,
 )
-from fogline_protocol.examples import KEEP, KEEPS, SOURCE, EdgeAnswer
+from fogline_protocol.examples import AUDIT, KEEP, KEEPS, SOURCE, EdgeAnswer
 from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
@@ -202,11 +204,13 @@ class Router:
         max_concurrency: int = 64,
         device: str = "",
         keep: Collection[str] = (),
+        audits: Audits | None = None,
     ) -> None:
         """Answer over ``uplink`` and tell ``observer``.
 
-        ``keep`` names what the hub may keep of what escalates, MODEL or MODEL/SOURCE, unless a
-        request says otherwise; ``device`` is who says so then.
+        ``keep`` names what the hub may keep, MODEL or MODEL/SOURCE, unless a request says
+        otherwise; ``device`` is who says so then. It gets what escalates and what ``audits``
+        choose; by default they choose nothing.
         """
         self.draining = False  # set first on shutdown: callers turn elsewhere before doors close
         self._uplink = uplink
@@ -217,7 +221,8 @@ class Router:
         self._options = _Options(private=private)
         self._device = device
         self._keep = frozenset(keep)
-        self._keeping: set[str] = set()  # the hub's models whose examples it says it keeps
+        self._audits = audits or Audits(rate=0.0)
+        self._keeping: dict[str, bool] = {}  # by hub model: whether it says it keeps its examples
         self._served: dict[str, _Served] = {}
         self._hub_refusals: dict[str, str] = {}  # by hub model: said once, until it changes
         self._metadata = ServerMetadata("fogline-agent", metadata.version("fogline"), EXTENSIONS)
@@ -247,6 +252,7 @@ class Router:
 
     def close(self) -> None:
         """Retire every release."""
+        self._audits.close()
         for model in list(self._served):
             self.remove(model)
 
@@ -377,10 +383,14 @@ class Router:
         )
         decisions = policy.decide_rows(scores, terms, situation)
         escalated = [row for row, decision in enumerate(decisions) if decision.escalate]
-        if escalated:
-            said = None
-            if scored is not None and self._may_keep(bundle.model, options):
+        said = None
+        if scored is not None and self._may_keep(bundle.model, options):
+            audited = self._audits.choose(decisions, situation)
+            if escalated or audited:
                 said = self._said(served, scored, scores, decisions, options.source)
+            if audited and said is not None:
+                self._audit(served, request, said, audited)
+        if escalated:
             outputs = await self._escalate(
                 served, request, outputs, scores, decisions, escalated, situation, said
             )
@@ -425,33 +435,14 @@ class Router:
         uplink, pairing = self._uplink, served.release.bundle.escalates_to
         assert uplink is not None  # the policy escalates only over a link that is up
         assert pairing is not None  # and only for a paired release
-        has_rows = served.release.bundle.max_batch > 0
         timeout_s = policy.hub_leg_s(situation.time_left_s)
         groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
-        parameters = served.asking(request.parameters)
-        everything = request.inputs
-        if said is not None:
-            parameters = {**parameters, KEEP: True}
-            if pairing.model in self._keeping:
-                parameters |= said.parameters()
-                everything = {**everything, **said.tensors()}
-        questions = [
-            Question(
-                model=pairing.model,
-                inputs=_select(everything, group, len(decisions)),
-                rows=len(group) if has_rows else 0,
-                outputs=list(local),
-                parameters=parameters,
-            )
-            for group in groups
-        ]
+        questions = self._questions(served, request, list(local), groups, len(decisions), said)
         merged = local
         answers = await asyncio.gather(*(self._ask(uplink, q, timeout_s) for q in questions))
         for group, answer in zip(groups, answers, strict=True):
             if answer is not None:
-                served.learn_digest(answer.parameters.get(DIGEST))
-                if said is not None:
-                    self._learn_keeping(pairing.model, answer.parameters.get(KEEPS) is True)
+                self._learn(served, pairing.model, answer, marked=said is not None)
                 whole = len(group) == len(decisions)
                 problem = None if whole else _cannot_merge(merged, answer.outputs)
                 if problem is None:
@@ -469,6 +460,68 @@ class Router:
                 decisions[row] = decision
         return merged
 
+    def _questions(
+        self,
+        served: _Served,
+        request: InferRequest,
+        outputs: Sequence[str],
+        groups: Sequence[Sequence[int]],
+        total: int,
+        said: EdgeAnswer | None,
+    ) -> list[Question]:
+        """Return what the hub is asked about each group of the request's ``total`` rows."""
+        bundle = served.release.bundle
+        assert bundle.escalates_to is not None  # else nobody asks
+        model = bundle.escalates_to.model
+        inputs, parameters = request.inputs, served.asking(request.parameters)
+        if said is not None:
+            parameters = {**parameters, KEEP: True}
+            if self._keeping.get(model):
+                parameters |= said.parameters()
+                inputs = {**inputs, **said.tensors()}
+        return [
+            Question(
+                model=model,
+                inputs=_select(inputs, group, total),
+                rows=len(group) if bundle.max_batch else 0,
+                outputs=outputs,
+                parameters=parameters,
+            )
+            for group in groups
+        ]
+
+    def _audit(
+        self, served: _Served, request: InferRequest, said: EdgeAnswer, rows: Sequence[int]
+    ) -> None:
+        """Have the hub answer ``rows`` too, beside the caller's time, unless it keeps nothing."""
+        uplink, bundle = self._uplink, served.release.bundle
+        assert uplink is not None  # audits are chosen only over a link that is up
+        assert bundle.escalates_to is not None  # and only where a certificate compares
+        assert bundle.score is not None
+        if self._keeping.get(bundle.escalates_to.model) is False:
+            return
+        # A request may lie in memory that its caller writes to as soon as it has the answer.
+        own = replace(request, inputs={name: np.copy(a) for name, a in request.inputs.items()})
+        groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
+        questions = self._questions(
+            served, own, [bundle.score.output], groups, len(said.scores), said
+        )
+        self._audits.begin(self._carry_out(uplink, served, questions))
+
+    async def _carry_out(
+        self, uplink: Uplink, served: _Served, questions: Sequence[Question]
+    ) -> None:
+        for question in questions:
+            answer = await self._ask(uplink, question, self._deadline_s)
+            if answer is not None:
+                self._learn(served, question.model, answer, marked=True)
+
+    def _learn(self, served: _Served, model: str, answer: Answer, *, marked: bool) -> None:
+        """Take note of what an answer says of the hub: which model it has, and what it keeps."""
+        served.learn_digest(answer.parameters.get(DIGEST))
+        if marked:
+            self._keeping[model] = answer.parameters.get(KEEPS) is True
+
     async def _ask(self, uplink: Uplink, question: Question, timeout_s: float) -> Answer | None:
         """Return the hub's answer, or None: then the local one stands."""
         try:
@@ -477,7 +530,7 @@ class Router:
             return None  # the breaker knows, and says so when it opens
         except HubRefused as error:
             # It may be what came with the rows: another server may stand there by now.
-            self._keeping.discard(question.model)
+            self._keeping.pop(question.model, None)
             self._note_refusal(question.model, str(error))
             return None
         self._hub_refusals.pop(question.model, None)
@@ -511,17 +564,11 @@ class Router:
                 score.output: scored if served.release.bundle.max_batch else scored[np.newaxis]
             },
             scores=np.array(scores, np.float32),
-            # Whatever is decided as these rows were always escalates.
-            propensities=np.ones(rows),
-            reasons=[decision.reason.value for decision in decisions],
+            # Whatever is decided as the rows that escalate were always does.
+            propensities=np.array([1.0 if d.escalate else self._audits.rate for d in decisions]),
+            reasons=[d.reason.value if d.escalate else AUDIT for d in decisions],
             sources=[source] * rows,
         )
-
-    def _learn_keeping(self, model: str, keeps: bool) -> None:
-        if keeps:
-            self._keeping.add(model)
-        else:
-            self._keeping.discard(model)
 
     def _note_refusal(self, model: str, text: str) -> None:
         if self._hub_refusals.get(model) != text:

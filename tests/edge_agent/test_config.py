@@ -45,7 +45,10 @@ def test_every_kind_of_option_can_come_from_the_environment() -> None:
     ("text", "sentence"),
     [
         ("thread = 2", r"unknown option 'thread' in .*agent\.toml: did you mean 'threads'\?"),
-        ("xyzzy = 2", r"unknown option 'xyzzy'.*known are allow_shared_memory, bundle, "),
+        (
+            "xyzzy = 2",
+            r"unknown option 'xyzzy'.*known are allow_shared_memory, audit_rate, bundle, ",
+        ),
         ('threads = "2"', r"threads in .*: expected a whole number, got '2'"),
         ("threads = true", "threads in .*: expected a whole number, got True"),
         ("threads = -1", r"threads: must lie between 0 and 256, got -1"),

@@ -143,6 +143,37 @@ async def ask_edge(client, rows):
     return (await client.infer(request, 20.0)).outputs["logits"]
 
 
+async def test_audited_answers_make_the_examples_speak_of_all_requests(
+    make_hub, make_agent, images, processes, tmp_path
+):
+    hub = await make_hub(*QUOTA)
+    agent = await make_agent(
+        "device", hub.endpoints["grpc"], "--keep", "digits", "--audit-rate", "0.5"
+    )
+    client = await connected(processes, agent)
+    await ask(client, images[:1])  # tells the device that this hub keeps examples
+    asked = len(np.unique(images[1:401], axis=0))
+    for at in range(1, 401, 50):
+        await client.infer(InferRequest("digits", {"image": images[at : at + 50]}), 20.0)
+    limit = time.monotonic() + 20
+    while True:  # audits come behind the answers; then nothing changes any more
+        before = await kept(hub)
+        await asyncio.sleep(0.5)
+        if before == await kept(hub):
+            break
+        assert time.monotonic() < limit
+    found = await exported(hub, tmp_path / "all.npz")
+    audited = found["reason"] == "audit"
+    assert set(found["reason"]) == {"uncertain", "audit"}
+    assert set(found["propensity"][audited]) == {0.5}
+    assert set(found["propensity"][~audited]) == {1.0}
+    sure, unsure = found["edge_score"][audited], found["edge_score"][~audited]
+    assert sure.min() > unsure.max()
+    # Each stands for as many requests as its propensity says; six standard errors of a coin.
+    standing_for = (1 / found["propensity"]).sum()
+    assert abs(standing_for - asked) < 6 * np.sqrt(asked)
+
+
 async def test_a_hub_killed_while_it_keeps_loses_at_most_what_was_queued(
     make_hub, make_agent, images, processes, tmp_path
 ):
