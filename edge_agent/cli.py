@@ -222,6 +222,8 @@ def _described(release: "Release") -> list[str]:
             f"{1 - certificate.escalation_rate:.0%} of requests; certificate {certificate.id}, "
             f"until {certificate.expires_at:%Y-%m-%d}"
         )
+        if choice.aside:
+            lines.append(f"            left aside: {choice.aside}")
     elif pairing is not None:
         lines.append(f"            not certified here, so everything escalates: {choice.why}")
     else:
@@ -277,6 +279,8 @@ async def _examine(config: AgentConfig) -> bool:
                 f"{release.choice.why}, alpha {certificate.alpha:.2%}, threshold "
                 f"{certificate.threshold:.4f}, for {left.days} more days",
             )
+            if release.choice.aside:
+                say(True, "aside", f"{release.label}: {release.choice.aside}")
         release.engine.close()
     if not config.bundle:
         say(True, "bundle", "none given (--bundle DIR)")

@@ -27,6 +27,7 @@ from edge_agent.fleet import twin
 from edge_agent.fleet.contact import Contact, Hub
 from edge_agent.fleet.link import DeviceLink, DeviceLinkOptions
 from edge_agent.inference.router import Router
+from edge_agent.runtime import providers
 from edge_agent.runtime import release as releases
 from edge_agent.runtime.release import Release
 from edge_agent.update import slots
@@ -90,10 +91,12 @@ class Managed:
         self._contact_file = config.data / "contact.json"
         self._releases = config.data / "releases"
         self._releases.mkdir(exist_ok=True)
+        self._router = router
         self.serving = _Serving(config, router)
         self._fetch = _Fetch()
         self._link: DeviceLink | None = None
         self._known: Contact | None = None  # the addresses that the disk has
+        self._revision = 0  # up to which the hub reads Reported, as far as it has said
         self._look_again = False  # for the hub's addresses, although its broker is there
         self._unaccepted = b""  # a desired document that the disk did not take
         self._accept_again_at = 0.0  # on the event loop's clock
@@ -220,10 +223,36 @@ class Managed:
     def _refuse(self, refusal: twin.Refuse) -> None:
         log.warning("desired state refused", code=refusal.code, sentence=refusal.sentence)
         generation = refusal.generation or self.generation()
-        self._publish(generation, twin.refused(self._standings(), refusal))
+        # What was installed by hand is not the hub's to want, so it has no part in the refusal.
+        refused = twin.refused(self._managed(), refusal)
+        self._publish(generation, self._answering([*refused, *self._by_hand()]))
 
     def _standings(self) -> list[twin.ModelStanding]:
+        return self._answering([*self._managed(), *self._by_hand()])
+
+    def _managed(self) -> list[twin.ModelStanding]:
         return [self._standing(one) for one in self.updater.reports()]
+
+    def _by_hand(self) -> list[twin.ModelStanding]:
+        """Return the models that answer and that no hub has ever wanted anything of."""
+        managed = {one.model for one in self.updater.reports()}
+        return [
+            twin.ModelStanding(one.bundle.model, twin.Phase.COMMITTED)
+            for one in self._router.releases()
+            if one.bundle.model not in managed
+        ]
+
+    def _answering(self, standings: Sequence[twin.ModelStanding]) -> list[twin.ModelStanding]:
+        """Return the standings with what answers, and the version of what came by hand."""
+        told = []
+        for one in standings:
+            release = self._router.serving(one.model)
+            # While a candidate is being loaded, what answers is not yet what the slots say.
+            if release is not None and release.number == one.active_release:
+                version = one.active_version or release.bundle.version
+                one = replace(one, active_version=version, serving=_serving(release))
+            told.append(one)
+        return told
 
     def _standing(self, one: ModelReport) -> twin.ModelStanding:
         standing = twin.ModelStanding(
@@ -251,7 +280,8 @@ class Managed:
 
     def _document(self, generation: int, standings: Sequence[twin.ModelStanding]) -> bytes:
         sequence = self.updater.next_sequence()
-        return twin.reported(self._config.device, sequence, generation, standings)
+        device = self._config.device
+        return twin.reported(device, sequence, generation, standings, self._revision)
 
     def _publish(self, generation: int, standings: Sequence[twin.ModelStanding]) -> None:
         if self._link is not None:
@@ -262,6 +292,8 @@ class Managed:
     async def _follow(self) -> None:
         """Keep a link to wherever the hub says its broker is."""
         contact = self._known = await asyncio.to_thread(contacts.remembered, self._contact_file)
+        if contact is not None:
+            self._revision = contact.reported_revision
         while True:
             contact, files = await self._usable(contact)
             contact = await self._linked(contact, files)
@@ -352,7 +384,10 @@ class Managed:
         except InferenceError as error:
             log.debug("the hub's addresses are not known", why=str(error))
             return None
-        if found != self._known and found.mqtt:
+        if found.mqtt and found.reported_revision != self._revision:
+            self._revision = found.reported_revision
+            self.tell()
+        if found.mqtt and not _same(found, self._known):
             try:
                 await asyncio.to_thread(contacts.remember, self._contact_file, found)
                 self._known = found
@@ -476,6 +511,26 @@ class _Serving:
     async def _load(self, load: Callable[..., Release]) -> Release:
         config = self._config
         return await asyncio.to_thread(load, provider=config.provider, threads=config.threads)
+
+
+def _serving(release: Release) -> twin.Serving:
+    choice = release.choice
+    return twin.Serving(
+        variant=choice.variant.name,
+        provider=choice.provider,
+        hardware_class=providers.hardware_class(choice.provider),
+        certificate=choice.certificate.id if choice.certificate is not None else "",
+        meant_variant=choice.meant[0],
+        meant_provider=choice.meant[1],
+        aside=choice.aside,
+    )
+
+
+def _same(found: Contact, known: Contact | None) -> bool:
+    """Return whether there is nothing new in ``found`` to remember."""
+    return (
+        known is not None and found == known and found.reported_revision == known.reported_revision
+    )
 
 
 def _read_token(file: Path) -> str:

@@ -26,7 +26,7 @@ from cloud_hub.fleet.certificates import Certificates
 from cloud_hub.fleet.controller import Controller, WantedRelease
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.golden import Load
-from cloud_hub.fleet.link import HubLink, HubLinkOptions
+from cloud_hub.fleet.link import REVISION, HubLink, HubLinkOptions
 from cloud_hub.fleet.mosquitto import Mosquitto, MosquittoFailed, MosquittoMissing
 from cloud_hub.fleet.releases import Releases
 from cloud_hub.fleet.trust import Repository, keep_fresh
@@ -120,7 +120,7 @@ class Fleet:
         """Return where a device finds broker and files; ``http`` is the hub's own URL."""
         if not urlsplit(http).netloc:
             return reports.NOT_YET  # that door opens in a moment
-        return pb.ContactResponse(mqtt=self.broker, http=http)
+        return pb.ContactResponse(mqtt=self.broker, http=http, reported_revision=REVISION)
 
     async def _keep_in_touch(self, address: BrokerAddress) -> None:
         last_epoch = await self.controller.last_epoch()

@@ -64,6 +64,7 @@ from fogline_protocol.v1 import fleet_pb2 as pb
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+REVISION = 1  # of Reported, as ContactResponse says it: devices leave out what is later
 MAX_DESIRED_BYTES = 4 << 10
 # JSON numbers are exact up to here; no honest counter gets near it.
 MAX_COUNTER = 1 << 53

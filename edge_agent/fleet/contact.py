@@ -7,7 +7,7 @@ the hub, so it is asked again whenever the broker cannot be reached.
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -31,10 +31,12 @@ class Hub(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Contact:
-    """Addresses as URLs; an empty one is not offered."""
+    """Addresses as URLs, an empty one is not offered; and what the hub can be told."""
 
     mqtt: str
     http: str
+    # Up to which revision the hub reads Reported; it moves nothing, so it is not compared.
+    reported_revision: int = field(default=0, compare=False)
 
     @property
     def broker(self) -> BrokerAddress:
@@ -65,7 +67,7 @@ async def ask(hub: Hub, device: str, host: str, timeout_s: float) -> Contact:
     data = await hub.call(CONTACT, request, timeout_s)
     try:
         answer = ContactResponse.FromString(data)
-        contact = Contact(_at(answer.mqtt, host), _at(answer.http, host))
+        contact = Contact(_at(answer.mqtt, host), _at(answer.http, host), answer.reported_revision)
         contact.check()
     except (DecodeError, ValueError) as error:
         raise ServerFault(f"the hub's addresses cannot be read: {error}") from None
@@ -76,10 +78,14 @@ def remembered(file: Path) -> Contact | None:
     """Return what ``remember`` wrote, or None: a damaged file is only asked for again."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        contact = Contact(str(document["mqtt"]), str(document["http"]))
+        contact = Contact(
+            str(document["mqtt"]),
+            str(document["http"]),
+            int(document.get("reported_revision", 0)),  # an older agent kept none
+        )
         contact.check()
         return contact
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -17,6 +17,7 @@ from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 SCHEMA = 1
+REVISION = 1  # of Reported: the latest that this agent can write
 MAX_DESIRED_BYTES = 4 << 10
 # JSON numbers are exact up to here, and no honest counter gets near it: a document beyond it
 # would make the device deaf to every later one.
@@ -75,6 +76,19 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """What answers for one model; see ``Serving`` in fleet.proto."""
+
+    variant: str
+    provider: str
+    hardware_class: str
+    certificate: str  # its id; empty: uncertified
+    meant_variant: str
+    meant_provider: str
+    aside: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelStanding:
     """How one model stands, for the next report."""
 
@@ -90,6 +104,7 @@ class ModelStanding:
     figures: Mapping[str, float] = field(default_factory=dict)
     bytes_done: int = 0
     bytes_total: int = 0
+    serving: Serving | None = None  # None: nothing answers
 
 
 class DesiredRefused(Exception):
@@ -194,9 +209,16 @@ def _wanted(one: pb.DesiredRelease, generation: int) -> WantedRelease:
 
 
 def reported(
-    device: str, sequence: int, generation: int, standings: Sequence[ModelStanding]
+    device: str,
+    sequence: int,
+    generation: int,
+    standings: Sequence[ModelStanding],
+    revision: int = REVISION,
 ) -> bytes:
-    """Return the document that tells the hub how all models of ``device`` stand."""
+    """Return the document that tells the hub how all models of ``device`` stand.
+
+    ``revision`` is what the hub reads: it would refuse the whole document for one field more.
+    """
     models = [
         pb.ReportedModel(
             model=one.model,
@@ -211,6 +233,7 @@ def reported(
             figures=_figures(one.figures),
             bytes_done=one.bytes_done,
             bytes_total=one.bytes_total,
+            serving=_serving(one.serving) if one.serving and revision >= 1 else None,
         )
         for one in standings
     ]
@@ -232,6 +255,19 @@ def refused(standings: Sequence[ModelStanding], refusal: Refuse) -> list[ModelSt
         replace(one, phase=Phase.REJECTED, code=refusal.code, sentence=refusal.sentence)
         for one in (standings or [ModelStanding("", Phase.REJECTED)])
     ]
+
+
+def _serving(one: Serving) -> pb.Serving:
+    return pb.Serving(
+        variant=_shortened(one.variant),
+        provider=one.provider,
+        hardware_class=one.hardware_class,
+        certificate=one.certificate,
+        meant_variant=_shortened(one.meant_variant),
+        meant_provider=one.meant_provider,
+        # A runtime's own words span lines; here they are part of a sentence.
+        aside=_shortened(" ".join(one.aside.split())),
+    )
 
 
 def _shortened(sentence: str) -> str:

@@ -96,14 +96,19 @@ def choose(directory: BundleDirectory, provider: str = "") -> Choice:
         ReleaseRefused: nothing of it runs here, or ``provider`` does not exist here.
     """
     usable = providers.usable()
+    broken = {p.name: p.objection for p in providers.probe() if p.objection is not None}
     if provider:
         if provider not in usable:
-            why = next((p.objection for p in providers.probe() if p.name == provider), None)
+            why = broken.get(provider, "this ONNX Runtime does not have it")
             raise ReleaseRefused(
                 f"provider {provider} cannot be used on this device: "
-                f"{why or 'this ONNX Runtime does not have it'}; usable are {', '.join(usable)}"
+                f"{why}; usable are {', '.join(usable)}"
             )
-        usable = (provider,)
+        usable, broken = (provider,), {}
     return variants.choose(
-        directory, usable, providers.hardware_class, datetime.datetime.now(datetime.UTC)
+        directory,
+        usable,
+        providers.hardware_class,
+        datetime.datetime.now(datetime.UTC),
+        broken=broken,
     )

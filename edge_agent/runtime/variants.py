@@ -6,8 +6,8 @@ decide, which the workshop sets by measurement.
 """
 
 import datetime
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from edge_agent.errors import ReleaseRefused
 from fogline_protocol import hardware
@@ -17,12 +17,14 @@ from fogline_protocol.release import Bundle, BundleDirectory, Variant
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to serve. ``why`` is a sentence for a person."""
+    """What to serve. ``why`` and ``aside`` are sentences for a person."""
 
     variant: Variant
     provider: str
     certificate: Certificate | None
     why: str
+    meant: tuple[str, str] = ("", "")  # the first variant and provider meant for this hardware
+    aside: str = ""  # what comes before it in the bundle, and why it is not served
 
 
 def choose(
@@ -31,31 +33,48 @@ def choose(
     hardware_class: Callable[[str], str],
     now: datetime.datetime,
     processor: str = "",
+    broken: Mapping[str, str] | None = None,
 ) -> Choice:
     """Return the best of what the bundle offers for the providers in ``usable``.
 
-    ``processor`` is the instruction set of this machine, by default looked up.
+    Args:
+        directory: the bundle.
+        usable: providers that run here.
+        hardware_class: of this device on a provider.
+        now: decides which certificates hold.
+        processor: the instruction set of this machine, by default looked up.
+        broken: providers that the runtime was installed with and that do not run here, with the
+            reason: nothing is served on them, and what was meant for them is a loss to tell of.
 
     Raises:
-        ReleaseRefused: no variant is meant for any of them.
+        ReleaseRefused: no variant is meant for any of the usable providers.
     """
     bundle = directory.bundle
     processor = processor or hardware.this_machine()
+    broken = broken or {}
+    installed = {*usable, *broken}
     fallback: Choice | None = None
+    meant: tuple[str, str] | None = None
     objections: list[str] = []
     for variant in bundle.variants:
-        meant = variant.providers_on(usable, processor)
-        if not meant and set(variant.providers) & set(usable):
+        providers = variant.providers_on(installed, processor)
+        if not providers and installed & set(variant.providers):
             objections.append(f"{variant.name}: meant for {', '.join(variant.processors)}")
-        for provider in meant:
+        for provider in providers:
+            meant = meant or (variant.name, provider)
+            place = f"{variant.name} on {provider}"
+            if provider in broken:
+                objections.append(f"{place}: {broken[provider]}")
+                continue
             here = hardware_class(provider)
             certificate, why_not = _valid_certificate(directory, variant, here, now)
-            place = f"{variant.name} on {provider}"
+            aside = "; ".join(objections)
             if certificate is not None:
-                return Choice(variant, provider, certificate, f"{place}: certified for {here}")
+                why = f"{place}: certified for {here}"
+                return Choice(variant, provider, certificate, why, meant, aside)
             objections.append(f"{place}: {why_not}")
             if fallback is None:
-                fallback = Choice(variant, provider, None, "")
+                fallback = Choice(variant, provider, None, "", meant, aside)
     if fallback is None:
         wanted = sorted({name for variant in bundle.variants for name in variant.providers})
         raise ReleaseRefused(
@@ -63,7 +82,7 @@ def choose(
             f"{', '.join(wanted) or 'no provider'}, this device runs {', '.join(usable) or 'none'} "
             f"on {processor}{': ' * bool(objections)}{'; '.join(objections)}"
         )
-    return Choice(fallback.variant, fallback.provider, None, "; ".join(objections))
+    return replace(fallback, why="; ".join(objections))
 
 
 def _valid_certificate(

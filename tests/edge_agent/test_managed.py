@@ -44,9 +44,10 @@ QUICK = Pauses(ask_s=0.05, accept_s=0.05, restart_s=0.01)
 class Contacts:
     """A hub's gRPC door that tells where the rest is."""
 
-    def __init__(self, mqtt: object = "", http: str = NO_FILES) -> None:
+    def __init__(self, mqtt: object = "", http: str = NO_FILES, revision: int = 1) -> None:
         self.mqtt = str(mqtt)
         self.http = http
+        self.revision = revision
         self.asked = 0
         self.door = Serving(
             FakeHub(), [grpcio_door.handler(reports.methods(lambda _: None, self._tell))]
@@ -54,7 +55,7 @@ class Contacts:
 
     def _tell(self) -> pb.ContactResponse:
         self.asked += 1
-        return pb.ContactResponse(mqtt=self.mqtt, http=self.http)
+        return pb.ContactResponse(mqtt=self.mqtt, http=self.http, reported_revision=self.revision)
 
 
 class Ear:
@@ -173,7 +174,11 @@ async def test_the_hub_is_asked_remembered_and_found_again_without_being_asked(
             async with managed(options):
                 await eventually(lambda: hub.births and hub.reports)
         said = json.loads((options.data / "contact.json").read_text())
-        assert said == {"mqtt": str(mosquitto.address), "http": NO_FILES}
+        assert said == {
+            "mqtt": str(mosquitto.address),
+            "http": NO_FILES,
+            "reported_revision": 1,
+        }
         # The next start: the broker is there, the hub's own door is not.
         async with managed(options):
             await eventually(lambda: len(hub.births) == 2)
@@ -298,6 +303,14 @@ async def test_what_is_wanted_is_fetched_committed_served_and_kept(
             serving = router.serving("digits")
             assert serving is not None
             assert (serving.label, serving.number) == ("digits@1.0.0", 1)
+            (model,) = known[0].reported.models
+            assert (model.serving.variant, model.serving.provider) == (
+                serving.choice.variant.name,
+                serving.choice.provider,
+            )
+            assert (model.serving.meant_variant, model.serving.meant_provider) == (
+                serving.choice.meant
+            )
             phases = [event.phase for event in await hub.fleet.controller.events("dev")]
             assert phases[0] == "committed"
             assert part.generation() == 1
@@ -381,6 +394,94 @@ async def test_a_wish_that_the_disk_does_not_take_is_reported_and_accepted_later
             assert part.generation() == 0
             obstacle.rmdir()
             await eventually(lambda: part.generation() == 7)
+
+
+# What answers
+
+
+@needs_mosquitto
+async def test_a_bundle_given_by_hand_is_reported_with_its_variant_from_the_start(
+    tmp_path: Path,
+) -> None:
+    made = bundles.make(tmp_path / "bundle", variants=("int8", "fp32"), certified=False)
+    certificate = bundles.add_certificate(made, "fp32")
+    async with broker(tmp_path) as mosquitto, ear(mosquitto.address) as hub:
+        async with Contacts(mosquitto.address).door as door:
+            options = config(tmp_path, door.address, bundle=(tmp_path / "bundle",))
+            async with managed(options):
+                await eventually(lambda: any(r.models[0].serving.variant for r in hub.reports))
+        (model,) = hub.reports[-1].models
+        assert (model.model, model.active_release, model.active_version) == ("double", 0, "1.0.0")
+        assert (model.phase, model.desired_release) == ("committed", 0)
+        assert model.serving == pb.Serving(
+            variant="fp32",
+            provider="CPUExecutionProvider",
+            hardware_class=certificate.hardware_class,
+            certificate=certificate.id,
+            meant_variant="int8",
+            meant_provider="CPUExecutionProvider",
+            aside="int8 on CPUExecutionProvider: no certificate was issued for it",
+        )
+
+
+@needs_mosquitto
+async def test_an_older_hub_hears_nothing_that_it_cannot_read_and_a_newer_one_at_once_all(
+    tmp_path: Path,
+) -> None:
+    bundles.make(tmp_path / "bundle")
+    async with broker(tmp_path) as mosquitto, ear(mosquitto.address) as hub:
+        contacts = Contacts(mosquitto.address, revision=0)
+        async with contacts.door as door:
+            options = config(tmp_path, door.address, bundle=(tmp_path / "bundle",))
+            async with managed(options, pauses=QUICK):
+                await eventually(lambda: hub.reports and contacts.asked >= 2)
+                assert not any(m.HasField("serving") for r in hub.reports for m in r.models)
+                contacts.revision = 1
+                await hub.begins("the hub was updated")
+                await eventually(lambda: hub.reports[-1].models[0].serving.variant == "fp32")
+                contacts.revision = 0
+                await hub.begins("and taken back")
+                await eventually(lambda: not hub.reports[-1].models[0].HasField("serving"))
+                assert len(hub.births) == 1  # nobody had to connect anew for it
+
+
+@needs_mosquitto
+async def test_another_variant_of_the_same_release_is_reported_by_itself(tmp_path: Path) -> None:
+    bundles.make(tmp_path / "hub", variants=("int8", "fp32"), certified=False)
+
+    def said() -> tuple[int, str] | None:
+        for model in hub.reports[-1].models if hub.reports else ():
+            return model.active_release, model.serving.variant
+        return None
+
+    async with broker(tmp_path) as mosquitto, ear(mosquitto.address) as hub:
+        async with Contacts(mosquitto.address).door as door:
+            options = config(tmp_path, door.address)
+            commit(options.data / "releases", tmp_path / "hub", number=4)
+            async with managed(options) as (_, router):
+                await eventually(lambda: said() == (4, "int8"))
+                serving = router.serving("double")
+                assert serving is not None
+            # A certificate of the other variant has come, and nothing else.
+            bundles.add_certificate(serving.directory, "fp32")
+            async with managed(options):
+                await eventually(lambda: said() == (4, "fp32"))
+        assert [r.generation for r in hub.reports] == [0] * len(hub.reports)
+
+
+@needs_mosquitto
+async def test_a_refused_wish_leaves_what_was_installed_by_hand_as_it_is(tmp_path: Path) -> None:
+    bundles.make(tmp_path / "bundle")
+    async with broker(tmp_path) as mosquitto, ear(mosquitto.address) as hub:
+        async with Contacts(mosquitto.address).door as door:
+            options = config(tmp_path, door.address, bundle=(tmp_path / "bundle",))
+            async with managed(options):
+                await eventually(lambda: hub.reports)
+                await hub.wants(desired(3, releases=[{"model": "../up", "release": "1"}]))
+                await eventually(lambda: hub.codes(3))
+        nobody, double = hub.reports[-1].models
+        assert (nobody.model, nobody.phase, nobody.code) == ("", "rejected", "desired/model")
+        assert (double.model, double.phase, double.code) == ("double", "committed", "")
 
 
 # What the device has

@@ -219,10 +219,13 @@ async def test_a_port_in_use_ends_the_start_with_its_own_code(digits: Process) -
 
 @pytest.mark.system
 async def test_doctor_names_what_is_wrong(tmp_path: Path, hub: FakeHub, door: Serving) -> None:
-    made = bundles.make(tmp_path / "bundle")
+    made = bundles.make(tmp_path / "bundle", variants=("int8", "fp32"), certified=False)
+    bundles.add_certificate(made, "fp32")
     bundle = ("--bundle", str(made.path))
     found = await asyncio.to_thread(ran, "doctor", *bundle, "--hub", door.address)
     assert found.returncode == 0, found.stdout
+    aside = "double@1.0.0: int8 on CPUExecutionProvider: no certificate was issued for it"
+    assert f"ok     aside     {aside}" in found.stdout
     assert "CPUExecutionProvider runs" in found.stdout
     assert "double@1.0.0" in found.stdout
     assert "certified for " in found.stdout

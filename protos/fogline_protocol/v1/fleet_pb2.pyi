@@ -102,12 +102,14 @@ class ContactRequest(_message.Message):
     def __init__(self, device: _Optional[str] = ...) -> None: ...
 
 class ContactResponse(_message.Message):
-    __slots__ = ("mqtt", "http")
+    __slots__ = ("mqtt", "http", "reported_revision")
     MQTT_FIELD_NUMBER: _ClassVar[int]
     HTTP_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_REVISION_FIELD_NUMBER: _ClassVar[int]
     mqtt: str
     http: str
-    def __init__(self, mqtt: _Optional[str] = ..., http: _Optional[str] = ...) -> None: ...
+    reported_revision: int
+    def __init__(self, mqtt: _Optional[str] = ..., http: _Optional[str] = ..., reported_revision: _Optional[int] = ...) -> None: ...
 
 class Desired(_message.Message):
     __slots__ = ("schema", "generation", "hub_epoch", "releases")
@@ -150,7 +152,7 @@ class Reported(_message.Message):
     def __init__(self, schema: _Optional[int] = ..., device: _Optional[str] = ..., sequence: _Optional[int] = ..., generation: _Optional[int] = ..., models: _Optional[_Iterable[_Union[ReportedModel, _Mapping]]] = ...) -> None: ...
 
 class ReportedModel(_message.Message):
-    __slots__ = ("model", "desired_release", "active_release", "previous_release", "active_version", "phase", "code", "sentence", "attempt", "figures", "bytes_done", "bytes_total")
+    __slots__ = ("model", "desired_release", "active_release", "previous_release", "active_version", "phase", "code", "sentence", "attempt", "figures", "bytes_done", "bytes_total", "serving")
     class FiguresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +172,7 @@ class ReportedModel(_message.Message):
     FIGURES_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
     model: str
     desired_release: int
     active_release: int
@@ -182,7 +185,26 @@ class ReportedModel(_message.Message):
     figures: _containers.ScalarMap[str, float]
     bytes_done: int
     bytes_total: int
-    def __init__(self, model: _Optional[str] = ..., desired_release: _Optional[int] = ..., active_release: _Optional[int] = ..., previous_release: _Optional[int] = ..., active_version: _Optional[str] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., sentence: _Optional[str] = ..., attempt: _Optional[int] = ..., figures: _Optional[_Mapping[str, float]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
+    serving: Serving
+    def __init__(self, model: _Optional[str] = ..., desired_release: _Optional[int] = ..., active_release: _Optional[int] = ..., previous_release: _Optional[int] = ..., active_version: _Optional[str] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., sentence: _Optional[str] = ..., attempt: _Optional[int] = ..., figures: _Optional[_Mapping[str, float]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., serving: _Optional[_Union[Serving, _Mapping]] = ...) -> None: ...
+
+class Serving(_message.Message):
+    __slots__ = ("variant", "provider", "hardware_class", "certificate", "meant_variant", "meant_provider", "aside")
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    MEANT_VARIANT_FIELD_NUMBER: _ClassVar[int]
+    MEANT_PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    ASIDE_FIELD_NUMBER: _ClassVar[int]
+    variant: str
+    provider: str
+    hardware_class: str
+    certificate: str
+    meant_variant: str
+    meant_provider: str
+    aside: str
+    def __init__(self, variant: _Optional[str] = ..., provider: _Optional[str] = ..., hardware_class: _Optional[str] = ..., certificate: _Optional[str] = ..., meant_variant: _Optional[str] = ..., meant_provider: _Optional[str] = ..., aside: _Optional[str] = ...) -> None: ...
 
 class DeviceState(_message.Message):
     __slots__ = ("schema", "device", "online", "boot", "connection", "agent_version", "hardware_class", "generation")

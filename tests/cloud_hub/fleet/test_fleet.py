@@ -16,7 +16,7 @@ from cloud_hub.errors import ModelRefused
 from cloud_hub.fleet.devices import Device, Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.golden import Engine
-from cloud_hub.fleet.link import Arrival
+from cloud_hub.fleet.link import REVISION, Arrival
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import documents
@@ -130,7 +130,9 @@ async def test_without_a_broker_the_reason_is_known_and_devices_are_told_so(
     async with stage.fleet.running("off"):
         assert stage.fleet.trouble == "switched off with --mqtt off"
         assert not stage.fleet.broker_reached
-        assert stage.fleet.contact("http://h:1") == pb.ContactResponse(http="http://h:1")
+        assert stage.fleet.contact("http://h:1") == pb.ContactResponse(
+            http="http://h:1", reported_revision=REVISION
+        )
 
 
 @needs_mosquitto
@@ -141,6 +143,7 @@ async def test_devices_are_told_where_broker_and_files_are_once_both_are_there(
         await eventually(lambda: stage.fleet.broker_reached)
         told = stage.fleet.contact("http://127.0.0.1:8000")
         assert (told.mqtt, told.http) == (stage.fleet.broker, "http://127.0.0.1:8000")
+        assert told.reported_revision == REVISION
         # The gRPC door opens before the HTTP door has a port.
         assert stage.fleet.contact("http://") == pb.ContactResponse()
 

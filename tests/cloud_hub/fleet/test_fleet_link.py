@@ -90,6 +90,11 @@ def test_documents_are_read_by_their_topic() -> None:
     state = pb.DeviceState(schema=1, device="a", online=True, connection=3)
     arrival = read(arrived("v1/acme/d/a/state", documents.canonical(state)))
     assert arrival == Arrival("acme", "a", state)
+    serving = pb.Serving(variant="int8", provider="CPU", meant_variant="int8", aside="nothing")
+    model = pb.ReportedModel(model="digits", active_release=2, serving=serving)
+    report = pb.Reported(schema=1, device="a", sequence=1, models=[model])
+    arrival = read(arrived("v1/acme/d/a/reported", documents.canonical(report)))
+    assert arrival == Arrival("acme", "a", report)
     counts = pb.Telemetry(device="a", boot_id="x", sequence=9)
     assert read(arrived("v1/acme/d/a/tm", counts.SerializeToString(), schema="1")) == Arrival(
         "acme", "a", counts

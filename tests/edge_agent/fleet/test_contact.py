@@ -100,12 +100,31 @@ def test_what_was_remembered_is_known_after_a_restart(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["contact.json"]
 
 
+async def test_what_a_hub_can_be_told_is_asked_and_remembered(tmp_path: Path) -> None:
+    file = tmp_path / "contact.json"
+    answer = ContactResponse(mqtt=GOOD.mqtt, http=GOOD.http, reported_revision=1)
+    found = await contacts.ask(Hub(answer.SerializeToString()), "dev", "h", 1.0)
+    assert found.reported_revision == 1
+    contacts.remember(file, found)
+    again = contacts.remembered(file)
+    assert again is not None
+    assert again.reported_revision == 1
+    # An older hub says nothing of it, and an older agent remembered nothing.
+    assert (await contacts.ask(says(GOOD.mqtt, GOOD.http), "dev", "h", 1.0)).reported_revision == 0
+    file.write_text(json.dumps({"mqtt": GOOD.mqtt, "http": GOOD.http}))
+    old = contacts.remembered(file)
+    assert old is not None
+    assert old.reported_revision == 0
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"", b"{", b"[]", b"null", b"{}", b"\xff", b'{"mqtt": 1, "http": 2}',
         b'{"mqtt": "garbage", "http": "http://h:1"}', b'{"mqtt": "mqtt://h:1", "http": "http://"}',
         b"[" * 100_000,
+        b'{"mqtt": "mqtt://h:1", "http": "http://h:1", "reported_revision": 1e999}',
+        b'{"mqtt": "mqtt://h:1", "http": "http://h:1", "reported_revision": "new"}',
     ],
 )  # fmt: skip
 def test_a_damaged_memory_is_none(tmp_path: Path, content: bytes) -> None:

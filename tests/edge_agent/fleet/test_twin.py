@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from edge_agent.fleet.twin import (
     ModelStanding,
     Phase,
     Refuse,
+    Serving,
     read_desired,
     refused,
     reported,
@@ -152,6 +154,36 @@ def test_a_report_says_how_every_model_stands() -> None:
     assert (shelf.phase, shelf.bytes_done, shelf.bytes_total) == ("downloading", 5, 9)
 
 
+SERVING = Serving(
+    variant="fp32",
+    provider="CPUExecutionProvider",
+    hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.27",
+    certificate="0123456789abcdef",
+    meant_variant="int8-qdq",
+    meant_provider="CPUExecutionProvider",
+    aside="int8-qdq on CPUExecutionProvider: no certificate was issued for it",
+)
+
+
+def test_a_report_says_what_answers_and_what_was_left_aside() -> None:
+    standings = [
+        ModelStanding("digits", Phase.COMMITTED, active_release=1, serving=SERVING),
+        ModelStanding("shelf", Phase.DOWNLOADING),
+    ]
+    digits, shelf = read_report(reported("dev", 7, 4, standings)).models
+    assert {name: getattr(digits.serving, name) for name in Serving.__slots__} == {
+        name: getattr(SERVING, name) for name in Serving.__slots__
+    }
+    assert not shelf.HasField("serving")
+
+
+def test_an_older_hub_is_sent_no_field_that_it_would_refuse_the_document_for() -> None:
+    standing = ModelStanding("digits", Phase.COMMITTED, active_release=1)
+    told = reported("dev", 7, 4, [replace(standing, serving=SERVING)], revision=0)
+    assert told == reported("dev", 7, 4, [standing])
+    assert b"serving" not in told
+
+
 def test_a_refusal_is_told_even_by_a_device_without_a_model() -> None:
     refusal = Refuse("desired/model", "No.", 9)
     (nobody,) = refused([], refusal)
@@ -160,6 +192,20 @@ def test_a_refusal_is_told_even_by_a_device_without_a_model() -> None:
     (model,) = refused([standing], refusal)
     assert (model.model, model.active_release, model.phase) == ("digits", 1, "rejected")
     assert model.sentence == "No."
+
+
+@given(st.text(max_size=2000), st.text(max_size=2000))
+def test_whatever_a_bundle_and_a_runtime_call_things_the_report_can_be_sent(
+    variant: str, aside: str
+) -> None:
+    serving = replace(SERVING, variant=variant, meant_variant=variant, aside=aside + "\n\udcff")
+    standings = [ModelStanding(f"m{n}", Phase.COMMITTED, serving=serving) for n in range(32)]
+    document = reported("dev", 1, 1, standings)
+    assert len(document) < MAX_PACKET_BYTES
+    for model in read_report(document).models:
+        assert len(model.serving.variant) <= 500
+        assert len(model.serving.aside) <= 500
+        assert "\n" not in model.serving.aside
 
 
 @given(

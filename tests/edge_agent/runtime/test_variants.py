@@ -116,6 +116,47 @@ def test_a_variant_that_this_processor_would_get_wrong_is_left_aside(tmp_path: P
     assert chosen(other.path, both, processor="x86_64+avx2").provider == "CUDAExecutionProvider"
 
 
+CUDA = "CUDAExecutionProvider"
+
+
+def told(found: variants.Choice) -> tuple[str, str, tuple[str, str], str]:
+    return found.variant.name, found.provider, found.meant, found.aside
+
+
+def test_a_choice_says_what_was_meant_for_this_hardware_and_why_it_was_left_aside(
+    tmp_path: Path,
+) -> None:
+    both = bundles.make(tmp_path / "both", variants=TWO, certified=False)
+    assert told(chosen(both.path)) == ("int8", CPU, ("int8", CPU), "")
+    bundles.add_certificate(both, "fp32")
+    missing = f"int8 on {CPU}: no certificate was issued for it"
+    assert told(chosen(both.path)) == ("fp32", CPU, ("int8", CPU), missing)
+    bundles.add_certificate(both, "int8")
+    assert told(chosen(both.path)) == ("int8", CPU, ("int8", CPU), "")
+    # What is meant for other processors is no loss, and worth a word.
+    vnni = {"int8": ("x86_64+vnni",)}
+    other = bundles.make(tmp_path / "other", variants=TWO, certified=False, processors=vnni)
+    found = told(chosen(other.path, processor="x86_64+avx2"))
+    assert found == ("fp32", CPU, ("fp32", CPU), "int8: meant for x86_64+vnni")
+
+
+def test_an_accelerator_that_is_installed_and_does_not_run_is_a_loss_and_an_absent_one_is_none(
+    tmp_path: Path,
+) -> None:
+    made = bundles.make(tmp_path / "b", variant_providers=(CUDA, CPU))
+    assert told(chosen(made.path)) == ("fp32", CPU, ("fp32", CPU), "")
+    found = variants.choose(
+        read(made.path), (CPU,), providers.hardware_class, NOW, broken={CUDA: "no driver"}
+    )
+    assert told(found) == ("fp32", CPU, ("fp32", CUDA), f"fp32 on {CUDA}: no driver")
+    assert found.certificate is not None
+    only = bundles.make(tmp_path / "only", variant_providers=(CUDA,))
+    with pytest.raises(ReleaseRefused, match=f"fp32 on {CUDA}: no driver"):
+        variants.choose(
+            read(only.path), (CPU,), providers.hardware_class, NOW, broken={CUDA: "no driver"}
+        )
+
+
 def test_the_variants_order_of_providers_decides_between_usable_ones(tmp_path: Path) -> None:
     made = bundles.make(
         tmp_path / "b", variant_providers=("CUDAExecutionProvider", CPU), certified=False
