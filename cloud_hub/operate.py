@@ -272,11 +272,27 @@ def model_line(model: dict[str, Any]) -> str:
     line = f"{model['model']}: runs {active or 'its own'} ({model['active_version'] or '-'})"
     if wanted and wanted != active:
         line += f", wanted {wanted}"
+    serving = model.get("serving")  # an older hub or agent tells nothing
+    if serving:
+        line += f", {_serving_words(serving)}"
     line += f", {model['phase']}"
     total = int(model["bytes_total"])
     if model["phase"] == "downloading" and total:
         line += f" {int(model['bytes_done']) / total:.0%}"
-    return line + (f" [{model['code']}] {model['sentence']}" if model["code"] else "")
+    line += f" [{model['code']}] {model['sentence']}" if model["code"] else ""
+    # A device may say anything, and a terminal obeys what it is sent.
+    return "".join(c if c.isprintable() else " " for c in line)
+
+
+def _serving_words(serving: dict[str, Any]) -> str:
+    """Return which variant answers where, and what it stands in for."""
+    here = serving["variant"], serving["provider"]
+    meant = serving["meant_variant"], serving["meant_provider"]
+    words = f"{here[0]} on {here[1]}"
+    words += f" under {serving['certificate']}" if serving["certificate"] else " uncertified"
+    if any(meant) and meant != here:
+        words += f" INSTEAD OF {meant[0]} on {meant[1]} ({serving['aside']})"
+    return words
 
 
 def example_lines(found: dict[str, Any]) -> Iterator[str]:

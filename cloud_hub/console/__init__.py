@@ -13,6 +13,7 @@
     fleet_views.py    what the device pages say; pure
     model_views.py    what the lists of models and releases say; pure
     release_views.py  what the page of a release says; lineage_views.py: of parent and children; pure
+    serving_views.py  which variants devices left aside; certificate_views.py: what one promises; pure
     report_views.py   what the workshop's report says; pure
     deploy_views.py   what a deployment will do; pure
     cards.py          model cards from Markdown

@@ -72,7 +72,7 @@ def add_console(
     api = Api(history, clock)
     roster = Roster(fleet.controller, devices, clock)
     table = DevicesTopic(roster, clock)
-    device = DeviceTopic(roster, fleet.controller, history, clock)
+    device = DeviceTopic(roster, fleet.controller, fleet.certificates, history, clock)
     fleet_pages = FleetPages(pages, fleet, roster, table, device, clock)
     release_pages = ReleasePages(pages, fleet, roster, examples, door, clock)
     live = Live(

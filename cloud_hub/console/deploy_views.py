@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cloud_hub.console import figures
 from cloud_hub.console.api import BadParameter
-from cloud_hub.console.fleet_views import many
+from cloud_hub.console.figures import many
 from cloud_hub.console.model_views import Adoption, ReleaseLine, release_line
 from cloud_hub.console.roster import Line, natural
 from cloud_hub.fleet.certificates import Issued

@@ -26,6 +26,11 @@ def count(n: float) -> str:
     return f"{n:,.0f}"
 
 
+def many(n: int, noun: str) -> str:
+    """Return a count with its noun: ``1 device``, ``1,000 devices``."""
+    return f"{count(n)} {noun}" if n == 1 else f"{count(n)} {noun}s"
+
+
 def rate(per_s: float) -> str:
     """Return a rate with one decimal while that says something: ``0.4``, ``12.5``, ``1,250``."""
     if per_s >= 100:

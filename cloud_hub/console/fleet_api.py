@@ -83,6 +83,7 @@ class FleetApi:
         """Answer with one release in full."""
         found = await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
         issued = await self._fleet.certificates.list(found.model, found.number)
+        running = (await self._fleet.controller.running(found.model)).get(found.number)
         return web.json_response(
             {
                 **_line(found, await self._fleet.releases.list(found.model)),
@@ -99,9 +100,13 @@ class FleetApi:
                 "report_html": f"{request.path.rpartition('/')[0]}/{found.number}/report.html"
                 if self._fleet.releases.has_report_page(found)
                 else None,
-                "running_on": (await self._fleet.controller.running(found.model)).get(
-                    found.number, 0
-                ),
+                "running_on": running.devices if running else 0,
+                # By variant; devices with an older agent, and any that name another, tell none.
+                "variants_on": {
+                    variant.name: running.variants.get(variant.name, 0) if running else 0
+                    for variant in found.bundle.variants
+                },
+                "fallback_on": running.fallbacks if running else 0,
             }
         )
 

@@ -17,8 +17,9 @@ from cloud_hub.console.access import Handler
 from cloud_hub.console.api import BadParameter, Insight
 from cloud_hub.console.fleet_views import Detail
 from cloud_hub.console.pages import Pages, once, readable
-from cloud_hub.console.roster import SIZES, STATUSES, UPDATES, Query, Roster, select
+from cloud_hub.console.roster import SERVES, SIZES, STATUSES, UPDATES, Line, Query, Roster, select
 from cloud_hub.console.views import Page
+from cloud_hub.fleet.certificates import Certificates, Issued
 from cloud_hub.fleet.controller import Controller, UnknownDevice
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.insight.history import DeviceLine
@@ -26,6 +27,8 @@ from fogline_protocol.release import MODEL_NAME
 
 EVENTS_SHOWN = 50
 DETAILS_KEPT = 256  # devices looked at in one second
+CERTIFIED_SHOWN = 32  # models of one device of which the certificate is looked up
+_NUMBERS = range(1, 1 << 31)  # of releases, as a database keeps them
 HEADINGS = (
     ("name", "Device"),
     ("status", "Status"),
@@ -69,11 +72,13 @@ class DeviceTopic:
         self,
         roster: Roster,
         controller: Controller,
+        certificates: Certificates,
         insight: Insight,
         clock: Callable[[], float],
     ) -> None:
         self._roster = roster
         self._controller = controller
+        self._certificates = certificates
         self._insight = insight
         self._clock = clock
         self._details: dict[str, Detail] = {}  # of the devices that were refreshed last
@@ -121,7 +126,21 @@ class DeviceTopic:
             line=line,
             events=await self._controller.events(name, EVENTS_SHOWN),
             answered=await self._controller.answered(name, self._clock() - fleet_views.ANSWERED_S),
+            issued=await self._issued(line),
         )
+
+    async def _issued(self, line: Line) -> Mapping[tuple[str, str], Issued]:
+        """Return the certificates that a device says it answers under, as the hub knows them."""
+        found = {}
+        for model in line.models[:CERTIFIED_SHOWN]:
+            served = model.served
+            # A device may say anything, and not every database takes it.
+            known = MODEL_NAME.fullmatch(model.model) and model.running in _NUMBERS
+            if served and served.certificate and known:
+                for one in await self._certificates.list(model.model, model.running):
+                    if one.id == served.certificate:
+                        found[model.model, one.id] = one
+        return found
 
     def _of_this_second(self) -> Mapping[str, DeviceLine]:
         # Computed over all devices at once, so tabs of many devices share it.
@@ -174,6 +193,7 @@ class FleetPages:
             sizes=SIZES,
             statuses=STATUSES,
             updates=UPDATES,
+            serves=SERVES,
             releases=await self._fleet.releases.list() if lines else [],
             command=self._pages.first_command(request),
         )

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from cloud_hub.console import figures
+from cloud_hub.console import certificate_views, figures
+from cloud_hub.console.figures import many
 from cloud_hub.console.roster import (
     FAILED,
+    SERVES,
     STATUSES,
     UPDATES,
     Line,
@@ -16,6 +18,7 @@ from cloud_hub.console.roster import (
     select,
 )
 from cloud_hub.console.views import Cell, Page, Row
+from cloud_hub.fleet.certificates import Issued
 from cloud_hub.fleet.controller import Answered, Event
 from cloud_hub.insight.history import Decided, DeviceLine
 
@@ -44,6 +47,7 @@ class Detail:
     events: Sequence[Event]
     answered: Sequence[Answered]
     decisions: Sequence[Decided] = ()
+    issued: Mapping[tuple[str, str], Issued] = field(default_factory=dict)  # by model and id
 
 
 def devices(lines: Sequence[Line], query: Query, *, now: float) -> Page:
@@ -57,6 +61,7 @@ def devices(lines: Sequence[Line], query: Query, *, now: float) -> Page:
         "showing": _showing(found, query),
         **{f"count_{name}": figures.count(found.statuses.get(name, 0)) for name in STATUSES},
         **{f"count_{name}": figures.count(found.updates.get(name, 0)) for name in UPDATES},
+        f"count_{SERVES[0]}": figures.count(found.fallbacks),
     }
     return Page(
         text=texts,
@@ -124,7 +129,7 @@ def device(detail: Detail, traffic: DeviceLine | None, *, now: float) -> Page:
         charts={},
         tables={
             "failures": [_failure(model) for model in failed],
-            "models": [_model(model) for model in line.models],
+            "models": [_model(model, detail.issued, now) for model in line.models],
             "answered": [_answered(one, rows) for one in detail.answered],
             "decisions": _decisions(detail.decisions, now),
             "events": _events(detail.events, now),
@@ -169,8 +174,10 @@ def _announcement(lines: Sequence[Line]) -> str:
         return "No device has reported yet."
     online = sum(line.online for line in lines)
     failed = sum(line.standing == "failed" for line in lines)
+    instead = sum(any(m.served and m.served.instead_of for m in line.models) for line in lines)
     text = f"{online} of {many(len(lines), 'device')} online."
-    return f"{text} The update of {failed} failed." if failed else text
+    text = f"{text} The update of {failed} failed." if failed else text
+    return f"{text} {instead} answer with a fallback." if instead else text
 
 
 def _device_announcement(line: Line) -> str:
@@ -234,10 +241,11 @@ def _failure(model: ModelLine) -> Row:
     )
 
 
-def _model(model: ModelLine) -> Row:
+def _model(model: ModelLine, issued: Mapping[tuple[str, str], Issued], now: float) -> Row:
     progress = ""
     if model.bytes_total and model.phase == "downloading":
         progress = f"{100 * model.bytes_done / model.bytes_total:.0f}%"
+    certificate, promise = _promise(model, issued, now)
     amount = f"{figures.size(model.bytes_done)} of {figures.size(model.bytes_total)}"
     return Row(
         key=model.model,
@@ -247,6 +255,11 @@ def _model(model: ModelLine) -> Row:
             "phase": Cell(PHASES.get(model.phase, plain(model.phase).capitalize())),
             "wanted": Cell(f"@{model.wanted}" if model.wanted else figures.NOTHING),
             "running": Cell(_release(model.running, model.version)),
+            "variant": Cell(_variant(model)),
+            "provider": Cell(model.served.provider if model.served else figures.NOTHING),
+            "aside": Cell(_aside(model)),
+            "certificate": Cell(certificate),
+            "promise": Cell(promise),
             "previous": Cell(f"@{model.previous}" if model.previous else figures.NOTHING),
             "attempt": Cell(figures.count(model.attempt) if model.attempt else figures.NOTHING),
             "progress": Cell(progress),
@@ -254,6 +267,40 @@ def _model(model: ModelLine) -> Row:
             "figures": Cell(_figures(model.figures)),
         },
     )
+
+
+def _variant(model: ModelLine) -> str:
+    if model.served is None:
+        return "its agent does not tell" if model.now else figures.NOTHING
+    return model.served.words
+
+
+def _aside(model: ModelLine) -> str:
+    served = model.served
+    if served is None:
+        return ""
+    why = f" {served.aside}." if served.aside else ""
+    if served.instead_of:
+        return f"A fallback: {served.instead_of} is meant for this device.{why}"
+    return f"As meant for this device.{why}" if why else ""
+
+
+def _promise(
+    model: ModelLine, issued: Mapping[tuple[str, str], Issued], now: float
+) -> tuple[str, str]:
+    """Return how the certificate stands under which the device answers, and what it says."""
+    served = model.served
+    if served is None:
+        return figures.NOTHING, ""
+    if not served.certificate:
+        return "None", ""
+    found = issued.get((model.model, served.certificate))
+    if found is None:
+        return "Unknown", f"This hub has not issued {served.certificate} for what runs."
+    sentence = certificate_views.promise(found.certificate)
+    if found.reason:
+        sentence = f"Withdrawn: {found.reason}. {sentence}"
+    return certificate_views.state(found, now), sentence
 
 
 def _release(number: int, version: str) -> str:
@@ -331,11 +378,6 @@ def _event(event: Event, key: str, now: float) -> Row:
 
 def _moment(at: float | None) -> str:
     return figures.NOTHING if at is None else f"{figures.iso(at)[:10]} {figures.clock(at)} UTC"
-
-
-def many(n: int, noun: str) -> str:
-    """Return a count with its noun: ``1 device``, ``1,000 devices``."""
-    return f"{figures.count(n)} {noun}" if n == 1 else f"{figures.count(n)} {noun}s"
 
 
 def plain(word: str) -> str:

@@ -27,6 +27,9 @@ class ReleaseLine:
     size: str
     forced: bool
     running: int  # devices
+    variants: Sequence[tuple[str, int]]  # of the bundle, with the devices that run it, if any
+    untold: int  # devices whose agent does not tell the variant, or that name another
+    fallback: int  # devices that serve something else than is meant for them
     wanted: int
     escalates_to: str
     parent: str  # MODEL@NUMBER, a version that this hub does not have, or empty
@@ -45,12 +48,16 @@ class ModelCard:
 
 
 class Adoption:
-    """How many devices run and want each release of one model; the devices are counted once."""
+    """How many devices run and want each release of one model; the devices are read once."""
 
     def __init__(self, model: str, lines: Sequence[Line]) -> None:
         held = [found for line in lines if (found := line.model(model)) is not None]
         self.running = Counter(found.running for found in held)
         self.wanted = Counter(found.wanted for found in held)
+        self.variants = Counter((one.running, one.served.variant) for one in held if one.served)
+        self.fallback = Counter(
+            found.running for found in held if found.served and found.served.instead_of
+        )
 
 
 def models(
@@ -94,6 +101,12 @@ def release_line(
 ) -> ReleaseLine:
     """Return one release; ``numbers`` are those of its model's releases, by bundle digest."""
     parent = release.bundle.parent
+    variants = [
+        (variant.name, count)
+        for variant in release.bundle.variants
+        if (count := adoption.variants[release.number, variant.name])
+    ]
+    running = adoption.running[release.number]
     known = numbers.get(parent.bundle_sha256) if parent is not None else None
     return ReleaseLine(
         name=f"{release.model}@{release.number}",
@@ -104,7 +117,10 @@ def release_line(
         accepted_at=figures.iso(release.accepted_at),
         size=str(figures.size(release.size_bytes)),
         forced=release.forced,
-        running=adoption.running[release.number],
+        running=running,
+        variants=variants,
+        untold=running - sum(count for _, count in variants),
+        fallback=adoption.fallback[release.number],
         wanted=adoption.wanted[release.number],
         escalates_to=release.escalates_to.model if release.escalates_to else "",
         parent=f"{release.model}@{known}" if known else parent.version if parent else "",

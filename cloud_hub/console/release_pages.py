@@ -21,7 +21,7 @@ from cloud_hub.console import (
     cards,
     deploy_views,
     example_views,
-    fleet_views,
+    figures,
     lineage_views,
     model_views,
     release_views,
@@ -188,7 +188,7 @@ class ReleasePages:
             here="/models",
             plan=deploy_views.plan(found, issued, targets, lines, now=self._clock()),
             targets=len(targets),
-            many=fleet_views.many,
+            many=figures.many,
         )
 
     async def deploy(self, request: web.Request) -> web.StreamResponse:

@@ -5,16 +5,18 @@ bundle, its certificates), what it counts (devices), and what the workshop claim
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from cloud_hub.console import figures, report_views
-from cloud_hub.console.fleet_views import many, plain
+from cloud_hub.console import certificate_views, figures, report_views, serving_views
+from cloud_hub.console.fleet_views import plain
 from cloud_hub.console.lineage_views import Before, LineageView, lineage_view, processing
 from cloud_hub.console.model_views import Adoption, ReleaseLine, release_line
 from cloud_hub.console.report_views import FactGroup, Figures, Report, Said
 from cloud_hub.console.roster import Line
+from cloud_hub.console.serving_views import AsideLine
 from cloud_hub.fleet.certificates import Issued
 from cloud_hub.fleet.lineage import Lineage
 from cloud_hub.fleet.releases import Release
@@ -23,6 +25,7 @@ from fogline_protocol.release import Tolerance
 from fogline_protocol.tensors import TensorSpec
 
 CLASSES_SHOWN = 20
+ASIDES_SHOWN = 8
 LABELS_SHOWN = 60
 ARROW = " \N{RIGHTWARDS ARROW} "
 
@@ -50,6 +53,7 @@ class VariantLine:
     figures: Figures | None  # as the report has them
     self_test: str  # what the hub measured; empty for what is not in the bundle
     tolerances: Sequence[tuple[str, str]]  # execution provider and words
+    running: int = 0  # devices that say that they answer with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,10 @@ class ClassLine:
 
     hardware_class: str
     running: int
+    variants: Sequence[tuple[str, int]]  # of the bundle, as far as devices tell
     wanted: int
     refused: int  # wanted there, and given up
-    certificate: str
+    certificate: str  # Holds, Partly or None: for what runs there
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,8 @@ class ReleasePage:
     certificates: Sequence[CertificateLine]
     classes: Sequence[ClassLine]
     more_classes: int
+    asides: Sequence[AsideLine]
+    more_asides: int
     lineage: LineageView
     report: Report | None
     facts: Sequence[FactGroup]  # of a report of another form
@@ -135,10 +142,11 @@ def release_page(
     numbers = {one.bundle_sha256: one.number for one in family}
     line = release_line(release, adoption, numbers, now=now)
     report = report_views.read(document)
-    variants = list(_variants(release, report))
+    variants = list(_variants(release, report, adoption))
     certificates = [_certificate(one, report, now) for one in issued]
-    holding = [one.certificate for one in issued if _state(one, now) == "Holds"]
+    holding = [one.certificate for one in issued if certificate_views.state(one, now) == "Holds"]
     classes = _classes(release, lines, holding)
+    asides = serving_views.asides(release.model, release.number, lines)
 
     return ReleasePage(
         line=line,
@@ -157,6 +165,8 @@ def release_page(
         certificates=certificates,
         classes=classes[:CLASSES_SHOWN],
         more_classes=max(len(classes) - CLASSES_SHOWN, 0),
+        asides=asides[:ASIDES_SHOWN],
+        more_asides=max(len(asides) - ASIDES_SHOWN, 0),
         lineage=lineage_view(release, numbers, lineage, before, report, adoption, now=now),
         report=report,
         facts=[] if report else report_views.facts(document),
@@ -165,22 +175,6 @@ def release_page(
             for name, file in sorted(bundle.files.items())
         ],
         bundle_sha256=release.bundle_sha256,
-    )
-
-
-def promise(certificate: Certificate) -> str:
-    """Return what a certificate says, in one sentence."""
-    scenes = many(certificate.scenes, "calibration scene")
-    if certificate.threshold == NEVER:
-        return (
-            f"{scenes} are too few to promise anything, so {certificate.variant} escalates every "
-            f"request to {certificate.hub_model}."
-        )
-    return (
-        f"With {100 * (1 - certificate.delta):.4g}% confidence, at most "
-        f"{100 * certificate.alpha:.3g}% of all requests are answered by "
-        f"{certificate.variant} on the device and differently than by {certificate.hub_model}, as "
-        f"long as they are drawn like the {scenes}."
     )
 
 
@@ -215,7 +209,7 @@ def _tile(label: str, figure: str, note: str) -> Tile:
     return Tile(label, value, unit, note)
 
 
-def _variants(release: Release, report: Report | None) -> Iterator[VariantLine]:
+def _variants(release: Release, report: Report | None, adoption: Adoption) -> Iterator[VariantLine]:
     bundle = release.bundle
     told = report.variants if report is not None else {}
     sizes = {v.name: bundle.files[v.path].bytes for v in bundle.variants}
@@ -237,6 +231,7 @@ def _variants(release: Release, report: Report | None) -> Iterator[VariantLine]:
             figures=found,
             self_test=_measured(release.self_test.get(variant.name, {})),
             tolerances=list(_tolerances(bundle.self_test.tolerances[variant.name])),
+            running=adoption.variants[release.number, variant.name],
         )
     for name, found in told.items():
         if name not in sizes and found.verdict == "Refused":
@@ -288,18 +283,12 @@ def _measured(values: Mapping[str, float]) -> str:
     return ", ".join(said)
 
 
-def _state(one: Issued, now: float) -> str:
-    if one.withdrawn_at is not None:
-        return "Withdrawn"
-    return "Expired" if one.certificate.expires_at.timestamp() <= now else "Holds"
-
-
 def _certificate(one: Issued, report: Report | None, now: float) -> CertificateLine:
     document = one.certificate
     never = document.threshold == NEVER
     return CertificateLine(
         id=one.id,
-        sentence=promise(document),
+        sentence=certificate_views.promise(document),
         held_out=report.together.get((document.variant, document.hardware_class), "")
         if report is not None
         else "",
@@ -310,7 +299,7 @@ def _certificate(one: Issued, report: Report | None, now: float) -> CertificateL
         f"{figures.percent(document.escalation_rate_upper)}",
         expires=f"{document.expires_at:%Y-%m-%d}",
         expires_at=figures.iso(document.expires_at.timestamp()),
-        state=_state(one, now),
+        state=certificate_views.state(one, now),
         reason=one.reason,
     )
 
@@ -319,28 +308,48 @@ def _classes(
     release: Release, lines: Sequence[Line], holding: Sequence[Certificate]
 ) -> list[ClassLine]:
     """Return the hardware classes that run or are to run a release, the most devices first."""
-    counts: dict[str, list[int]] = {}
+    classes: dict[str, Counter[str]] = {}
+    running: dict[str, Counter[str]] = {}  # by variant; empty: not told
     for line in lines:
         found = line.model(release.model)
         if found is None or release.number not in (found.running, found.wanted):
             continue
-        count = counts.setdefault(line.hardware_class, [0, 0, 0])
-        count[0] += found.running == release.number
-        count[1] += found.wanted == release.number
-        count[2] += found.wanted == release.number and found.failed
-    certified = {one.hardware_class for one in holding}
-    return [
-        ClassLine(
-            hardware_class=name or "not reported",
-            running=running,
-            wanted=wanted,
-            refused=refused,
-            certificate="Holds" if name in certified else "None",
+        runs = found.running == release.number
+        # A certificate is issued for what a session runs on, which may be less than the best.
+        name = found.served.hardware_class if runs and found.served else ""
+        count = classes.setdefault(name or line.hardware_class, Counter())
+        count["wanted"] += found.wanted == release.number
+        count["refused"] += found.wanted == release.number and found.failed
+        if runs:
+            variants = running.setdefault(name or line.hardware_class, Counter())
+            variants[found.served.variant if found.served else ""] += 1
+    shown = []
+    for name, count in classes.items():
+        variants = running.get(name, Counter())
+        shown.append(
+            ClassLine(
+                hardware_class=name or "not reported",
+                running=variants.total(),
+                variants=[
+                    (v.name, variants[v.name]) for v in release.bundle.variants if variants[v.name]
+                ],
+                wanted=count["wanted"],
+                refused=count["refused"],
+                certificate=_covered(
+                    variants.keys() - {""},
+                    {one.variant for one in holding if one.hardware_class == name},
+                ),
+            )
         )
-        for name, (running, wanted, refused) in sorted(
-            counts.items(), key=lambda item: (-item[1][0], -item[1][1], item[0])
-        )
-    ]
+    shown.sort(key=lambda one: (-one.running, -one.wanted, one.hardware_class))
+    return shown
+
+
+def _covered(running: Set[str], certified: Set[str]) -> str:
+    """Return whether certificates hold for what runs, or may run where nobody tells."""
+    if not certified or (running and not running & certified):
+        return "None"
+    return "Holds" if running <= certified else "Partly"
 
 
 def _labels(labels: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloud_hub.console import figures
-from cloud_hub.console.fleet_views import many, plain
+from cloud_hub.console.figures import many
+from cloud_hub.console.fleet_views import plain
 
 FACTS_SHOWN = 200
 LONGEST_FACT = 200

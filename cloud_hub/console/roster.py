@@ -16,15 +16,35 @@ from typing import Any
 from urllib.parse import urlencode
 
 from cloud_hub.console.api import BadParameter
-from cloud_hub.fleet.controller import Controller, Twin
+from cloud_hub.fleet.controller import Controller, Twin, falls_back
 from cloud_hub.fleet.devices import Devices
 
 STATUSES = ("online", "offline")
 UPDATES = ("failed", "updating", "queued", "current", "idle")  # what needs a look comes first
 SORTS = ("name", "status", "update", "seen", "hardware", "link")
 SIZES = (50, 100, 200)
+SERVES = ("fallback",)
 FAILED = ("rejected", "rolled-back")
 LONGEST = 200  # of a parameter
+LONGEST_NAME = 64  # of a variant or provider, as a device says it
+LONGEST_SAID = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What answers for one model, as the device says: texts are cut to one line."""
+
+    variant: str
+    provider: str
+    hardware_class: str
+    certificate: str  # its id; empty: uncertified
+    instead_of: str  # what the bundle means for such hardware, if it is something else
+    aside: str  # what was left aside and why, a sentence
+
+    @property
+    def words(self) -> str:
+        """The variant, and the one that it stands in for."""
+        return f"{self.variant} (not {self.instead_of})" if self.instead_of else self.variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +63,7 @@ class ModelLine:
     figures: Mapping[str, float]
     bytes_done: int
     bytes_total: int
+    served: Served | None = None  # None: nothing, or the agent does not tell
 
     @property
     def failed(self) -> bool:
@@ -61,6 +82,8 @@ class ModelLine:
             if self.running
             else f"{self.model} {self.version}".rstrip()
         )
+        if self.served is not None:
+            runs = f"{runs} {self.served.words}"
         return f"{runs} \N{RIGHTWARDS ARROW} @{self.wanted}" if self.pending else runs
 
     @property
@@ -108,6 +131,8 @@ class Query:
     q: str = ""
     wants: str = ""  # MODEL@NUMBER
     runs: str = ""  # MODEL@NUMBER
+    variant: str = ""  # of what it runs
+    serves: str = ""  # fallback: something else than is meant for it
     sort: str = "name"  # with a minus in front: the other way around
     size: int = SIZES[0]
     page: int = 1
@@ -146,6 +171,10 @@ class Query:
                     query = replace(query, wants=_release(name, value))
                 case "runs":
                     query = replace(query, runs=_release(name, value))
+                case "variant":
+                    query = replace(query, variant=value)
+                case "serves":
+                    query = replace(query, serves=_one_of(name, value, SERVES))
                 case _:
                     query = replace(query, q=value.strip())
         return query
@@ -163,7 +192,8 @@ class Query:
     @property
     def filtered(self) -> bool:
         """Whether devices are left out."""
-        return bool(self.status or self.update or self.q or self.wants or self.runs)
+        usual = Query(sort=self.sort, size=self.size, page=self.page)
+        return self != usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +207,27 @@ class Selection:
     pages: int
     statuses: Mapping[str, int]  # devices by status, were it not for the filter by status
     updates: Mapping[str, int]
+    fallbacks: int  # devices that serve a fallback, were it not for the filter by that
 
 
 def select(lines: Sequence[Line], query: Query, now: float) -> Selection:
     """Return the page of devices that a query asks for."""
     word = query.q.casefold()
+    anyhow, instead = replace(query, serves=""), replace(query, serves=SERVES[0])
     found = [
         line
         for line in lines
         if (not word or word in _haystack(line))
         and (not query.wants or _has(line, query.wants, "wanted"))
-        and (not query.runs or _has(line, query.runs, "running"))
+        and _runs(line, anyhow)
     ]
+    fallbacks = sum(
+        _runs(line, instead)
+        for line in found
+        if query.status in ("", line.status) and query.update in ("", line.standing)
+    )
+    if query.serves:
+        found = [line for line in found if _runs(line, instead)]
     statuses = Counter(line.status for line in found if query.update in ("", line.standing))
     updates = Counter(line.standing for line in found if query.status in ("", line.status))
     matching = [
@@ -210,6 +249,7 @@ def select(lines: Sequence[Line], query: Query, now: float) -> Selection:
         pages=pages,
         statuses=statuses,
         updates=updates,
+        fallbacks=fallbacks,
     )
 
 
@@ -235,7 +275,7 @@ class Roster:
         if revision > self._revision:
             twins = await self._controller.twins()
             if revision > self._revision:
-                self._twins = {twin.device: (twin, _models(twin)) for twin in twins}
+                self._twins = {twin.device: (twin, model_lines(twin)) for twin in twins}
                 self._revision = revision
 
     def lines(self) -> list[Line]:
@@ -282,7 +322,8 @@ def natural(name: str) -> tuple[tuple[int, str], ...]:
     )
 
 
-def _models(twin: Twin) -> Sequence[ModelLine]:
+def model_lines(twin: Twin) -> Sequence[ModelLine]:
+    """Return how every model stands on a device that is wanted or reported there, by name."""
     reported = {model.model: model for model in twin.reported.models}
     lines = []
     for name in sorted(reported.keys() | twin.desired.keys()):
@@ -301,9 +342,40 @@ def _models(twin: Twin) -> Sequence[ModelLine]:
                 figures=dict(said.figures) if said else {},
                 bytes_done=said.bytes_done if said else 0,
                 bytes_total=said.bytes_total if said else 0,
+                served=_served(said) if said else None,
             )
         )
     return tuple(lines)
+
+
+def _served(said: Any) -> Served | None:
+    """Return what a ``ReportedModel`` says of what answers; it may hold any text."""
+    serving = said.serving
+    variant = _one_line(serving.variant, LONGEST_NAME)
+    if not variant:
+        return None
+    provider = _one_line(serving.provider, LONGEST_NAME)
+    instead_of = ""
+    if falls_back(serving):
+        instead_of = _one_line(serving.meant_variant, LONGEST_NAME)
+        if serving.meant_provider != serving.provider:
+            meant_provider = _one_line(serving.meant_provider, LONGEST_NAME)
+            instead_of = f"{instead_of} on {meant_provider}"
+    return Served(
+        variant=variant,
+        provider=provider,
+        hardware_class=_one_line(serving.hardware_class, LONGEST),
+        certificate=_one_line(serving.certificate, LONGEST_NAME),
+        instead_of=instead_of,
+        aside=_one_line(serving.aside, LONGEST_SAID),
+    )
+
+
+def _one_line(text: str, longest: int) -> str:
+    text = text[:longest]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return text.strip()
 
 
 def _haystack(line: Line) -> str:
@@ -316,6 +388,19 @@ def _has(line: Line, release: str, which: str) -> bool:
     model, _, number = release.partition("@")
     found = line.model(model)
     return found is not None and getattr(found, which) == int(number)
+
+
+def _runs(line: Line, query: Query) -> bool:
+    """Return whether one model of the device is all that is asked of what runs."""
+    if not (query.runs or query.variant or query.serves):
+        return True
+    name, _, number = query.runs.partition("@")
+    return any(
+        (not query.runs or (model.model == name and model.running == int(number)))
+        and (not query.variant or (model.served and model.served.variant == query.variant))
+        and (not query.serves or (model.served and model.served.instead_of))
+        for model in line.models
+    )
 
 
 def _silence_min(line: Line, now: float) -> float:

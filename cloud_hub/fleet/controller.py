@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -130,6 +131,21 @@ class Answered:
     quality: str
     reason: str
     rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How many devices run one release, and what of it."""
+
+    devices: int
+    variants: Mapping[str, int]  # of those that tell it
+    fallbacks: int  # devices that answer with something else than is meant for them
+
+
+def falls_back(serving: pb.Serving) -> bool:
+    """Return whether something else answers than the bundle means for such hardware."""
+    meant = serving.meant_variant, serving.meant_provider
+    return any(meant) and meant != (serving.variant, serving.provider)
 
 
 class Controller:
@@ -300,7 +316,8 @@ class Controller:
         before = {m.model: m for m in pb.Reported.FromString(row.reported).models}
         for model in report.models:
             last = before.get(model.model)
-            if last is None or _notable(last) != _notable(model):
+            swapped = last is not None and _swapped(last, model)
+            if last is None or swapped or _notable(last) != _notable(model):
                 connection.execute(
                     insert(event).values(
                         device=row.device,
@@ -310,7 +327,10 @@ class Controller:
                         release=min(model.desired_release or model.active_release, MAX_COUNTER),
                         phase=_text(event.c.phase, model.phase),
                         code=_text(event.c.code, model.code),
-                        sentence=_text(event.c.sentence, model.sentence),
+                        sentence=_text(
+                            event.c.sentence,
+                            model.sentence or (_answers(model.serving) if swapped else ""),
+                        ),
                     )
                 )
         due = _ahead(row, report.generation)
@@ -470,14 +490,21 @@ class Controller:
 
         return await self._store.read(read)
 
-    async def running(self, model: str) -> Mapping[int, int]:
-        """Return how many devices run each release of a model."""
-        counts: dict[int, int] = {}
+    async def running(self, model: str) -> Mapping[int, Running]:
+        """Return which devices run each release of a model, in numbers."""
+        found: dict[int, list[pb.Serving]] = {}
         for one in await self.twins():
             for reported in one.reported.models:
                 if reported.model == model and reported.active_release:
-                    counts[reported.active_release] = counts.get(reported.active_release, 0) + 1
-        return counts
+                    found.setdefault(reported.active_release, []).append(reported.serving)
+        return {
+            number: Running(
+                devices=len(servings),
+                variants=Counter(serving.variant for serving in servings if serving.variant),
+                fallbacks=sum(map(falls_back, servings)),
+            )
+            for number, servings in found.items()
+        }
 
 
 def _row(connection: Connection, device: str) -> Row[Any]:
@@ -521,6 +548,25 @@ def _ahead(row: Row[Any], generation: int) -> dict[str, Any]:
 
 def _notable(model: pb.ReportedModel) -> tuple[object, ...]:
     return model.phase, model.desired_release, model.active_release, model.code, model.attempt
+
+
+def _swapped(before: pb.ReportedModel, now: pb.ReportedModel) -> bool:
+    """Return whether something else of the same release answers, without an update."""
+    return (
+        before.active_release == now.active_release
+        and before.HasField("serving")
+        and now.HasField("serving")
+        and _place(before.serving) != _place(now.serving)
+    )
+
+
+def _place(serving: pb.Serving) -> str:
+    return f"{serving.variant} on {serving.provider}"
+
+
+def _answers(serving: pb.Serving) -> str:
+    said = f"answers with {_place(serving)} now"
+    return f"{said}: {serving.aside}" if serving.aside else said
 
 
 def _twin(row: Row[Any]) -> Twin:

@@ -150,12 +150,45 @@ async def test_devices_are_listed_shown_and_told_what_is_wanted(hub: Hub, bundle
     assert listed[2] == (
         "  digits-hub: runs its own (-), wanted 1, rejected [self-test/deviation] Off by 3."
     )
+    serving = pb.Serving(
+        variant="fp32", provider="CPU", meant_variant="int8", meant_provider="CPU",
+        aside="int8 on CPU: no\x1b[2Jcertificate", certificate="0123456789abcdef",
+    )  # fmt: skip
+    model = pb.ReportedModel(
+        model="digits-hub", active_release=1, active_version="1.0.0", phase="committed",
+        serving=serving,
+    )  # fmt: skip
+    await tell(hub, pb.Reported(schema=1, device="a", sequence=1, models=[model]))
+    listed = said(await fogline("device", "list", *at), 0).splitlines()
+    assert listed[1] == (
+        "  digits-hub: runs 1 (1.0.0), fp32 on CPU under 0123456789abcdef INSTEAD OF int8 on CPU "
+        "(int8 on CPU: no [2Jcertificate), committed"
+    )
+    shown = json.loads(said(await fogline("device", "show", "a", *at), 0))
+    assert shown["models"][0]["serving"]["meant_variant"] == "int8"
+    shown = json.loads(said(await fogline("release", "show", "digits-hub@1", *at), 0))
+    assert (shown["running_on"], shown["fallback_on"]) == (1, 1)
+    assert shown["variants_on"] == {"fp32": 1, "int8-qdq": 0}
     shown = json.loads(said(await fogline("device", "show", "b", *at), 0))
     assert [event["phase"] for event in shown["events"]] == ["rejected"]
     unknown = said(await fogline("device", "show", "z", *at), 6)
     assert "the hub refused [device/unknown]: no device 'z'" in unknown
     unknown = await fogline("device", "set", "z", "--release", "digits-hub@1", *at)
     assert "no device 'z'" in said(unknown, 6)
+
+
+def test_what_an_older_hub_tells_of_a_device_is_shown_all_the_same() -> None:
+    model = {
+        "model": "digits", "desired_release": "1", "active_release": "1", "active_version": "1.0.0",
+        "phase": "committed", "code": "", "sentence": "", "bytes_done": "0", "bytes_total": "0",
+    }  # fmt: skip
+    assert operate.model_line(model) == "digits: runs 1 (1.0.0), committed"
+    serving = {
+        "variant": "int8", "provider": "CPU", "certificate": "", "aside": "",
+        "meant_variant": "int8", "meant_provider": "CPU",
+    }  # fmt: skip
+    said = operate.model_line({**model, "serving": serving})
+    assert said == "digits: runs 1 (1.0.0), int8 on CPU uncertified, committed"
 
 
 @pytest.mark.parametrize("devices", [(), ("a", "--all")])

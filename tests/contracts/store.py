@@ -12,7 +12,7 @@ from sqlalchemy import Connection, delete, insert, select, text, update
 
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.callers import NO_LIMITS, CallerLimits
-from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, WantedRelease
+from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, Running, WantedRelease
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.identity import Identity
 from cloud_hub.fleet.link import Arrival, Document
@@ -240,7 +240,10 @@ class StoreContract:
             models = [
                 pb.ReportedModel(
                     model=f"m{n}-{sequence}", phase="p" * 99, code="c" * 99, sentence="nul \0",
-                    desired_release=(1 << 64) - 1,
+                    desired_release=(1 << 64) - 1, active_release=1,
+                    serving=pb.Serving(
+                        variant=f"v{sequence} \0", provider="p" * 999, aside="nul \0" * 200
+                    ),
                 )
                 for n in range(EVENTS_KEPT // 2)
             ]  # fmt: skip
@@ -250,6 +253,12 @@ class StoreContract:
         assert len(await controller().events("a", limit=1000)) == EVENTS_KEPT
         a, b = await controller().twins()
         assert (a.reported.sequence, a.desired, a.connected) == ((1 << 52) + 2, {"digits": 1}, True)
+        serving = a.reported.models[0].serving
+        assert (serving.variant, len(serving.provider)) == ("v2 \0", 999)
+        swapped, *_ = await controller().events("a", limit=1)
+        assert swapped.sentence == "nul ?"
+        running = await controller().running("m0-2")
+        assert running == {1: Running(1, {"v2 \0": 1}, 0)}
         assert b.reported_at is None
         await controller().broker_forgot()
         await controller().epoch_published("e1")

@@ -525,6 +525,10 @@ async def test_a_committed_release_wins_over_the_bundle_given_by_hand(tmp_path: 
         # Taking it back leads to what was there before the hub.
         await part.serving.activate("double", None)
         assert (await answer(router))[1] == "double@1.0.0"
+        # Until the slots say so, too, nothing is claimed of what answers.
+        part._revision = 1
+        (model,) = documents.parse(await part.report(), pb.Reported(), "").models
+        assert (model.active_release, model.HasField("serving")) == (4, False)
 
 
 async def test_a_committed_release_that_does_not_load_any_more_gives_way_and_the_hub_learns_it(

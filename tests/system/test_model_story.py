@@ -13,6 +13,7 @@ from cloud_hub.operate import OperationRefused
 from deploy.demo.__main__ import BETTER_BUNDLE, BROKEN_BUNDLE, HUB_BUNDLE, certified_bundle
 from deploy.demo.operator import Operator
 from deploy.demo.traffic import GrpcApplication, Stream
+from edge_agent.runtime.providers import CPU, hardware_class
 
 pytestmark = pytest.mark.system
 
@@ -79,6 +80,33 @@ async def test_a_better_release_is_taken_and_a_broken_one_refused_under_load(
     assert {answer.release for answer in stream.answers[switched + 5 :]} == {"digits@1.1.0"}
     for device in await fleet.operator.devices():
         assert device["standing"] == "current"
+
+
+async def test_devices_say_which_variant_answers_before_and_after_an_update(fleet, better_bundle):
+    async def answering(release):
+        """Return what all devices say that answers of a release, 0 being by hand."""
+        limit = time.monotonic() + 30
+        while True:
+            said = [
+                model["serving"]
+                for device in await fleet.operator.devices()
+                for model in device["models"]
+                if model["active_release"] == str(release) and "serving" in model
+            ]
+            if len(said) == len(fleet.agents):
+                return said
+            assert time.monotonic() < limit, said
+            await asyncio.sleep(0.05)
+
+    for serving in await answering(0):
+        assert serving["variant"] in ("int8-qdq", "fp32")
+        assert serving["hardware_class"] == hardware_class(CPU)
+    await fleet.operator.want(await fleet.operator.push(better_bundle))
+    for serving in await answering(1):
+        # It is certified for this very machine, so nothing of it is left aside.
+        assert (serving["variant"], serving["provider"]) == ("int8-qdq", CPU)
+        assert (serving["meant_variant"], serving["meant_provider"]) == ("int8-qdq", CPU)
+        assert (len(serving["certificate"]), serving["aside"]) == (16, "")
 
 
 async def test_a_broker_that_dies_and_comes_back_empty_costs_nothing(fleet, better_bundle):

@@ -30,9 +30,31 @@ T = TypeVar("T")
 # The class that the committed certificates are for, whichever machine the tests run on.
 DIGITS = Path(__file__).parents[3] / "models/digits/bundles/digits-1.1.0"
 HARDWARE = release.read(DIGITS).certificates[0].hardware_class
+CPU = release.CPU
 OFFLINE_AFTER_S = 3600.0
 BUNDLES = ("digits-hub-1.0.0", "digits-1.0.0", "digits-1.1.0")
 DEADLINE_S = 60.0  # on a machine that others use, too; nothing waits this long
+
+
+def answers(
+    variant: str = "int8-qdq",
+    meant: str = "int8-qdq",
+    aside: str = "",
+    *,
+    certificate: str = "",
+    provider: str = CPU,
+    hardware: str = HARDWARE,
+) -> pb.Serving:
+    """Return what a device says of what answers there."""
+    return pb.Serving(
+        variant=variant,
+        provider=provider,
+        hardware_class=hardware,
+        certificate=certificate,
+        meant_variant=meant,
+        meant_provider=CPU,
+        aside=aside,
+    )
 
 
 class Broker:
@@ -120,8 +142,9 @@ class Stage:
         hardware: str = HARDWARE,
         runs: int = 0,
         version: str = "1.0.0",
+        serving: pb.Serving | None = None,
     ) -> None:
-        """Let devices appear, with or without a release of the hub."""
+        """Let devices appear, with or without a release of the hub and what answers of it."""
         now = time.time()
         for name in names:
             seen = now if online else now - 2 * OFFLINE_AFTER_S
@@ -131,6 +154,7 @@ class Stage:
             active_release=runs,
             active_version=version,
             phase="committed" if runs else "",
+            serving=serving,
         )
         await self.report(names, running)
 

@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, BrowserContext, expect
 from fogline_protocol.release import Parent
 from tests.cloud_hub.console import workshop
 from tests.cloud_hub.console.browsing import POOR_CONTRAST, watched
-from tests.cloud_hub.console.fleet_stage import Stage
+from tests.cloud_hub.console.fleet_stage import Stage, answers
 
 pytestmark = pytest.mark.browser
 
@@ -33,7 +33,10 @@ def a_child(beside: Stage, folder: Path, digits: Path, page: str = workshop.PAGE
         folder, digits, parent=Parent("1.1.0", parent.bundle_sha256), page=page, card=CARD
     )
     beside.do(beside.fleet.releases.accept(made))
-    beside.do(beside.join("kiosk-1", "kiosk-2", runs=4, version="1.3.0"))
+    aside = "int8-qdq on CPUExecutionProvider: no certificate was issued for it"
+    beside.do(beside.join("kiosk-1", runs=4, version="1.3.0", serving=answers()))
+    instead = answers("fp32", aside=aside)
+    beside.do(beside.join("kiosk-2", runs=4, version="1.3.0", serving=instead))
 
 
 def test_a_release_leads_to_its_report_its_parent_and_its_devices(
@@ -55,6 +58,34 @@ def test_a_release_leads_to_its_report_its_parent_and_its_devices(
         page.locator(".lineage").get_by_role("link", name="digits@4").click()
         page.get_by_role("link", name="2 devices").click()
         expect(page.locator("[data-table=devices] tr")).to_have_count(2)
+
+
+def test_a_fallback_leads_from_the_models_to_the_device_and_its_reason(
+    visitor: BrowserContext, beside: Stage, digits: Path, tmp_path: Path
+) -> None:
+    a_child(beside, tmp_path / "b", digits)
+    page = visitor.new_page()
+    page.goto(f"{beside.url}/models")
+    page.get_by_role("link", name="int8-qdq 1").click()
+    rows = page.locator("[data-table=devices] tr")
+    expect(rows).to_have_count(1)
+    expect(rows.locator("[data-cell=models]")).to_have_text("digits@4 int8-qdq")
+    page.get_by_role("link", name="answers with int8-qdq").click()
+    expect(rows).to_have_count(2)
+    page.get_by_role("link", name=re.compile("Fallback 1")).click()
+    expect(rows.locator("[data-cell=models]")).to_have_text(["digits@4 fp32 (not int8-qdq)"])
+    page.goto(f"{beside.url}/models/digits/4")
+    expect(page.get_by_text("1 device answers with fp32 instead of int8-qdq")).to_be_visible()
+    page.get_by_role("listitem").get_by_role("link", name="kiosk-2").click()
+    card = page.locator("article.model")
+    expect(card.locator("[data-cell=variant]")).to_have_text("fp32 (not int8-qdq)")
+    expect(card.locator("[data-cell=aside]")).to_contain_text("no certificate was issued for it")
+    # What answers changes by itself, and so does the page.
+    beside.do(beside.join("kiosk-2", runs=4, version="1.3.0", serving=answers()))
+    expect(card.locator("[data-cell=variant]")).to_have_text("int8-qdq")
+    expect(card.locator("[data-cell=aside]")).to_be_hidden()
+    told = page.locator("[data-table=events] [data-cell=sentence]").first
+    expect(told).to_have_text("answers with int8-qdq on CPUExecutionProvider now")
 
 
 def test_a_hostile_report_runs_sends_and_fetches_nothing(

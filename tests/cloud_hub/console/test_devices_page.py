@@ -2,6 +2,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -10,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_hub.console import fleet_views
+from cloud_hub.console import certificate_views, figures, fleet_views, roster
 from cloud_hub.console.api import BadParameter
-from cloud_hub.console.roster import SIZES, SORTS, Line, ModelLine, Query, natural, select
-from cloud_hub.fleet.controller import Event
+from cloud_hub.console.roster import SIZES, SORTS, Line, ModelLine, Query, Served, natural, select
+from cloud_hub.fleet.controller import Event, Twin
 from cloud_hub.fleet.devices import Device
 from cloud_hub.store import schema
 from fogline_protocol.v1 import fleet_pb2 as pb
-from tests.cloud_hub.console.fleet_stage import Stage
+from tests.cloud_hub.console.fleet_stage import CPU, HARDWARE, Stage, answers
 
 NOW = 1_790_000_000.0
 
@@ -59,9 +60,25 @@ def line(name: str, **changes: Any) -> Line:
     return Line(name=name, **(usual | changes))
 
 
+def served(variant: str = "int8-qdq", **changes: Any) -> Served:
+    usual: dict[str, Any] = {
+        "provider": CPU,
+        "hardware_class": HARDWARE,
+        "certificate": "",
+        "instead_of": "",
+        "aside": "",
+    }
+    return Served(variant=variant, **(usual | changes))
+
+
+FALLBACK = served("fp32", instead_of="int8-qdq", aside="int8-qdq on CPU: no certificate")
 FLEET = [
-    line("kiosk-10", standing="failed"),
-    line("kiosk-9", online=False, last_seen=NOW - 500),
+    line(
+        "kiosk-10",
+        standing="failed",
+        models=(model(served=FALLBACK), model("other", served=served())),
+    ),
+    line("kiosk-9", online=False, last_seen=NOW - 500, models=(model(served=served()),)),
     line("gate", hardware_class="aarch64/cpu", models=(model(wanted=2),), standing="updating"),
     line("Camera", models=(), standing="idle", online=False, last_seen=None, since=None),
 ]
@@ -83,6 +100,13 @@ def found(**query: str) -> list[str]:
         ({"q": "aarch64"}, ["gate"]),
         ({"q": "digits@1"}, ["gate", "kiosk-9", "kiosk-10"]),
         ({"runs": "digits@1", "status": "online"}, ["gate", "kiosk-10"]),
+        ({"variant": "int8-qdq"}, ["kiosk-9", "kiosk-10"]),
+        ({"runs": "digits@1", "variant": "int8-qdq"}, ["kiosk-9"]),
+        ({"runs": "digits@1", "variant": "fp32", "serves": "fallback"}, ["kiosk-10"]),
+        ({"runs": "other@1", "serves": "fallback"}, []),
+        ({"serves": "fallback", "status": "offline"}, []),
+        ({"variant": "<b>"}, []),
+        ({"q": "not int8"}, ["kiosk-10"]),
         ({"wants": "digits@2"}, ["gate"]),
         ({"wants": "digits@3"}, []),
         ({"sort": "status"}, ["Camera", "kiosk-9", "gate", "kiosk-10"]),
@@ -101,6 +125,11 @@ def test_each_count_says_how_many_rows_its_filter_would_leave() -> None:
     assert by.updates == {"current": 1, "idle": 1}
     for status, n in by.statuses.items():
         assert len(select(FLEET, Query(status=status), NOW).matching) == n
+    for query in (Query(), Query(status="offline"), Query(update="failed", serves="fallback")):
+        anyhow = select(FLEET, query, NOW)
+        only = select(FLEET, replace(query, serves="fallback"), NOW)
+        assert anyhow.fallbacks == only.fallbacks == len(only.matching)
+        assert only.statuses.total() == len(only.matching) or query.status or query.update
 
 
 def test_a_page_beyond_the_end_is_the_last_one() -> None:
@@ -120,6 +149,8 @@ def test_a_page_beyond_the_end_is_the_last_one() -> None:
         ({"page": "0"}, "page must be a whole number"),
         ({"page": "1e3"}, "page must be a whole number"),
         ({"wants": "digits"}, "MODEL@NUMBER"),
+        ({"serves": "all"}, "serves must be one of fallback, got 'all'"),
+        ({"variant": "x" * 201}, "variant must be a text of at most 200"),
         ({"color": "red"}, "there is no parameter 'color'"),
         ({"q": "x" * 201}, "at most 200"),
         ({"q": 3}, "must be a text"),
@@ -136,6 +167,8 @@ def test_a_query_that_makes_no_sense_gets_a_sentence(given_: dict[str, Any], sai
         status=st.sampled_from(["", "online"]),
         q=st.text(max_size=20).map(str.strip),
         wants=st.sampled_from(["", "digits@2"]),
+        variant=st.text(max_size=20),
+        serves=st.sampled_from(["", "fallback"]),
         sort=st.sampled_from([*SORTS, *("-" + name for name in SORTS)]),
         size=st.sampled_from(SIZES),
         page=st.integers(1, 999),
@@ -192,6 +225,67 @@ def test_a_failure_says_what_the_device_runs_meanwhile(
         "sentence": "Wrong.",
         "runs": goes_on,
     }
+
+
+def test_a_device_in_a_list_is_named_with_what_answers() -> None:
+    assert model(served=served()).words() == "digits@1 int8-qdq"
+    assert model(served=FALLBACK, wanted=2).words() == "digits@1 fp32 (not int8-qdq) \u2192 @2"
+    assert model(served=served(), running=0).words() == "digits 1.0.0 int8-qdq"
+    page = fleet_views.devices(FLEET, Query(), now=NOW)
+    assert page.text["count_fallback"] == "1"
+    assert page.announcement.endswith("1 answer with a fallback.")
+
+
+def cells_of(one: ModelLine, **detail: Any) -> dict[str, str]:
+    """Return what the page of a device says of one model."""
+    at = fleet_views.Detail(line("kiosk", models=(one,)), [], [], **detail)
+    (row,) = fleet_views.device(at, None, now=NOW).tables["models"]
+    return {name: cell.text for name, cell in row.cells.items()}
+
+
+def test_a_model_that_answers_says_variant_provider_certificate_and_what_was_left_aside() -> None:
+    old = cells_of(model())
+    assert (old["variant"], old["provider"]) == ("its agent does not tell", figures.NOTHING)
+    assert (old["certificate"], old["aside"]) == (figures.NOTHING, "")
+    assert cells_of(model(running=0, version=""))["variant"] == figures.NOTHING
+    said = cells_of(model(served=FALLBACK))
+    assert (said["variant"], said["provider"]) == ("fp32 (not int8-qdq)", CPU)
+    assert said["aside"] == (
+        "A fallback: int8-qdq is meant for this device. int8-qdq on CPU: no certificate."
+    )
+    assert (said["certificate"], said["promise"]) == ("None", "")
+    meant = served(aside="fp16: meant for other hardware")
+    assert cells_of(model(served=meant))["aside"] == (
+        "As meant for this device. fp16: meant for other hardware."
+    )
+    assert cells_of(model(served=served()))["aside"] == ""
+
+
+@given(st.text(max_size=700), st.text(max_size=700), st.text(max_size=700))
+def test_a_device_may_say_anything_of_what_answers(variant: str, meant: str, aside: str) -> None:
+    said = pb.ReportedModel(
+        model="digits",
+        active_release=1,
+        serving=pb.Serving(
+            variant=variant,
+            provider=variant,
+            hardware_class=aside,
+            certificate=meant,
+            meant_variant=meant,
+            meant_provider=meant,
+            aside=aside,
+        ),
+    )
+    twin = Twin("kiosk", {}, 0, 0, pb.Reported(models=[said]), NOW, True)
+    (found,) = roster.model_lines(twin)
+    if found.served is None:
+        assert not variant[:64].strip() or not variant[:64].isprintable()
+        return
+    for name in Served.__slots__:
+        text = getattr(found.served, name)
+        assert text.isprintable()
+        assert len(text) <= 500
+    assert len(cells_of(found)["variant"]) < 300
 
 
 @pytest.fixture
@@ -335,6 +429,64 @@ async def test_a_device_shows_what_is_wanted_what_runs_and_why_it_failed(
         assert said in text, said
     assert "7,0" not in text  # too long ago
     assert names(await page(session, f"{stage.url}/devices?update=failed")) == ["kiosk"]
+
+
+async def test_a_device_says_what_the_certificate_promises_under_which_it_answers(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    issued = await stage.fleet.certificates.list("digits", 2)
+    held = next(one for one in issued if one.certificate.variant == "int8-qdq")
+    serving = answers(certificate=held.id)
+    await stage.join("kiosk", runs=2, version="1.1.0", serving=serving)
+    text = await page(session, f"{stage.url}/devices/kiosk")
+    promise = certificate_views.promise(held.certificate)
+    assert '<dd data-cell="certificate">Holds</dd>' in text
+    assert f'data-cell="promise">{promise}</p>' in text
+    await stage.fleet.certificates.withdraw("digits", 2, held.id, reason="a <wrong> scale")
+    text = await page(session, f"{stage.url}/devices/kiosk")
+    assert '<dd data-cell="certificate">Withdrawn</dd>' in text
+    assert f'data-cell="promise">Withdrawn: a &lt;wrong&gt; scale. {promise}</p>' in text
+    for strange in ("f" * 16, "\0", "<b>", "x" * 9000, "../" * 5):
+        await stage.join("kiosk", runs=2, serving=answers(certificate=strange))
+        text = await page(session, f"{stage.url}/devices/kiosk")
+        assert '<dd data-cell="certificate">' in text
+        assert "<b>" not in text.partition('data-table="models"')[2]
+        assert "has not issued" in text or strange == "\0"
+    for model, number in (("digits", (1 << 64) - 1), ("di\0gits", 2), ("digits", 1 << 31)):
+        odd = pb.ReportedModel(
+            model=model, active_release=number, serving=answers(certificate=held.id)
+        )
+        await stage.report(["kiosk"], odd)
+        assert "has not issued" in await page(session, f"{stage.url}/devices/kiosk")
+
+
+async def test_hostile_words_of_a_device_are_only_words(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    hostile = "<script>alert(1)</script>" + '"' * 9000
+    serving = answers(hostile, hostile, hostile, provider=hostile, hardware=hostile)
+    await stage.join("kiosk", runs=1, serving=serving)
+    for path in ("/devices", "/devices/kiosk", "/models", "/models/digits/1"):
+        text = await page(session, stage.url + path)
+        assert "<script>alert" not in text, path
+        assert '"' * 600 not in text.replace("&#34;", '"'), path
+    text = await page(session, f"{stage.url}/devices?variant=%3Cscript%3E&serves=fallback")
+    assert "answers with &lt;script&gt;" in text
+
+
+async def test_fallbacks_are_counted_and_the_filter_stays_while_one_looks_around(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("kiosk-1", "kiosk-2", runs=1, serving=answers())
+    await stage.join("kiosk-3", runs=1, serving=answers("fp32", aside="no certificate"))
+    text = await page(session, f"{stage.url}/devices")
+    assert re.search(r'href="/devices\?serves=fallback".*Fallback.*>1<', text)
+    text = await page(session, f"{stage.url}/devices?runs=digits%401&serves=fallback")
+    assert names(text) == ["kiosk-3"]
+    assert text.count('<input type="hidden" name="serves" value="fallback">') == 2
+    assert 'href="/devices?runs=digits%401" aria-current="true"' in text  # takes it away
+    deploy = f"{stage.url}/deploy?release=digits%402&to=match&serves=fallback&variant=fp32"
+    assert "Deploy digits@2 to 1 device?" in await page(session, deploy)
 
 
 async def test_a_tab_is_sent_the_rows_of_its_page_and_follows_a_device(

@@ -136,7 +136,8 @@ async def test_a_bundle_becomes_a_release_and_once_more_the_same(
         shown = (await ask(session, "GET", f"/releases/{name}")).document
         assert shown["release"] == "digits-hub@1"
         assert shown["bundle"]["model"] == "digits-hub"
-        assert shown["running_on"] == 0
+        assert shown["running_on"] == shown["fallback_on"] == 0
+        assert shown["variants_on"] == {"fp32": 0, "int8-qdq": 0}
     uploads = hub.config.data / "uploads"
     assert [path for path in uploads.rglob("*") if path.is_file()] == []
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_hub.console import model_views, release_pages, report_views
+from cloud_hub.console import model_views, release_pages, release_views, report_views
 from cloud_hub.fleet.callers import Caller
 from cloud_hub.fleet.releases import Release
 from fogline_protocol.release import Parent, Processing
 from tests.cloud_hub.console import workshop
-from tests.cloud_hub.console.fleet_stage import Stage
+from tests.cloud_hub.console.fleet_stage import HARDWARE, Stage, answers
 from tests.examples import numbered, offer, settled
 
 
@@ -58,6 +58,100 @@ async def test_releases_are_listed_with_the_devices_that_run_and_want_them(
     assert '<a href="/devices?wants=digits%402">1 device</a>' in text
     assert text.count(">Forced<") == 1
     assert text.count(">digits-hub</td>") == 3  # who they escalate to
+
+
+NO_CERTIFICATE = "int8-qdq on CPUExecutionProvider: no certificate was issued for it"
+FP32_INSTEAD = answers("fp32", aside=NO_CERTIFICATE)
+
+
+async def test_each_release_says_on_how_many_devices_each_of_its_variants_answers(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("kiosk-1", "kiosk-2", runs=1, serving=answers())
+    await stage.join("kiosk-3", runs=1, serving=FP32_INSTEAD)
+    await stage.join("kiosk-4", runs=1)  # its agent is older
+    await stage.join("kiosk-5", runs=2, serving=answers("strange", "strange"))
+    await stage.join("kiosk-6", serving=FP32_INSTEAD)  # installed by hand
+    for path in ("/models", "/models/digits"):
+        text = await page(session, stage.url + path)
+        for said in (
+            '<a href="/devices?runs=digits%401">4 devices</a>',
+            '<a href="/devices?runs=digits%401&amp;variant=int8-qdq">int8-qdq 2</a>, ',
+            '<a href="/devices?runs=digits%401&amp;variant=fp32">fp32 1</a>, not told 1',
+            'href="/devices?runs=digits%401&amp;serves=fallback">fallback 1</a>',
+        ):
+            assert said in text, said
+        assert text.count("&amp;variant=") == 2
+        assert text.count("serves=fallback") == 1
+        assert "strange" not in text
+
+
+async def test_the_page_of_a_release_names_who_answers_with_a_fallback_and_why(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("kiosk-1", "kiosk-2", runs=2, version="1.1.0", serving=answers())
+    instead = [f"gate-{n}" for n in range(1, 13)]
+    await stage.join(*instead, runs=2, version="1.1.0", serving=FP32_INSTEAD)
+    meant = answers("fp32", "fp32", "int8-qdq: meant for x86_64+vnni", hardware="old/cpu")
+    await stage.join("attic", runs=2, version="1.1.0", serving=meant)
+    await stage.join("cellar", runs=2, version="1.1.0")
+    await stage.join("yard", runs=1, serving=FP32_INSTEAD)  # of another release
+    text = await page(session, f"{stage.url}/models/digits/2")
+    for said in (
+        '<a href="/devices?runs=digits%402&amp;variant=int8-qdq">2 devices</a>',
+        '<a href="/devices?runs=digits%402&amp;variant=fp32">13 devices</a>',
+        "A fallback answers on 12 devices",
+        "1 device does not tell which variant answers",
+        "<small>int8-qdq 2, fp32 12</small>",
+        "<small>fp32 1</small>",
+    ):
+        assert said in text, said
+    first, second = re.findall(r"<li([^>]*)>(\d+ devices? answers?.*?)</li>", text)
+    assert "waived" in first[0]
+    assert first[1].startswith(
+        f"12 devices answer with fp32 instead of int8-qdq: {NO_CERTIFICATE}. "
+    )
+    assert re.findall(r'href="/devices/([^"]+)"', first[1]) == instead[:5]
+    assert "and 7 more" in first[1]
+    assert "waived" not in second[0]
+    assert second[1].startswith(
+        "1 device answers with fp32, as meant for such hardware: int8-qdq: meant for x86_64+vnni. "
+    )
+    text = await page(session, f"{stage.url}/models/digits/3")
+    assert "What devices left aside" not in text
+    assert "does not tell" not in text
+
+
+async def test_a_class_is_certified_for_what_runs_there(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    async def certified() -> str:
+        text = await page(session, f"{stage.url}/models/digits/2")
+        (row,) = re.findall(rf"<tr><th [^>]*>{re.escape(HARDWARE)}(.*?)</tr>", text)
+        (word,) = re.findall(r'data-word="(\w+)"', row)
+        return str(word)
+
+    for one in await stage.fleet.certificates.list("digits", 2):
+        if one.certificate.variant == "fp32":
+            await stage.fleet.certificates.withdraw("digits", 2, one.id, reason="an old scale")
+    await stage.join("old", runs=2)
+    assert await certified() == "holds"  # whatever it is, something is certified there
+    await stage.join("old", runs=2, serving=answers("fp32"))
+    assert await certified() == "none"
+    await stage.join("new", runs=2, serving=answers())
+    assert await certified() == "partly"
+    await stage.join("old", runs=2, serving=answers())
+    assert await certified() == "holds"
+
+
+async def test_reasons_beyond_count_are_counted(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    for n in range(release_views.ASIDES_SHOWN + 3):
+        await stage.join(f"kiosk-{n}", runs=2, serving=answers("fp32", aside=f"reason {n}"))
+    text = await page(session, f"{stage.url}/models/digits/2")
+    assert text.count("instead of int8-qdq: reason") == release_views.ASIDES_SHOWN
+    assert "And 3 more reasons." in text
 
 
 async def test_a_hub_without_releases_shows_the_command_that_comes_next(

@@ -15,6 +15,7 @@ from cloud_hub.fleet.controller import (
     EVENTS_KEPT,
     MAX_GENERATION,
     Controller,
+    Running,
     TooMuchWanted,
     Twin,
     UnknownDevice,
@@ -346,7 +347,43 @@ async def test_running_counts_devices_by_release(hub: Hub) -> None:
     for number, device in enumerate(("a", "b", "c", "d")):
         model = standing(active_release=min(number, 2))
         await hub.tell(report(device, 1, models=[model]))
-    assert await hub.controller.running("digits") == {1: 1, 2: 2}
+    nothing_told = {1: Running(1, {}, 0), 2: Running(2, {}, 0)}
+    assert await hub.controller.running("digits") == nothing_told
+
+
+def serving(variant: str, aside: str = "", **more: str) -> pb.Serving:
+    meant = {"meant_variant": "int8", "meant_provider": "CPU"}
+    return pb.Serving(**{"variant": variant, "provider": "CPU", "aside": aside, **meant, **more})
+
+
+async def test_running_counts_variants_and_fallbacks_of_devices_that_tell(hub: Hub) -> None:
+    told = [
+        serving("int8"),
+        serving("fp32"),
+        serving("int8", provider="CUDA"),
+        serving("fp32", meant_variant="", meant_provider=""),  # says nothing of what was meant
+        None,  # an older agent
+    ]
+    for number, what in enumerate(told):
+        model = standing(active_release=1, serving=what)
+        await hub.tell(report(f"device-{number}", 1, models=[model]))
+    await hub.tell(report("unmanaged", 1, models=[standing(active_release=0, serving=told[0])]))
+    assert await hub.controller.running("digits") == {1: Running(5, {"int8": 2, "fp32": 2}, 2)}
+
+
+async def test_another_variant_without_an_update_is_part_of_the_history(hub: Hub) -> None:
+    left = "int8 on CPU: no certificate was issued for it"
+    said = [
+        standing(active_release=1),
+        standing(active_release=1, serving=serving("int8")),  # the agent was updated
+        standing(active_release=1, serving=serving("fp32", left)),
+        standing(active_release=1, serving=serving("fp32", left)),
+        standing(active_release=2, serving=serving("int8")),  # an update, with its own line
+    ]
+    for sequence, model in enumerate(said, 1):
+        await hub.tell(report(sequence=sequence, models=[model]))
+    found = [(event.release, event.sentence) for event in await hub.controller.events("a")]
+    assert found == [(2, ""), (1, f"answers with fp32 on CPU now: {left}"), (1, "")]
 
 
 # What operators want
