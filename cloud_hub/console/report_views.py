@@ -99,6 +99,7 @@ class Report:
     more_gains: int
     also: Sequence[tuple[str, str, Sequence[tuple[str, Said]]]]  # data, items, accuracy by model
     uncertified: str  # why a release that escalates has no certificate
+    combined: str  # what a score other than max_softmax buys
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,7 @@ def read(document: Mapping[str, Any]) -> Report | None:
             for name, data in _pairs(_at(found, "also"))[:DATA_SHOWN]
         ],
         uncertified=words(_at(found, "uncertified"), LONGEST_SENTENCE),
+        combined=words(_at(found, "combined", "sentence"), LONGEST_SENTENCE),
     )
 
 

@@ -292,6 +292,27 @@ async def test_a_report_that_contradicts_its_bundle_is_said_to(
     assert text.count(">Refused<") == 1  # fp16, which is not in the bundle
 
 
+async def test_what_a_combined_score_buys_is_said_where_the_score_is(
+    stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    document = workshop.report()
+    await accept(stage, tmp_path / "1", document=document)
+    text = await page(session, f"{stage.url}/models/digits/4")
+    contract = text[text.index('id="contract"') : text.index('id="self-test"')]
+    assert document["figures"]["combined"]["sentence"] in contract
+    for version, odd, said in (
+        ("1.4.0", {"sentence": workshop.HOSTILE * 99}, True),
+        ("1.5.0", {"sentence": ["no text"]}, False),
+        ("1.6.0", None, False),
+    ):
+        document["figures"]["combined"] = odd
+        made = await accept(stage, tmp_path / version, version=version, document=document)
+        text = await page(session, f"{stage.url}/models/digits/{made.number}")
+        assert ("What the score buys" in text) == said
+        assert workshop.HOSTILE not in text
+        assert text.count("&lt;script&gt;") < 30  # it is cut
+
+
 async def test_lineage_leads_from_parent_to_child_with_what_changed(
     stage: Stage, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:

@@ -99,6 +99,17 @@ def report(**changes: Any) -> dict[str, Any]:
                 "hub": figures(0.97, -0.03),
             },
             "uncertified": "12 scenes cannot carry 1 %: 299 are needed",
+            "combined": {
+                "function": "logistic",
+                "parameters": {"bias": 0.5, "log_odds": 1.0, "spread": 0.25},
+                "fitted_on": "tuning",
+                "variant": "int8-qdq",
+                "alpha": 0.05,
+                "escalated": 0.162,
+                "escalated_by_max_softmax": 0.164,
+                "saved": {"value": 0.002, "lower": -0.01, "upper": 0.014},
+                "sentence": "score logistic buys nothing that this data could tell from chance",
+            },
             "gains": {
                 "new writers": [
                     {
