@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import NamedTuple, Protocol
@@ -30,6 +30,7 @@ from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situati
 from edge_agent.inference.uplink import Answer, Question, Uplink
 from edge_agent.runtime.release import Release
 from fogline_protocol import examples, inference, tensors
+from fogline_protocol.answers import mask_problem
 from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -47,6 +48,7 @@ from fogline_protocol.inference import (
     ServerMetadata,
 )
 from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.release import Bundle
 from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array
 
@@ -742,11 +744,32 @@ async def _run_here(
             del outputs[bundle.score.output]
         if not rows:
             scores = []
+        elif bundle.score.mask:
+            scores = _scores_of_tokens(release.score, bundle, scored, inputs)
         elif bundle.max_batch:
             scores = release.score(scored).tolist()
         else:
             scores = release.score(scored[np.newaxis]).tolist()
     return outputs, scores, scored
+
+
+def _scores_of_tokens(
+    score: Callable[..., Array], bundle: Bundle, scored: Array, inputs: Mapping[str, Array]
+) -> list[float]:
+    """Return one score per row from the tokens that the request's own mask counts.
+
+    Raises:
+        BadRequest: the mask is not of those tokens, though the model took it.
+    """
+    named = bundle.score
+    assert named is not None  # or nothing would be scored
+    mask = inputs[named.mask]
+    if (problem := mask_problem(named, scored, mask)) is not None:
+        raise BadRequest(problem)
+    if not bundle.max_batch:
+        scored, mask = scored[np.newaxis], mask[np.newaxis]
+    scores: list[float] = score(scored, mask).tolist()
+    return scores
 
 
 _AT_ONCE = (0,)  # the waiting time of the only request in a batch

@@ -27,7 +27,8 @@ class Release:
     choice: Choice
     engine: Engine
     number: int = 0  # the hub's number of the release; 0: installed by hand
-    score: Callable[[Array], Array] | None = None  # [n, ...] -> [n]; None: there is no scale
+    # [n, ...] -> [n], after the bundle's mask if its score names one; None: there is no scale
+    score: Callable[..., Array] | None = None
 
     @property
     def bundle(self) -> Bundle:

@@ -30,6 +30,7 @@ have to agree on this?
     certificate.py     the risk certificate: a threshold and the bound that holds at it
     golden.py          the self-test of a release: its vectors and the verdict
     score.py           the scale that thresholds live on
+    answers.py         what a model's answers are, and which of them count
     hardware.py        the hardware class: what measurements and certificates are keyed by
     release_index.py   what the hub signs of a release: every file with its blocks
     topics.py          what is said under which MQTT topic, and by whom

@@ -3,7 +3,7 @@
     P(disagreement <= alpha) >= 1 - delta     over all requests drawn like the calibration set
 
 ``disagreement`` is the share of requests that were answered locally *and* differently from
-the hub's model. The device answers locally iff ``score > threshold``. How the threshold is
+the hub's model: in any token that counts, where a row has an answer for each. The device answers locally iff ``score > threshold``. How the threshold is
 found is the workshop's business (``fogline_models.certify``); what the document says, and
 when it may be relied on, is decided here for everybody.
 """
@@ -120,9 +120,11 @@ def parse(data: bytes) -> Certificate:
 
 def score_of(message: pb.Score) -> Score:
     """Return what a bundle's or a certificate's message says of the score."""
-    return Score(message.function, message.output, dict(message.parameters))
+    return Score(message.function, message.output, dict(message.parameters), message.mask)
 
 
 def score_message(score: Score) -> pb.Score:
     """Return the same as a message."""
-    return pb.Score(function=score.function, output=score.output, parameters=score.parameters)
+    return pb.Score(
+        function=score.function, output=score.output, parameters=score.parameters, mask=score.mask
+    )

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fogline_protocol.answers import Asked
 from fogline_protocol.release import Bundle, Tolerance
-from fogline_protocol.tensors import Array
+from fogline_protocol.score import MAX_SOFTMAX, Score
+from fogline_protocol.tensors import Array, TensorError
 
 MAX_VECTORS_BYTES = 256 << 20  # unpacked; a small archive can hold any number of zeros
 FAR_OFF = sys.float_info.max  # an error without a measure; JSON knows neither infinity nor NaN
@@ -78,11 +80,17 @@ class GoldenVectors:
             raise VectorsUnusable(
                 f"{where}: tensors have {sorted(rows)} rows, expected one number > 0"
             )
-        return cls(
+        found = cls(
             {spec.name: tensors[f"input.{spec.name}"] for spec in bundle.inputs},
             {spec.name: tensors[f"output.{spec.name}"] for spec in bundle.outputs},
             bundle.max_batch,
         )
+        if bundle.score is not None and bundle.max_batch:
+            try:
+                Asked.of(bundle.score, found.outputs[bundle.score.output], found.inputs)
+            except TensorError as error:
+                raise VectorsUnusable(f"{where}: {error}") from None
+        return found
 
     def batches(self) -> Iterator[Mapping[str, Array]]:
         """Yield the inputs in runs of at most ``max_batch`` rows."""
@@ -103,8 +111,8 @@ def judge(
     """Compare ``answers``, one per batch of ``golden``, with the reference.
 
     Returns:
-        ``max_abs_error`` over all values and ``agreement``, the share of rows with the
-        reference's top answer (1 where no output has classes).
+        ``max_abs_error`` over all values and ``agreement``, the share of answers that are the
+        reference's (1 where no output has classes): of rows, or of tokens that count.
 
     Raises:
         Deviates: by more than ``tolerance``, or in shape.
@@ -124,18 +132,22 @@ def judge(
             raise Deviates(f"output {spec.name!r}: {found}")
         worst = max(worst, _distance(want, got))
         if spec.name == decisive and golden.max_batch and want.size > len(want):
-            rows = len(want)
-            top = want.reshape(rows, -1).argmax(axis=1) == got.reshape(rows, -1).argmax(axis=1)
-            agreement = float(top.mean())
+            agreement = _agreement(bundle, golden, want, got)
     figures = {"max_abs_error": worst, "agreement": agreement}
+    what = "tokens" if bundle.score is not None and bundle.score.per_token else "rows"
     if worst > tolerance.max_abs_error or agreement < tolerance.min_agreement:
         raise Deviates(
             f"outputs stray from the reference by up to {worst if worst < FAR_OFF else math.inf:.4g} (allowed "
-            f"{tolerance.max_abs_error:.4g}); {agreement:.1%} of the golden rows get its top "
+            f"{tolerance.max_abs_error:.4g}); {agreement:.1%} of the golden {what} get its top "
             f"answer (required {tolerance.min_agreement:.1%})",
             figures,
         )
     return figures
+
+
+def _agreement(bundle: Bundle, golden: GoldenVectors, want: Array, got: Array) -> float:
+    asked = Asked.of(bundle.score or Score(MAX_SOFTMAX, ""), want, golden.inputs)
+    return float((asked.top(want) == asked.top(got)).mean()) if len(asked) else 1.0
 
 
 def _distance(want: Array, got: Array) -> float:

@@ -394,12 +394,39 @@ def _contradiction(bundle: Bundle) -> str | None:
             if name not in bundle.files:
                 return f"processing {step.kind!r} names the file {name!r}, which is not listed"
     if bundle.score is not None:
-        if bundle.score.output not in [spec.name for spec in bundle.outputs]:
-            return f"the score reads {bundle.score.output!r}, which is not an output"
-        if bundle.score.problem is not None:
-            return bundle.score.problem
-    elif bundle.escalates_to is not None:
+        return _score_contradiction(bundle, bundle.score)
+    if bundle.escalates_to is not None:
         return "a bundle that escalates needs a score"
+    return None
+
+
+def _score_contradiction(bundle: Bundle, score: Score) -> str | None:
+    output = next((spec for spec in bundle.outputs if spec.name == score.output), None)
+    if output is None:
+        return f"the score reads {score.output!r}, which is not an output"
+    if score.problem is not None:
+        return score.problem
+    if score.per_token and len(output.shape) < (3 if bundle.max_batch else 2):
+        return (
+            f"the score {score.function} is of tokens, but output {output.name!r} has the shape "
+            f"{list(output.shape)}: no axis for tokens before that of classes"
+        )
+    if not score.mask:
+        return None
+    mask = next((spec for spec in bundle.inputs if spec.name == score.mask), None)
+    if mask is None:
+        return f"the score's mask {score.mask!r} is not an input"
+    if DTYPES[mask.datatype].kind not in "biuf":
+        return f"the score's mask {mask.name!r} is {mask.datatype}, expected numbers or BOOL"
+    tokens = output.shape[:-1]
+    if len(mask.shape) != len(tokens) or any(
+        -1 not in (one, other) and one != other
+        for one, other in zip(mask.shape, tokens, strict=True)
+    ):
+        return (
+            f"the score's mask {mask.name!r} has the shape {list(mask.shape)}, expected one number "
+            f"for each token of {output.name!r} {list(output.shape)}"
+        )
     return None
 
 

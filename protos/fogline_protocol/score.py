@@ -6,6 +6,12 @@ that calibrated must compute it identically, to the last bit.
     max_softmax   the largest softmax probability
     logistic      how likely the hub agrees: a logistic head on a few features of the logits,
                   whose coefficients the workshop fitted and the bundle and certificate name
+    least_softmax of a row with an answer for each of its tokens: the largest softmax probability
+                  of the token that is least certain, among those that count
+
+A row is answered as certainly as its least certain token, because it is one request: a device
+keeps all of its answers or none. Which tokens count it learns from an input, the score's ``mask``,
+as applications send it, and from nothing else (``answers.py``).
 """
 
 import functools
@@ -19,6 +25,8 @@ from fogline_protocol.tensors import Array
 
 MAX_SOFTMAX = "max_softmax"
 LOGISTIC = "logistic"
+LEAST_SOFTMAX = "least_softmax"
+PER_TOKEN = frozenset({LEAST_SOFTMAX})  # of rows with many answers
 
 FEATURES = ("log_odds", "spread")
 FINEST = 2.0**-52  # how far a sum of shares is above 1, at the least
@@ -32,15 +40,22 @@ class Score:
     function: str
     output: str
     parameters: Mapping[str, float] = field(default_factory=dict)
+    mask: str = ""  # the input that says which tokens of a row count; none: all do
 
     def __str__(self) -> str:
         """Say it to people."""
         named = ", ".join(f"{name} {value:g}" for name, value in sorted(self.parameters.items()))
-        return f"{self.function} of {self.output}" + (f" ({named})" if named else "")
+        where = f" where {self.mask} counts" if self.mask else ""
+        return f"{self.function} of {self.output}{where}" + (f" ({named})" if named else "")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a row has an answer for each of its tokens, and not one for all of it."""
+        return self.function in PER_TOKEN
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with its parameters; of a function unknown here, nothing can be said."""
+        """What is wrong with it in itself; of a function unknown here, nothing can be said."""
         wanted = PARAMETERS.get(self.function)
         if wanted is None:
             return None
@@ -52,6 +67,10 @@ class Score:
         for name, value in self.parameters.items():
             if not math.isfinite(value):
                 return f"the score's parameter {name} is not a finite number"
+        if self.mask and not self.per_token:
+            return (
+                f"the score {self.function} is of whole rows and takes no mask, got {self.mask!r}"
+            )
         return None
 
 
@@ -111,12 +130,38 @@ def logistic(logits: Array, *, bias: float, log_odds: float, spread: float) -> A
     )
 
 
-FUNCTIONS: Mapping[str, Callable[..., Array]] = {MAX_SOFTMAX: max_softmax, LOGISTIC: logistic}
-PARAMETERS: Mapping[str, tuple[str, ...]] = {MAX_SOFTMAX: (), LOGISTIC: ("bias", *FEATURES)}
+def least_softmax(logits: Array, mask: Array | None = None) -> Array:
+    """Return ``max_softmax`` of each row's least certain token: ``[n, tokens, classes] -> [n]``.
+
+    ``mask``, ``[n, tokens]``, is not 0 where a token counts; without one all do. What is not
+    counted is not looked at, so padding never changes a score, whatever a model says of it. A row
+    with a counted value that is not finite scores 0. A row in which nothing counts scores 1:
+    nothing was asked, so nothing can be answered differently.
+    """
+    counts = np.ones(logits.shape[:-1], bool) if mask is None else mask != 0
+    scores = np.ones(counts.shape, np.float32)
+    if counts.any():
+        scores[counts] = max_softmax(logits[counts])
+    least: Array = scores.min(axis=tuple(range(1, scores.ndim)), initial=1.0)
+    return least
 
 
-def scorer(score: Score) -> Callable[[Array], Array]:
+FUNCTIONS: Mapping[str, Callable[..., Array]] = {
+    MAX_SOFTMAX: max_softmax,
+    LOGISTIC: logistic,
+    LEAST_SOFTMAX: least_softmax,
+}
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    MAX_SOFTMAX: (),
+    LOGISTIC: ("bias", *FEATURES),
+    LEAST_SOFTMAX: (),
+}
+
+
+def scorer(score: Score) -> Callable[..., Array]:
     """Return the function that ``score`` names, with its parameters: ``[n, ...] -> [n]``.
+
+    Where the score has a mask, that input is the second argument.
 
     Raises:
         KeyError: there is none of this name.

@@ -3,6 +3,7 @@
     double.onnx       x FP32 [n, 3] -> logits = 2 x
     double_one.onnx   x FP32 [3] -> logits = 2 x, no batch dimension
     text.onnx         s BYTES [n, 1] -> t = s
+    tokens.onnx       x FP32 [n, tokens, 3] -> logits = 2 x; attention_mask INT64 [n, tokens] is taken
 
 The files were written once with onnx 1.23 (opset 13), which tests do without.
 """
@@ -37,6 +38,7 @@ DIGITS_HUB = DIGITS.parent / "digits-hub-1.0.0"
 NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 MAX_SOFTMAX = Score("max_softmax", "logits")
+LEAST_SOFTMAX = Score("least_softmax", "logits", mask="attention_mask")
 THRESHOLD = 0.9
 SURE: Array = np.array([[5, 0, 0]], np.float32)  # scores 0.9999
 UNSURE: Array = np.array([[0.1, 0, 0]], np.float32)  # scores 0.379
@@ -72,10 +74,14 @@ def make(
     batch = (-1,) if max_batch else ()
     tensor = ("BYTES", (-1, 1)) if onnx == "text.onnx" else ("FP32", (*batch, 3))
     names = ("s", "t") if onnx == "text.onnx" else ("x", "logits")
+    masks: tuple[TensorSpec, ...] = ()
+    if onnx == "tokens.onnx":
+        tensor = ("FP32", (-1, -1, 3))
+        masks = (TensorSpec("attention_mask", "INT64", (-1, -1)),)
     bundle = Bundle(
         model=model,
         version=version,
-        inputs=(TensorSpec(names[0], *tensor),),
+        inputs=(TensorSpec(names[0], *tensor), *masks),
         outputs=(TensorSpec(names[1], *tensor),),
         max_batch=max_batch,
         variants=tuple(

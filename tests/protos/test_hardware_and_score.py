@@ -146,6 +146,68 @@ def test_nor_is_a_logistic_head_certain_about_a_row_that_is_not_finite(bad, head
     assert scores[1:].tolist() == [0, 0]
 
 
+@st.composite
+def texts(draw):
+    """Logits [n, tokens, classes] and a mask [n, tokens] of any kind; some of both may be empty."""
+    shape = draw(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(1, 5)))
+    anything = st.floats(width=32) | st.floats(-20, 20, width=32)
+    kind = draw(st.sampled_from([np.int64, np.bool_, np.float32, np.uint8]))
+    mask = draw(hnp.arrays(np.bool_, shape[:2])).astype(kind)
+    return draw(hnp.arrays(np.float32, shape, elements=anything)), mask
+
+
+@given(texts())
+def test_a_text_scores_as_its_least_certain_token_that_counts(text):
+    logits, mask = text
+    scores = score.least_softmax(logits, mask)
+    assert (scores.shape, scores.dtype) == ((len(logits),), np.float32)
+    for row, counts, found in zip(logits, mask != 0, scores, strict=True):
+        if counts.any():
+            assert found == score.max_softmax(row[counts]).min()
+        else:
+            assert found == 1.0  # nothing is asked, so nothing is uncertain
+
+
+@given(texts(), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_neither_padding_nor_the_order_of_tokens_changes_a_texts_score(text, more, random):
+    logits, mask = text
+    scores = score.least_softmax(logits, mask)
+    padding = np.full((len(logits), more, logits.shape[2]), np.nan, np.float32)
+    longer = np.concatenate([logits, padding], axis=1)
+    ones = np.concatenate([mask, np.zeros((len(mask), more), mask.dtype)], axis=1)
+    np.testing.assert_array_equal(score.least_softmax(longer, ones), scores)
+    order = list(range(longer.shape[1]))
+    random.shuffle(order)
+    shuffled = score.least_softmax(longer[:, order], ones[:, order])
+    np.testing.assert_array_equal(shuffled, scores)
+
+
+@given(any_finite)
+def test_a_text_of_one_token_scores_as_a_row(logits):
+    one = logits[:, np.newaxis]
+    np.testing.assert_array_equal(score.least_softmax(one), score.max_softmax(logits))
+    np.testing.assert_array_equal(
+        score.least_softmax(one, np.ones(one.shape[:2], np.int64)), score.max_softmax(logits)
+    )
+
+
+@given(texts())
+def test_without_a_mask_every_token_counts(text):
+    logits, _ = text
+    np.testing.assert_array_equal(
+        score.least_softmax(logits), score.least_softmax(logits, np.ones(logits.shape[:2]))
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nothing_is_certain_about_a_text_with_a_counted_token_that_is_not_finite(bad):
+    logits = np.array([[[9, 0], [bad, 0]]] * 2, np.float32)
+    assert score.least_softmax(logits).tolist() == [0, 0]
+    scores = score.least_softmax(logits, np.array([[1, 1], [1, 0]]))
+    assert scores[0] == 0
+    assert scores[1] > 0.99
+
+
 def test_a_score_with_parameters_is_the_function_with_them():
     logits = np.array([[1, 3, 2]], np.float32)
     ready = score.scorer(score.Score("logistic", "y", HEAD))
@@ -168,6 +230,12 @@ def test_a_score_with_parameters_is_the_function_with_them():
         (
             score.Score("logistic", "y"),
             "the score logistic takes the parameters bias, log_odds, spread, got none",
+        ),
+        (score.Score("least_softmax", "y", mask="attention_mask"), None),
+        (score.Score("least_softmax", "y"), None),
+        (
+            score.Score("max_softmax", "y", mask="attention_mask"),
+            "the score max_softmax is of whole rows and takes no mask, got 'attention_mask'",
         ),
         (
             score.Score("logistic", "y", {**HEAD, "bias": float("nan")}),

@@ -119,6 +119,63 @@ def test_a_score_without_parameters_is_written_as_before_there_were_any():
         }
 
 
+TOKENS = Score("least_softmax", "logits", mask="attention_mask")
+
+
+def a_tagger(mask=("INT64", (-1, -1)), output=(-1, -1, 5), score=TOKENS, **changes):
+    return a_bundle(
+        inputs=(
+            TensorSpec("input_ids", "INT64", (-1, -1)),
+            TensorSpec("attention_mask", mask[0], mask[1]),
+        ),
+        outputs=(TensorSpec("logits", "FP32", output),),
+        score=score,
+        **changes,
+    )
+
+
+def test_a_scores_mask_survives_the_disk():
+    assert release.parse(a_tagger().to_json()) == a_tagger()
+    certified = a_certificate(score=TOKENS)
+    assert certificate.parse(certified.to_json()) == certified
+    assert json.loads(certified.to_json())["score"]["mask"] == "attention_mask"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        a_tagger(("BOOL", (-1, 7)), (-1, -1, 5)),
+        a_tagger(("FP32", (-1, -1)), (-1, 7, 5)),
+        a_tagger(score=Score("least_softmax", "logits")),
+        a_tagger(("INT64", (7,)), (7, 5), max_batch=0),
+    ],
+)
+def test_a_mask_may_be_of_any_numbers_and_leave_the_length_open(made):
+    assert release.parse(made.to_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (a_tagger(score=Score("least_softmax", "logits", mask="mask")), "'mask' is not an input"),
+        (a_tagger(("BYTES", (-1, -1))), "mask 'attention_mask' is BYTES, expected numbers"),
+        (
+            a_tagger(("INT64", (-1, 6)), (-1, 7, 5)),
+            r"shape \[-1, 6\], expected one number for each",
+        ),
+        (a_tagger(("INT64", (-1, -1, 1))), r"shape \[-1, -1, 1\], expected one number for each"),
+        (a_tagger(output=(-1, 5)), r"'logits' has the shape \[-1, 5\]: no axis for tokens"),
+        (
+            a_tagger(score=Score("max_softmax", "logits", mask="attention_mask")),
+            "max_softmax is of whole rows and takes no mask",
+        ),
+    ],
+)
+def test_a_mask_that_cannot_tell_tokens_apart_is_refused(made, text):
+    with pytest.raises(DocumentError, match=text):
+        release.parse(made.to_json())
+
+
 def test_a_certificate_for_half_a_score_is_refused():
     with pytest.raises(DocumentError, match="certificate: the score logistic takes the param"):
         certificate.parse(a_certificate(score=Score("logistic", "logits")).to_json())

@@ -96,7 +96,7 @@ class TensorSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("function", "output", "parameters")
+    __slots__ = ("function", "output", "parameters", "mask")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -107,10 +107,12 @@ class Score(_message.Message):
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     function: str
     output: str
     parameters: _containers.ScalarMap[str, float]
-    def __init__(self, function: _Optional[str] = ..., output: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    mask: str
+    def __init__(self, function: _Optional[str] = ..., output: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ..., mask: _Optional[str] = ...) -> None: ...
 
 class Variant(_message.Message):
     __slots__ = ("name", "path", "precision", "providers", "processors")

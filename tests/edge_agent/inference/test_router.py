@@ -394,6 +394,56 @@ async def test_a_model_without_a_pair_answers_uncertified(
     assert not hub.requests
 
 
+TOKEN_SURE, TOKEN_UNSURE, PADDING = [5, 0, 0], [0.1, 0, 0], [np.nan, 0, np.inf]
+
+
+def tokens(*texts: Sequence[Sequence[float]], length: int = 4) -> dict[str, Array]:
+    """Return the inputs of texts of these tokens, padded with what nobody must look at."""
+    x = np.array([[*text, *[PADDING] * (length - len(text))] for text in texts], np.float32)
+    mask = np.array([[1] * len(text) + [0] * (length - len(text)) for text in texts])
+    return {"x": x, "attention_mask": mask}
+
+
+@pytest.fixture
+def tagger(tmp_path: Path) -> Release:
+    made = bundles.make(
+        tmp_path / "tagger", onnx="tokens.onnx", model="tagger", score=bundles.LEAST_SOFTMAX
+    )
+    return load(made.path)
+
+
+async def test_a_text_is_as_certain_as_its_least_certain_token(tagger: Release) -> None:
+    texts = [[TOKEN_SURE] * 2, [TOKEN_SURE, TOKEN_UNSURE, TOKEN_SURE], [TOKEN_SURE] * 4, []]
+    async with routed(None, tagger) as r:
+        request = InferRequest("tagger", tokens(*texts), parameters={"fogline.per_row": True})
+        response = await r.router.infer(request, None)
+        alone = [
+            (await r.router.infer(InferRequest("tagger", tokens(text, length=9)), None)).parameters
+            for text in texts
+        ]
+    scores = response.outputs["fogline.score"]
+    assert scores.tolist() == pytest.approx([0.9999, 0.379, 0.9999, 1.0], abs=1e-3)
+    assert response.outputs["fogline.quality"].tolist() == [
+        b"certified", b"degraded", b"certified", b"certified",
+    ]  # fmt: skip
+    assert response.parameters["fogline.reason"] == "link"
+    assert response.parameters["fogline.score"] == scores.min()
+    # More padding and other company: the very same scores.
+    assert [each["fogline.score"] for each in alone] == scores.tolist()
+
+
+async def test_a_mask_of_other_tokens_is_refused_with_both_shapes(tagger: Release) -> None:
+    given = tokens([TOKEN_SURE] * 2)
+    given["attention_mask"] = given["attention_mask"][:, :1]
+    async with routed(None, tagger) as r:
+        with pytest.raises(
+            BadRequest, match=r"'attention_mask' .* is \[1, 1\], but output 'logits'"
+        ):
+            await r.router.infer(InferRequest("tagger", given), None)
+        fits = InferRequest("tagger", tokens([TOKEN_SURE]))
+        assert said(await r.router.infer(fits, None)) == "edge certified confident"
+
+
 async def test_a_model_without_rows_is_decided_as_one(
     hub: FakeHub, door: Serving, tmp_path: Path
 ) -> None:
