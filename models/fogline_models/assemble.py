@@ -37,6 +37,7 @@ from fogline_models.session import CPU
 from fogline_models.sources import Exported
 from fogline_models.steps import Say
 from fogline_protocol import hardware, release
+from fogline_protocol.answers import Asked
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import (
     Bundle,
@@ -48,7 +49,7 @@ from fogline_protocol.release import (
     Variant,
 )
 from fogline_protocol.score import PARAMETERS, Score
-from fogline_protocol.tensors import Array
+from fogline_protocol.tensors import Array, TensorError
 
 SELF_TEST = "selftest.npz"
 SOURCES = "sources.json"
@@ -57,6 +58,7 @@ PARENT = "the parent"  # its name among the outputs
 # A provider that was not measured here gets a tolerance wider by a factor: other kernels add in
 # another order, and TF32 keeps 10 bits of a factor.
 UNMEASURED_FACTOR = 4.0
+TOLERANCE_FROM = ("ranges", "self_test")  # splits, whose texts may be of different lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Measured:
     release: ReleaseRecipe
     exported: Exported
     signature: Signature
+    reading: Score  # how answers are read, without what is fitted to them
     extras: Mapping[str, bytes]  # further files of the bundle, by name
     golden: Mapping[str, Array]  # input.* and output.*
     files: Mapping[str, Path]  # by variant; fp32 among them
@@ -104,11 +107,6 @@ class Measured:
     def labels(self) -> tuple[str, ...]:
         """The names of the classes."""
         return self.recipe.labels or self.exported.labels
-
-    @property
-    def output(self) -> str:
-        """The tensor that answers are read from: the first."""
-        return self.signature.outputs[0].name
 
     @property
     def is_classifier(self) -> bool:
@@ -169,6 +167,10 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
         if each.accident is None:
             _check_golden(directory)
         certificates, uncertified = _certify(found, directory, now, say)
+        escalations = _escalations(found, certificates, held_out)
+        for escalation in escalations:
+            if escalation.note:
+                say(f"{each.title}: {escalation.note}")
         document = report.document(
             dataclasses.replace(subject, parent=_since_parent(found, directory)),
             evaluation,
@@ -176,7 +178,7 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
             found.costs,
             measure.machine(),
             bundle_sha256=directory.sha256,
-            escalations=_escalations(found, certificates, held_out),
+            escalations=escalations,
             also={
                 name: _evaluate(found, name, _held_out(found, name))
                 for name in found.recipe.data.also
@@ -191,7 +193,22 @@ def finish(found: Measured, target: Path, *, now: datetime.datetime, say: Say) -
 
 def _held_out(found: Measured, split: str) -> HeldOut:
     items = found.splits[split]
-    return HeldOut(items.scenes, items.labels, items.slices, found.labels)
+    asked = None
+    if found.is_classifier:
+        asked = _asked(found, split)
+    return HeldOut(items.scenes, items.labels, items.slices, found.labels, asked)
+
+
+def _asked(found: Measured, split: str) -> Asked:
+    """Return which answers to the items of a split count.
+
+    Raises:
+        BadInput: the model does not answer for the tokens that its mask is of.
+    """
+    try:
+        return Asked.of(found.reading, found.outputs[split][FP32], found.splits[split].inputs)
+    except TensorError as error:
+        raise BadInput(f"evaluate: split {split}: {error}") from None
 
 
 def _evaluate(found: Measured, split: str, held_out: HeldOut) -> Evaluation:
@@ -259,7 +276,7 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
     each, recipe = found.release, found.recipe
     signature = found.signature
     known = {
-        name: np.concatenate([found.outputs[split][name] for split in ("ranges", "self_test")])
+        name: np.concatenate([found.outputs[split][name].ravel() for split in TOLERANCE_FROM])
         for name in found.files
     }
     return Bundle(
@@ -307,13 +324,13 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
 
 def _score(found: Measured, preferred: str) -> Score:
     """Return the score, fitted to the variant that devices try first."""
-    function = found.release.score
-    if not PARAMETERS[function] or found.hub is None:
-        return Score(function, found.output)
+    if not PARAMETERS[found.reading.function] or found.hub is None:
+        return found.reading
     split = head.split_of(found.splits)
     outputs = found.outputs[split]
     agrees = metrics.top(outputs[preferred]) == metrics.top(outputs[found.hub.name])
-    return Score(function, found.output, head.fit(outputs[preferred], agrees, split))
+    fitted = head.fit(outputs[preferred], agrees, split)
+    return dataclasses.replace(found.reading, parameters=fitted)
 
 
 def _combined(found: Measured, root: Bundle, held_out: HeldOut) -> evaluate.Combined | None:

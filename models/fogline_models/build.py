@@ -48,8 +48,9 @@ from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.steps import Say, Steps, code, tools
 from fogline_protocol import documents, hardware, release
+from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.release import BundleDirectory, BundleRefused
-from fogline_protocol.score import PARAMETERS
+from fogline_protocol.score import PARAMETERS, Score
 from fogline_protocol.tensors import Array
 
 BUNDLES = "bundles"
@@ -98,13 +99,15 @@ def quantize_file(
     *,
     keep: tuple[str, ...] = (),
     sweep: float | None = None,
+    mask: str = "",
     say: Say,
     props: Mapping[str, str] | None = None,
     dynamic: DynamicQuantizer = quantize.with_onnxruntime,
 ) -> tuple[str, ...]:
     """Write one form of an fp32 file to ``path`` and return the nodes that stayed fp32.
 
-    With ``sweep`` the fewest nodes are found for which agreement with fp32 reaches it.
+    With ``sweep`` the fewest nodes are found for which agreement with fp32 reaches it; of outputs
+    for tokens, on those where the input ``mask``, by default attention_mask, is not 0.
 
     Raises:
         BadInput: as ``quantize`` and ``sensitivity.mixed``.
@@ -112,8 +115,18 @@ def quantize_file(
     if sweep is not None:
         if ranges is None:
             raise BadInput("quantize: a sweep measures agreement on training items: give it some")
+        if mask and mask not in ranges:
+            raise BadInput(f"quantize: mask: there is no input {mask!r}, only {', '.join(ranges)}")
+        mask = mask or (ATTENTION_MASK if ATTENTION_MASK in ranges else "")
         choice, _ = sensitivity.mixed(
-            model, form, ranges, ranges, sweep, clock=time.monotonic, progress=_sweeping(say)
+            model,
+            form,
+            ranges,
+            ranges,
+            sweep,
+            clock=time.monotonic,
+            mask=mask,
+            progress=_sweeping(say),
         )
         say(f"{len(choice.keep)} nodes stay fp32")
         keep = (*keep, *choice.keep)
@@ -184,7 +197,9 @@ class _Build:
             splits = _completed(found, only_training=only_training)
             for name, items in splits.items():
                 data.check(items, f"data: split {name}")
-                data.check_labels(items, recipe.labels, f"data: split {name}")
+                data.check_labels(
+                    items, recipe.labels, f"data: split {name}", per_token=recipe.per_token
+                )
             if "calibration" in splits:
                 data.check_classes(splits["calibration"], "data: split calibration")
             data.check_disjoint(splits, (*TOGETHER, *recipe.data.together))
@@ -212,17 +227,23 @@ class _Build:
             splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
         exported = sources.Exported.read(folder)
         signature = sources.signature(folder, each.source)
+        reading = _reading(recipe, signature, each)
         _check_head(recipe, exported, signature, splits, each)
+        if reading.mask:
+            _check_tokens(splits, reading, each)
         files = {FP32: folder / sources.FP32}
         for name in recipe.variants(each):
             if name != FP32:
-                files[name] = self._quantize(each, name, files[FP32], splits["ranges"])
+                files[name] = self._quantize(
+                    each, name, files[FP32], splits["ranges"], reading.mask
+                )
         hub, parent = self._hub(each), self._parent(each)
         found = Measured(
             recipe=recipe,
             release=each,
             exported=exported,
             signature=signature,
+            reading=reading,
             extras=sources.extras(folder),
             golden=self._golden(each),
             files=files,
@@ -232,7 +253,7 @@ class _Build:
             hub=hub,
             parent=parent,
             inputs=self._inputs(each),
-            steps=_did(each, exported, files, splits),
+            steps=_did(each, recipe.score(each), exported, files, splits),
         )
         target = self._out / BUNDLES / each.folder
         try:
@@ -295,7 +316,9 @@ class _Build:
             lambda into, say: sources.make(recipe, each, seen, into, say),
         )
 
-    def _quantize(self, each: ReleaseRecipe, form: str, fp32: Path, ranges: Items) -> Path:
+    def _quantize(
+        self, each: ReleaseRecipe, form: str, fp32: Path, ranges: Items, mask: str
+    ) -> Path:
         props = sources.props(self._recipe, each, form)
         facts = {
             "props": props,
@@ -303,6 +326,7 @@ class _Build:
             "ranges": ranges.sha256,
             "keep": each.keep.get(form, ()),
             "sweep": each.sweep.get(form),
+            "mask": mask,
             **code(forms, graph, quantize, sensitivity),
             **tools("onnx", "onnxruntime", extra="models"),
         }
@@ -319,6 +343,7 @@ class _Build:
                 into / f"{form}.onnx",
                 keep=each.keep.get(form, ()),
                 sweep=each.sweep.get(form),
+                mask=mask,
                 say=say,
                 props=props,
                 dynamic=dynamic,
@@ -337,7 +362,7 @@ class _Build:
     ) -> Mapping[str, Mapping[str, Array]]:
         """Return what every variant, and the hub's model, gives on the splits: by split, name."""
         wanted = ("evaluation", *self._recipe.data.also, "ranges", "self_test")
-        if PARAMETERS[each.score]:
+        if PARAMETERS[self._recipe.score(each)]:
             wanted = tuple(dict.fromkeys((*wanted, head.split_of(splits))))
         output = signature.outputs[0].name
         sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
@@ -507,11 +532,47 @@ def _check_head(
             f"{len(labels)} labels are named: name one for each"
         )
     for name, items in splits.items():
-        if items.labels is not None and int(items.labels.max()) >= width:
+        numbers = () if items.labels is None else data.given(items.labels).tolist()
+        if max(numbers, default=-1) >= width:
             raise BadInput(
                 f"export: release {each.title}: output {output.name!r} has {width} classes, but "
-                f"split {name} has class number {int(items.labels.max())}"
+                f"split {name} has class number {max(numbers)}"
             )
+
+
+def _reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
+    """Return how the answers of a release are read: from its first output.
+
+    Raises:
+        BadInput: the recipe names a mask that the model does not take, or the output of a token
+            classifier has no axis for tokens.
+    """
+    output = signature.outputs[0]
+    function = recipe.score(each)
+    if not recipe.per_token:
+        return Score(function, output.name)
+    where = f"export: release {each.title}"
+    if len(output.shape) < (3 if signature.batched else 2):
+        raise BadInput(
+            f"{where}: {recipe.task} takes outputs [n, tokens, classes], {output.name!r} is "
+            f"{list(output.shape)}"
+        )
+    taken = [spec.name for spec in signature.inputs]
+    if each.mask and each.mask not in taken:
+        raise BadInput(
+            f"{where}: mask: the model has no input {each.mask!r}, it takes {', '.join(taken)}"
+        )
+    mask = each.mask or (ATTENTION_MASK if ATTENTION_MASK in taken else "")
+    return Score(function, output.name, mask=mask)
+
+
+def _check_tokens(splits: Mapping[str, Items], reading: Score, each: ReleaseRecipe) -> None:
+    """Check that labels are of the tokens that count: not only after all variants were run."""
+    for name, items in splits.items():
+        if items.labels is not None and reading.mask in items.inputs:
+            counts = items.inputs[reading.mask] != 0
+            where = f"data: release {each.title}: split {name}"
+            data.check_tokens(items.labels, counts, where)
 
 
 def _completed(found: Mapping[str, Items], *, only_training: bool) -> dict[str, Items]:
@@ -549,6 +610,7 @@ def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
 
 def _did(
     each: ReleaseRecipe,
+    score: str,
     exported: sources.Exported,
     files: Mapping[str, Path],
     splits: Mapping[str, Items],
@@ -567,8 +629,8 @@ def _did(
             swept = f", a sweep for {each.sweep[name]:g} agreement" if name in each.sweep else ""
             left = f", left fp32: {kept}" if kept else ""
             steps.append(report.Step(f"quantize {name}", FORMS[name].hardware + left + swept))
-    if PARAMETERS[each.score]:
-        steps.append(report.Step("score", f"{each.score}, fitted on {head.split_of(splits)}"))
+    if PARAMETERS[score]:
+        steps.append(report.Step("score", f"{score}, fitted on {head.split_of(splits)}"))
     return tuple(steps)
 
 

@@ -171,16 +171,20 @@ def _verdict(decision: Decision) -> str:
 
 
 def _held_out(subject: Subject, evaluation: Evaluation) -> str:
+    accuracy = evaluation.variants[evaluation.reference].accuracy
+    labelled = ""
+    if accuracy is not None and accuracy.items != evaluation.items:
+        labelled = f", {accuracy.items:,} of them with a label"
     return (
-        f"Figures on {evaluation.items:,} held-out items ({subject.held_out}) of "
-        f"{evaluation.scenes:,} independent scenes; intervals are 95 %, exact binomial over "
+        f"Figures on {evaluation.items:,} held-out {evaluation.counted} ({subject.held_out}) of "
+        f"{evaluation.scenes:,} independent scenes{labelled}; intervals are 95 %, exact binomial over "
         f"scenes. Timings of the machine that built this are in `report.json`."
     )
 
 
 def _slices(evaluation: Evaluation, preferred: str) -> str:
     slices = evaluation.variants[preferred].slices
-    if not slices or slices[0].accuracy is None:
+    if not slices or all(part.accuracy is None for part in slices):
         return ""
     ranked = slices
     if len(slices) > MAX_SLICES:
@@ -194,7 +198,8 @@ def _slices(evaluation: Evaluation, preferred: str) -> str:
     note = (
         [f"\nThe weakest {len(ranked)}; {left_out} more are in `report.json`."] if left_out else []
     )
-    head = [f"## Accuracy by slice, {preferred}", "", "| slice | items | scenes | accuracy |"]
+    columns = f"| slice | {evaluation.counted} | scenes | accuracy |"
+    head = [f"## Accuracy by slice, {preferred}", "", columns]
     return "\n".join([*head, "|---|---|---|---|", *rows, *note])
 
 

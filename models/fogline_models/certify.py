@@ -5,6 +5,10 @@ against one named file of the hub's bundle. What the resulting number means and 
 (escalation.md 7): it holds for requests drawn like the calibration set, one item per scene,
 over all requests and not per class, for as long as the hub serves that very file.
 
+A token classifier's request is a text: it is lost where edge and hub differ in any token that the
+bundle's mask counts, special tokens and inner pieces of words among them. Labels are not asked,
+because a device has none.
+
 ``certify`` decides, ``save`` writes. The bound itself is ``bound.py``.
 """
 
@@ -21,9 +25,10 @@ from fogline_models import bound
 from fogline_models.data import Items
 from fogline_models.errors import BadInput, TooLittle
 from fogline_models.session import CPU, Session, hardware_class
+from fogline_protocol.answers import Asked, scores_of
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
-from fogline_protocol.score import FUNCTIONS, scorer
+from fogline_protocol.score import FUNCTIONS, Score
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 REFERENCE_QUANTILES = 64
@@ -89,16 +94,20 @@ def certify(
             f"are needed"
         )
     # One row at a time, as a device answers: kernels may round otherwise in a batch.
-    local = _logits(edge, edge_variant, provider, inputs, score.output, rows_at_once=1)
-    remote = _logits(hub, peer, CPU, inputs, score.output, hub.bundle.max_batch or 1)
-    answers = remote.argmax(axis=1)
-    if len(np.unique(answers)) < 2:
-        raise BadInput(
-            f"the hub's model gives all {len(rows)} calibration items the same answer "
-            f"({_label(hub.bundle, int(answers[0]))}): calibrate on items of every class"
-        )
-    scores = scorer(score)(local)
-    found = bound.threshold(scores, local.argmax(axis=1) != answers, allowed)
+    local = _outputs(edge, edge_variant, provider, inputs, score.output, rows_at_once=1)
+    remote = _outputs(hub, peer, CPU, inputs, score.output, hub.bundle.max_batch or 1)
+    try:
+        asked = Asked.of(score, local, inputs)
+        _check_finite(edge.bundle, edge_variant, score, asked, local)
+        _check_finite(hub.bundle, peer, score, asked, remote)
+        answers = np.unique(asked.top(remote))
+        differs = asked.differ(local, remote)
+    except TensorError as error:
+        raise BadInput(f"{_title(edge.bundle)} and {_title(hub.bundle)}: {error}") from None
+    if len(answers) < 2:
+        raise BadInput(_one_answer(hub.bundle, score, answers, len(rows)))
+    scores = scores_of(score, local, asked)
+    found = bound.threshold(scores, differs, allowed)
     escalated = int((scores <= found).sum())
     quantiles = np.quantile(
         scores.astype(np.float64), (np.arange(REFERENCE_QUANTILES) + 0.5) / REFERENCE_QUANTILES
@@ -212,7 +221,7 @@ def _of_items(spec: TensorSpec, bundle: Bundle) -> TensorSpec:
     return TensorSpec(spec.name, spec.datatype, (-1, *spec.shape[1:]))
 
 
-def _logits(
+def _outputs(
     directory: BundleDirectory,
     variant: Variant,
     provider: str,
@@ -223,13 +232,29 @@ def _logits(
     outputs = Session(directory.file(variant.path), provider).run(inputs, rows_at_once)
     if output not in outputs:
         raise BadInput(f"{_title(directory.bundle)} has no output {output!r} to compare")
-    logits = outputs[output].reshape(len(outputs[output]), -1)
-    if not np.isfinite(logits).all():
+    return outputs[output]
+
+
+def _check_finite(
+    bundle: Bundle, variant: Variant, score: Score, asked: Asked, outputs: Array
+) -> None:
+    finite: Array = np.isfinite(asked.logits(outputs))
+    broken = asked.in_rows(np.logical_not(finite.all(axis=1))) > 0
+    if broken.any():
         raise BadInput(
-            f"{_title(directory.bundle)}, variant {variant.name}: the output {output!r} is not "
-            f"finite on {int((~np.isfinite(logits)).any(axis=1).sum())} calibration items"
+            f"{_title(bundle)}, variant {variant.name}: the output {score.output!r} is not "
+            f"finite on {np.count_nonzero(broken)} calibration items"
         )
-    return logits
+
+
+def _one_answer(hub: Bundle, score: Score, answers: Array, items: int) -> str:
+    if not len(answers):
+        return f"the mask {score.mask!r} counts no token of {items} calibration items"
+    each = "every token of" if score.per_token else "all"
+    return (
+        f"the hub's model gives {each} {items} calibration items the same answer "
+        f"({_label(hub, int(answers[0]))}): calibrate on items of every class"
+    )
 
 
 def _title(bundle: Bundle) -> str:

@@ -38,6 +38,14 @@ _again = click.option(
 )
 
 
+_mask = click.option(
+    "--mask",
+    default="",
+    metavar="INPUT",
+    help="Of a token classifier: what is not 0 where a token counts; by default attention_mask.",
+)
+
+
 @click.group()
 @click.version_option(package_name="fogline")
 @click.option("--traceback", is_flag=True, help="Show where in a recipe's own Python it failed.")
@@ -132,6 +140,7 @@ def export(
 @click.option("--form", required=True, help="What to make of it, such as int8-qdq; see 'doctor'.")
 @click.option("--data", type=FILE, help="Training items, an .npz, for the ranges of static forms.")
 @click.option("--keep", multiple=True, metavar="NODE", help="A node that stays fp32.")
+@_mask
 @click.option(
     "--sweep",
     type=click.FloatRange(0, 1),
@@ -139,7 +148,13 @@ def export(
 )
 @click.option("--out", required=True, type=FILE, help="The ONNX file to write.")
 def quantize(
-    model: Path, form: str, data: Path | None, keep: tuple[str, ...], sweep: float | None, out: Path
+    model: Path,
+    form: str,
+    data: Path | None,
+    keep: tuple[str, ...],
+    mask: str,
+    sweep: float | None,
+    out: Path,
 ) -> None:
     """Write one form of the fp32 file MODEL: int8, fp16, or mixed with fp32."""
     with _one_sentence():
@@ -148,7 +163,9 @@ def quantize(
         from fogline_models import data as datasets
 
         ranges = None if data is None else datasets.read(data).inputs
-        kept = builder.quantize_file(model, form, ranges, out, keep=keep, sweep=sweep, say=_say)
+        kept = builder.quantize_file(
+            model, form, ranges, out, keep=keep, sweep=sweep, mask=mask, say=_say
+        )
         click.echo(f"{out}: {out.stat().st_size / model.stat().st_size:.2f} x the bytes of {model}")
         for node in kept:
             click.echo(f"left fp32: {node}")
@@ -159,16 +176,26 @@ def quantize(
 @click.option("--data", required=True, type=FILE, help="Held-out items, an .npz.")
 @click.option("--hub", type=FILE, help="The ONNX file that answers escalations, to agree with.")
 @click.option("--vectors", is_flag=True, help="Outputs are features, not one logit per class.")
+@click.option(
+    "--tokens", is_flag=True, help="Outputs are logits for every token; so labels [n, tokens] say."
+)
+@_mask
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON, for programs.")
 def evaluate(
-    models: tuple[Path, ...], data: Path, hub: Path | None, vectors: bool, as_json: bool
+    models: tuple[Path, ...],
+    data: Path,
+    hub: Path | None,
+    vectors: bool,
+    tokens: bool,
+    mask: str,
+    as_json: bool,
 ) -> None:
     """Say what each of MODELS is worth and costs here; the first is what others are compared with."""
     with _one_sentence():
         require("onnxruntime", extra="edge")
         from fogline_models import side_by_side
 
-        found = side_by_side.evaluate(models, data, hub, vectors=vectors)
+        found = side_by_side.evaluate(models, data, hub, vectors=vectors, tokens=tokens, mask=mask)
         _print(side_by_side.document(found), as_json, side_by_side.lines(found))
 
 
@@ -185,6 +212,7 @@ def evaluate(
     "--task", default="image-classification", show_default=True, help="Hugging Face's name."
 )
 @click.option("--labels", default="", help="Names of the classes, separated by commas.")
+@_mask
 @click.option(
     "--variant", "variants", multiple=True, help="A form, best first; by default int8-qdq and fp32."
 )
@@ -204,6 +232,7 @@ def bundle(
     calibration: Path | None,
     task: str,
     labels: str,
+    mask: str,
     variants: tuple[str, ...],
     escalates_to: Path | None,
     parent: Path | None,
@@ -226,6 +255,7 @@ def bundle(
             max_batch=max_batch,
             name=name,
             version=version,
+            mask=mask,
             variants=variants,
             escalates_to="" if escalates_to is None else str(escalates_to.resolve()),
             parent="" if parent is None else str(parent.resolve()),

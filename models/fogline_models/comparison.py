@@ -17,12 +17,15 @@ import numpy as np
 from fogline_models import metrics, report
 from fogline_models.data import read as read_items
 from fogline_models.errors import BadInput
+from fogline_models.evaluate import HeldOut
 from fogline_models.metrics import Rate
 from fogline_models.session import Session
 from fogline_models.wording import interval, percent
+from fogline_protocol.answers import NO_LABEL, Asked
 from fogline_protocol.golden import GoldenVectors, VectorsUnusable
 from fogline_protocol.release import ROOT, Bundle, BundleDirectory
 from fogline_protocol.release_index import BLOCK_BYTES, FileDigester
+from fogline_protocol.score import MAX_SOFTMAX, Score
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 READ_BYTES = 1 << 20
@@ -83,6 +86,7 @@ class Answers:
     accuracy_b: Rate | None
     classes: tuple[str, ...]
     matrix: tuple[tuple[int, ...], ...]  # A's answers in rows, B's in columns
+    counted: str = "items"  # or "tokens": what the figures count
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +229,8 @@ def _answer_lines(answers: Answers, found: Comparison) -> Iterator[str]:
     rate = answers.agreement
     yield (
         f"{answers.variant_a} and {answers.variant_b} give the same answer on "
-        f"{percent(rate.value)} of {rate.items:,} items (95 %: {_ends(rate)}), {answers.source}"
+        f"{percent(rate.value)} of {rate.items:,} {answers.counted} (95 %: {_ends(rate)}), "
+        f"{answers.source}"
     )
     for side, accuracy in ((found.a, answers.accuracy_a), (found.b, answers.accuracy_b)):
         if accuracy is not None:
@@ -365,40 +370,56 @@ def _answers(
 ) -> tuple[Answers | None, str]:
     if a.bundle.inputs != b.bundle.inputs:
         return None, "Not compared: the two take different inputs."
-    output = b.bundle.score.output if b.bundle.score is not None else b.bundle.outputs[0].name
-    width = {side.path: _width(side.bundle, output) for side in (a, b)}
+    score = b.bundle.score or Score(MAX_SOFTMAX, b.bundle.outputs[0].name)
+    output = score.output
+    width = {side.path: _width(side.bundle, score) for side in (a, b)}
     if len(set(width.values())) != 1 or width[a.path] < 2:
         return None, f"Not compared: the output {output!r} has no classes in common."
+    if (a.bundle.score is not None and a.bundle.score.per_token) != score.per_token:
+        return None, "Not compared: one answers for every token, the other once for all of a row."
     if not (a.bundle.max_batch and b.bundle.max_batch):
         return None, "Not compared: a model without a batch dimension has no rows to count."
     both = [v.name for v in b.bundle.variants if v.name in {w.name for w in a.bundle.variants}]
     names = [variant or (both[0] if both else side.bundle.variants[0].name) for side in (a, b)]
     inputs, scenes, labels, source = _items(b, data)
     logits = [_run(side, name, inputs, output) for side, name in zip((a, b), names, strict=True)]
-    before, after = (metrics.top(array) for array in logits)
+    try:
+        asked = Asked.of(score, logits[1], inputs)
+        before, after = (asked.top(array) for array in logits)
+    except TensorError as error:
+        return None, f"Not compared: {error}."
+    if not len(asked):
+        return None, f"Not compared: the mask {score.mask!r} counts no token of {source}."
+    told = HeldOut(scenes, labels, asked=asked).each()
     classes = width[b.path]
     known = b.bundle.labels if len(b.bundle.labels) == classes else ()
     counts = metrics.confusion(before, after, classes)
     right: list[Rate | None] = [None, None]
-    if labels is not None:
-        right = [metrics.rate(answers == labels, scenes) for answers in (before, after)]
+    if told.labels is not None:
+        labelled = told.labels != NO_LABEL
+        right = [
+            metrics.rate((answers == told.labels)[labelled], told.scenes[labelled])
+            for answers in (before, after)
+        ]
     return Answers(
         source=source,
         variant_a=names[0],
         variant_b=names[1],
-        agreement=metrics.rate(before == after, scenes),
+        agreement=metrics.rate(before == after, told.scenes),
         accuracy_a=right[0],
         accuracy_b=right[1],
         classes=known or tuple(str(index) for index in range(classes)),
         matrix=tuple(tuple(row) for row in counts.tolist()),
+        counted="tokens" if score.per_token else "items",
     ), ""
 
 
-def _width(bundle: Bundle, output: str) -> int:
-    """Return how many values a row of ``output`` has, 0 if that is not known."""
+def _width(bundle: Bundle, score: Score) -> int:
+    """Return how many classes an answer is chosen from, 0 if that is not known."""
     for spec in bundle.outputs:
-        if spec.name == output and all(length >= 0 for length in spec.shape[1:]):
-            return int(np.prod(spec.shape[1:], dtype=int))
+        own = spec.shape[-1:] if score.per_token else spec.shape[1:]
+        if spec.name == score.output and all(length >= 0 for length in own):
+            return int(np.prod(own, dtype=int))
     return 0
 
 

@@ -3,7 +3,8 @@
 On disk a split is an npz archive:
 
     input.<name>   [n, ...]   what the model takes; or raw.<name>, what its pre-processing takes
-    label          [n]        class numbers, optional
+    label          [n]        class numbers, optional; for a token classifier [n, tokens], with -100
+                              where a token has none: padding, special tokens, inner pieces of words
     scene          [n]        items of one scene are copies of one thing, not evidence; optional
     slice          [n]        the group of every item (a writer, a noise level), a text; optional
     <name>         [n, ...]   further arrays of one row per item, such as a hub's answers
@@ -23,6 +24,7 @@ import numpy as np
 from fogline_models import archive
 from fogline_models.errors import BadInput
 from fogline_protocol import documents
+from fogline_protocol.answers import NO_LABEL
 from fogline_protocol.tensors import Array
 
 INPUT, RAW = "input.", "raw."
@@ -36,7 +38,7 @@ class Items:
     """One split. All arrays have one row per item."""
 
     inputs: Mapping[str, Array]  # {name: [n, ...]}
-    labels: Array | None = None  # int [n]
+    labels: Array | None = None  # int [n], or [n, tokens] with NO_LABEL where there is none
     scenes: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # [n]; none: all differ
     slices: Array | None = None  # text [n]
     raw: Mapping[str, Array] = field(default_factory=dict)  # {name: [n, ...]}
@@ -134,21 +136,41 @@ def check(items: Items, what: str) -> None:
     if count == 0 or set(lengths.values()) != {count} or items.scenes.ndim != 1:
         raise BadInput(f"{what}: expected one row per item in every array, found {lengths}")
     labels = items.labels
-    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+    if labels is not None and (labels.ndim not in (1, 2) or labels.dtype.kind not in "iu"):
         raise BadInput(
-            f"{what}: {LABEL} must be whole numbers [n], found {labels.dtype} {list(labels.shape)}"
+            f"{what}: {LABEL} must be whole numbers, [n] or [n, tokens], found {labels.dtype} "
+            f"{list(labels.shape)}"
         )
 
 
-def check_labels(items: Items, labels: Sequence[str], what: str) -> None:
-    """Check that every class number has a name.
+def given(labels: Array) -> Array:
+    """Return the class numbers that there are, leaving aside tokens without one: ``[labels]``."""
+    return labels[labels != NO_LABEL] if labels.ndim > 1 else labels
+
+
+def check_labels(
+    items: Items, labels: Sequence[str], what: str, *, per_token: bool = False
+) -> None:
+    """Check that every class number has a name, and that there is one for each answer.
 
     Raises:
-        BadInput: one has not; it is named.
+        BadInput: one has not, it is named; or rows are labelled where tokens are told apart, or
+            tokens where rows are.
     """
-    if items.labels is None or not labels:
+    if items.labels is None:
         return
-    low, high = int(items.labels.min()), int(items.labels.max())
+    if (items.labels.ndim > 1) != per_token:
+        wanted = (
+            "token-classification takes [n, tokens], with -100 where a token has no label"
+            if per_token
+            else "only token-classification takes a label for each token, the task is another: "
+            "give [n]"
+        )
+        raise BadInput(f"{what}: {LABEL} is {list(items.labels.shape)}: {wanted}")
+    numbers = given(items.labels)
+    if not labels or not numbers.size:
+        return
+    low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high >= len(labels):
         raise BadInput(
             f"{what}: class numbers reach from {low} to {high}, but the recipe names "
@@ -162,10 +184,34 @@ def check_classes(items: Items, what: str) -> None:
     Raises:
         BadInput: they are all of one.
     """
-    if items.labels is not None and len(np.unique(items.labels)) < 2:
+    if items.labels is None:
+        return
+    numbers = np.unique(given(items.labels))
+    if len(numbers) == 1:
+        all_of = "all labelled tokens of" if items.labels.ndim > 1 else "all"
         raise BadInput(
-            f"{what}: all {len(items)} items are of class {int(items.labels[0])}: calibrate on "
+            f"{what}: {all_of} {len(items)} items are of class {int(numbers[0])}: calibrate on "
             "items of every class"
+        )
+
+
+def check_tokens(labels: Array, counts: Array, what: str) -> None:
+    """Check that labels are of the tokens that count: int and bool ``[n, tokens]``.
+
+    Raises:
+        BadInput: they are of other tokens, or one has a label that nobody would ask for.
+    """
+    if labels.shape != counts.shape:
+        raise BadInput(
+            f"{what}: {LABEL} is {list(labels.shape)}, the tokens are {list(counts.shape)}: give "
+            "one number for each, padding included, with -100 where there is no label"
+        )
+    stray = (labels != NO_LABEL) & ~counts
+    if stray.any():
+        row, token = np.argwhere(stray)[0]
+        raise BadInput(
+            f"{what}: item {row} has class {labels[row, token]} at token {token}, which its mask "
+            "does not count: -100 says that there is no label"
         )
 
 

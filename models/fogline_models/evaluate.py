@@ -4,9 +4,11 @@
 on the machine and is ``measure.py``'s business. The golden vectors are judged here too, as a
 device judges them.
 
-Classification takes logits ``[n, classes]``, one row per item; a token classifier passes its
-tokens as rows and the text as their scene. Everything else is compared as vectors: cosine
-similarity and relative error instead of answers.
+Classification takes logits ``[n, ...]`` and is told of answers (``fogline_protocol.answers``): one
+of each item, or those of a text's tokens that count. Tokens of one text are one scene. How two
+models agree is told of all of them, since devices cannot know which have a label; how right a
+model is, of those that have one. Everything else is compared as vectors: cosine similarity and
+relative error instead of answers.
 """
 
 import math
@@ -17,10 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fogline_models import metrics
+from fogline_models.data import check_tokens
 from fogline_models.errors import BadInput
 from fogline_models.metrics import Bin, Difference, Point, Rate
 from fogline_models.session import CPU, Session
 from fogline_protocol import hardware
+from fogline_protocol.answers import NO_LABEL, Asked, scores_of
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import (
     FAR_OFF,
@@ -31,11 +35,12 @@ from fogline_protocol.golden import (
 )
 from fogline_protocol.release import BundleDirectory, Tolerance
 from fogline_protocol.score import Score, max_softmax, scorer
-from fogline_protocol.tensors import Array
+from fogline_protocol.tensors import Array, TensorError
 
 # Rows of the golden vectors that must keep the reference's answer. int8 may flip rows that
 # lie on the fence, and flips others on other processors; fp32 has no such excuse.
 MIN_AGREEMENT: Mapping[str, float] = {"fp32": 0.99, "int8": 0.90}
+MANY_UNLABELLED = 0.25  # of the texts that differ: worth a word about tokens without a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,33 @@ class HeldOut:
     """What the items of the held-out split are known to be; nothing was trained on them."""
 
     scenes: Array  # [n]; items of one scene are copies, not evidence
-    labels: Array | None = None  # int [n]
+    labels: Array | None = None  # int [n], or [n, tokens] with NO_LABEL where there is none
     slices: Array | None = None  # str [n]: the group of each item, a writer or a noise level
     names: tuple[str, ...] = ()  # of the classes
+    asked: Asked | None = None  # which answers count; None: each item has one
+
+    def each(self) -> "HeldOut":
+        """Return the same with one entry for each answer that counts, in order.
+
+        Raises:
+            BadInput: labels are not of the tokens that count.
+        """
+        if self.asked is None or self.asked.counts.ndim == 1:
+            if self.labels is not None and self.labels.ndim > 1:
+                raise BadInput(
+                    f"evaluate: label is {list(self.labels.shape)}, one for each token, but a row "
+                    "has one answer"
+                )
+            return self
+        counts, rows = self.asked.counts, self.asked.rows
+        labels = self.labels
+        if labels is not None:
+            check_tokens(labels, counts, "evaluate")
+            labels = labels[counts]
+            if (labels == NO_LABEL).all():
+                labels = None
+        slices = None if self.slices is None else self.slices[rows]
+        return HeldOut(self.scenes[rows], labels, slices, self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +114,14 @@ class Figures:
 class Evaluation:
     """The figures of every variant on the same items."""
 
-    items: int
+    items: int  # answers that count: of a token classifier, tokens
     scenes: int
     classes: tuple[str, ...]  # empty: vectors, not classes
     reference: str
     variants: Mapping[str, Figures]
     hub_model: str
     hub: Figures | None
+    counted: str = "items"  # or "tokens"
 
 
 def evaluate(
@@ -106,7 +136,8 @@ def evaluate(
     """Return the figures of every variant.
 
     Args:
-        outputs: by variant, ``[n, ...]``: logits, or vectors if ``vectors``.
+        outputs: by variant, ``[n, ...]``: logits, or vectors if ``vectors``; of a token classifier
+            ``[n, tokens, classes]``.
         items: what is known about the ``n`` items.
         reference: the variant that the others are compared with.
         hub: what the hub's model gives for the same items.
@@ -116,20 +147,21 @@ def evaluate(
     Raises:
         BadInput: lengths differ, a label is no class, or a value is not finite.
     """
-    others = {} if hub is None else {hub_model: hub}
-    _check({**outputs, **others}, items, reference, vectors)
-    classes = () if vectors else _names(outputs[reference], items.names)
-    asked = {name: _Answers(array, vectors) for name, array in outputs.items()}
-    base = asked[reference]
-    peer = None if hub is None else _Answers(hub, vectors)
+    theirs = hub_model if hub_model not in outputs else f"the hub's {hub_model}"
+    others = {} if hub is None else {theirs: hub}
+    told, chosen = _each({**outputs, **others}, items, reference, vectors=vectors)
+    classes = () if vectors else _names(chosen[reference], items.names)
+    asked = {name: _Answers(array, vectors) for name, array in chosen.items()}
+    base, peer = asked[reference], asked.get(theirs)
     return Evaluation(
-        items=len(items.scenes),
-        scenes=len(np.unique(items.scenes)),
+        items=len(told.scenes),
+        scenes=len(np.unique(told.scenes)),
         classes=classes,
         reference=reference,
-        variants={name: _figures(mine, base, peer, items, classes) for name, mine in asked.items()},
+        variants={name: _figures(asked[name], base, peer, told, classes) for name in outputs},
         hub_model=hub_model if peer is not None else "",
-        hub=None if peer is None else _figures(peer, base, peer, items, classes),
+        hub=None if peer is None else _figures(peer, base, peer, told, classes),
+        counted=_counted(items),
     )
 
 
@@ -141,19 +173,23 @@ def against(mine: Array, before: Array, items: HeldOut) -> tuple[Slice, ...]:
     Raises:
         BadInput: lengths or widths differ, a label is no class, or a value is not finite.
     """
-    _check({"this release": mine, "its parent": before}, items, "its parent", False)
-    new, old = _Answers(mine, False), _Answers(before, False)
-    everything = np.ones(len(items.scenes), dtype=bool)
-    names = () if items.slices is None else sorted(set(items.slices.tolist()), key=_natural)
+    told, both = _each({"this release": mine, "its parent": before}, items, "its parent")
+    new, old = (_Answers(array, False) for array in both.values())
+    everything = np.ones(len(told.scenes), dtype=bool)
+    names = () if told.slices is None else sorted(set(told.slices.tolist()), key=_natural)
     return (
-        _slice("all items", everything, new, old, items),
-        *(_slice(str(name), items.slices == name, new, old, items) for name in names),
+        _slice(f"all {_counted(items)}", everything, new, old, told),
+        *(_slice(str(name), told.slices == name, new, old, told) for name in names),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Escalation:
-    """What one certificate gives on the held-out items, and what other thresholds would."""
+    """What one certificate gives on the held-out items, and what other thresholds would.
+
+    A token classifier escalates whole texts, and a text disagrees where any of its tokens does;
+    accuracies are those of its tokens.
+    """
 
     variant: str
     hardware_class: str
@@ -167,26 +203,47 @@ class Escalation:
     accuracy_edge: float | None  # without the hub
     accuracy_hub: float | None
     curve: tuple[Point, ...]
+    differs: float = 0.0  # share of items that edge and hub answer differently, at any score
+    only_unlabelled: float = 0.0  # of those, the share that does only in tokens without a label
+
+    @property
+    def note(self) -> str:
+        """What to do about texts that escalate for the sake of tokens that nobody asks for."""
+        if self.only_unlabelled < MANY_UNLABELLED:
+            return ""
+        return (
+            f"{self.variant}: {self.differs:.1%} of the texts differ from {self.hub_model}, "
+            f"{self.only_unlabelled:.0%} of these only in tokens without a label, which devices "
+            "count all the same: give such tokens (special ones, inner pieces of words) a class in "
+            "training, for edge and hub alike, or name a mask that leaves them out"
+        )
 
 
 def escalation(
     certificate: Certificate, edge: Array, hub: Array, items: HeldOut, *, vectors: bool = False
 ) -> Escalation:
-    """Return how a certificate fares on held-out items: logits ``[n, classes]`` twice.
+    """Return how a certificate fares on held-out items: logits ``[n, ...]`` twice.
 
     Raises:
-        BadInput: lengths differ, a value is not finite, or the outputs are no classes.
+        BadInput: shapes differ, a value is not finite, or the outputs are no classes.
     """
     if vectors:
         raise BadInput("evaluate: a certificate speaks of answers, these outputs are vectors")
     both = {certificate.variant: edge, certificate.hub_model: hub}
-    _check(both, items, certificate.variant, vectors)
-    scores = scorer(certificate.score)(edge)
-    mine, theirs = metrics.top(edge), metrics.top(hub)
+    told, _ = _each(both, items, certificate.variant)
+    asked = items.asked or Asked(np.ones(len(items.scenes), bool))
+    scores = scores_of(certificate.score, edge, asked)
+    differs = asked.differ(edge, hub)
     local = scores > certificate.threshold
-    labels = items.labels
-    wrong = local & (mine != theirs)
-    pair = np.where(local, mine, theirs)
+    wrong = local & differs
+    right: metrics.Right | None = None
+    only_unlabelled = 0.0
+    if told.labels is not None:
+        known = told.labels != NO_LABEL
+        labelled = asked.in_rows((asked.top(edge) != asked.top(hub)) & known) > 0
+        only_unlabelled = float((~labelled[differs]).mean()) if differs.any() else 0.0
+        hits = [asked.in_rows(asked.top(outputs) == told.labels) for outputs in (edge, hub)]
+        right = metrics.Right(hits[0], hits[1], int(known.sum()))
     return Escalation(
         variant=certificate.variant,
         hardware_class=certificate.hardware_class,
@@ -199,12 +256,14 @@ def escalation(
             threshold=certificate.threshold if math.isfinite(certificate.threshold) else None,
             escalated=float((~local).mean()),
             disagreement=float(wrong.mean()),
-            accuracy=None if labels is None else float((pair == labels).mean()),
+            accuracy=None if right is None else right.together(local),
         ),
         disagreement=metrics.rate(wrong, items.scenes),
-        accuracy_edge=None if labels is None else float((mine == labels).mean()),
-        accuracy_hub=None if labels is None else float((theirs == labels).mean()),
-        curve=metrics.risk_curve(mine, theirs, scores, labels),
+        accuracy_edge=None if right is None else right.together(np.ones_like(local)),
+        accuracy_hub=None if right is None else right.together(np.zeros_like(local)),
+        curve=metrics.risk_curve(differs, scores, right),
+        differs=float(differs.mean()),
+        only_unlabelled=only_unlabelled,
     )
 
 
@@ -289,8 +348,9 @@ def _figures(
     counts: Array | None = None
     recall: dict[str, Rate] = {}
     if labels is not None and answers is not None:
-        bins = metrics.reliability(mine.outputs, labels)
-        counts = metrics.confusion(labels, answers, len(classes))
+        known = labels != NO_LABEL
+        bins = metrics.reliability(mine.outputs[known], labels[known])
+        counts = metrics.confusion(labels[known], answers[known], len(classes))
         for index, name in enumerate(classes):
             here = labels == index
             if here.any():
@@ -327,14 +387,15 @@ def _slice(name: str, here: Array, mine: _Answers, base: _Answers, items: HeldOu
     scenes = items.scenes[here]
     accuracy = agreement = loss = None
     if mine.top is not None and base.top is not None:
-        right: Array | None = None
-        if items.labels is not None:
-            right = mine.top[here] == items.labels[here]
-            accuracy = metrics.rate(right, scenes)
         if mine is not base:
             agreement = metrics.rate((mine.top == base.top)[here], scenes)
-            if items.labels is not None and right is not None:
-                loss = metrics.difference(base.top[here] == items.labels[here], right, scenes)
+        known = here if items.labels is None else here & (items.labels != NO_LABEL)
+        if items.labels is not None and known.any():
+            right = (mine.top == items.labels)[known]
+            accuracy = metrics.rate(right, items.scenes[known])
+            if mine is not base:
+                before = (base.top == items.labels)[known]
+                loss = metrics.difference(before, right, items.scenes[known])
     return Slice(name, int(here.sum()), len(np.unique(scenes)), accuracy, agreement, loss)
 
 
@@ -349,7 +410,46 @@ def _names(logits: Array, names: tuple[str, ...]) -> tuple[str, ...]:
     return names or tuple(str(index) for index in range(width))
 
 
-def _check(outputs: Mapping[str, Array], items: HeldOut, reference: str, vectors: bool) -> None:
+def _counted(items: HeldOut) -> str:
+    return "tokens" if items.asked is not None and items.asked.counts.ndim > 1 else "items"
+
+
+def _each(
+    outputs: Mapping[str, Array], items: HeldOut, reference: str, *, vectors: bool = False
+) -> tuple[HeldOut, dict[str, Array]]:
+    """Return items and outputs with one entry for each answer that counts, in order.
+
+    Raises:
+        BadInput: they do not fit together, a label is no class, or a value is not finite.
+    """
+    asked = None if vectors else items.asked
+    if asked is None or asked.counts.ndim == 1:
+        told = items if vectors else items.each()
+        _check(outputs, told, reference, vectors)
+        return told, dict(outputs)
+    for name, array in outputs.items():
+        if len(array) != len(items.scenes):
+            raise BadInput(f"evaluate: {name} gave {len(array)} rows for {len(items.scenes)} items")
+    if items.slices is not None and len(items.slices) != len(items.scenes):
+        raise BadInput(f"evaluate: {len(items.slices)} slices for {len(items.scenes)} items")
+    if not len(asked):
+        raise BadInput("evaluate: the mask of the held-out split counts no token")
+    try:
+        chosen = {name: asked.logits(array) for name, array in outputs.items()}
+    except TensorError as error:
+        raise BadInput(f"evaluate: {error}") from None
+    told = items.each()
+    _check(chosen, told, reference, vectors, "tokens")
+    return told, chosen
+
+
+def _check(
+    outputs: Mapping[str, Array],
+    items: HeldOut,
+    reference: str,
+    vectors: bool,
+    counted: str = "items",
+) -> None:
     count = len(items.scenes)
     if count == 0:
         raise BadInput("evaluate: the held-out split has no items")
@@ -358,17 +458,17 @@ def _check(outputs: Mapping[str, Array], items: HeldOut, reference: str, vectors
     width = outputs[reference].reshape(len(outputs[reference]), -1).shape[1]
     for name, array in outputs.items():
         if len(array) != count:
-            raise BadInput(f"evaluate: {name} gave {len(array)} rows for {count} items")
+            raise BadInput(f"evaluate: {name} gave {len(array)} rows for {count} {counted}")
         if array.reshape(count, -1).shape[1] != width:
             raise BadInput(
-                f"evaluate: {name} gives {array.reshape(count, -1).shape[1]} values per item, "
+                f"evaluate: {name} gives {array.reshape(count, -1).shape[1]} values per {counted[:-1]}, "
                 f"{reference} gives {width}"
             )
         finite = np.isfinite(array.reshape(count, -1)).all(axis=1)
         if not finite.all():
             raise BadInput(
                 f"evaluate: {name} gives values that are not finite on {int((~finite).sum())} of "
-                f"{count} items"
+                f"{count} {counted}"
             )
     if vectors:
         return
@@ -379,9 +479,13 @@ def _check(outputs: Mapping[str, Array], items: HeldOut, reference: str, vectors
     for what, known in (("labels", items.labels), ("slices", items.slices)):
         if known is not None and len(known) != count:
             raise BadInput(f"evaluate: {len(known)} {what} for {count} items")
-    if items.labels is not None and not bool(((items.labels >= 0) & (items.labels < width)).all()):
-        stray = items.labels[(items.labels < 0) | (items.labels >= width)]
-        raise BadInput(f"evaluate: label {stray[0]} is none of the {width} classes")
+    if items.labels is None:
+        return
+    strays = (items.labels < 0) | (items.labels >= width)
+    if counted == "tokens":
+        strays &= items.labels != NO_LABEL
+    if strays.any():
+        raise BadInput(f"evaluate: label {items.labels[strays][0]} is none of the {width} classes")
 
 
 def tolerance(reference: Array, outputs: Array, precision: str) -> Tolerance:

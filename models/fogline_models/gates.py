@@ -143,6 +143,10 @@ def decide(
         raise BadInput("gates: min_accuracy needs labels, the held-out split has none")
     if gates.max_slice_loss is not None and not evaluation.variants[evaluation.reference].slices:
         raise BadInput("gates: max_slice_loss needs slices, the held-out split names none")
+    if gates.max_slice_loss is not None and all(
+        part.accuracy is None for part in evaluation.variants[evaluation.reference].slices
+    ):
+        raise BadInput("gates: max_slice_loss needs labels, the held-out split has none")
     return tuple(
         _decide(gates, name, evaluation, costs.get(name), sizes) for name in evaluation.variants
     )
@@ -169,7 +173,7 @@ def _decide(
     sizes: Mapping[str, int],
 ) -> Decision:
     checks = [
-        *_quality(gates, evaluation.variants[name], name, evaluation.reference),
+        *_quality(gates, name, evaluation),
         *_costs(gates, name, evaluation.reference, cost, sizes),
     ]
     reason = gates.allow.get(name, "").strip()
@@ -180,11 +184,13 @@ def _decide(
     return Decision(name, verdict, tuple(checks), reason)
 
 
-def _quality(gates: Gates, figures: Figures, name: str, reference: str) -> list[Check]:
+def _quality(gates: Gates, name: str, evaluation: Evaluation) -> list[Check]:
+    figures, reference = evaluation.variants[name], evaluation.reference
+    of = f"of the {evaluation.counted}"
     checks = []
     if gates.min_accuracy is not None and figures.accuracy is not None:
         checks.append(
-            _at_least("min_accuracy", figures.accuracy, gates.min_accuracy, "right on", gates)
+            _at_least("min_accuracy", figures.accuracy, gates.min_accuracy, "right on", of, gates)
         )
     if name == reference:
         return checks  # it loses nothing against itself
@@ -203,7 +209,7 @@ def _quality(gates: Gates, figures: Figures, name: str, reference: str) -> list[
     if gates.min_agreement is not None and figures.agreement is not None:
         words = f"answers as {reference} on"
         checks.append(
-            _at_least("min_agreement", figures.agreement, gates.min_agreement, words, gates)
+            _at_least("min_agreement", figures.agreement, gates.min_agreement, words, of, gates)
         )
     if gates.max_relative_error is not None and figures.relative_error is not None:
         error, bar = figures.relative_error, gates.max_relative_error
@@ -217,11 +223,11 @@ def _quality(gates: Gates, figures: Figures, name: str, reference: str) -> list[
     return checks
 
 
-def _at_least(gate: str, found: Rate, bar: float, words: str, gates: Gates) -> Check:
+def _at_least(gate: str, found: Rate, bar: float, words: str, of: str, gates: Gates) -> Check:
     held = found.lower if gates.confident else found.value
     return Check(
         gate, found.value, bar, held >= bar,
-        f"{words} {percent(found.value)} of the items (95 %: {interval(found.lower, found.upper)}), "
+        f"{words} {percent(found.value)} {of} (95 %: {interval(found.lower, found.upper)}), "
         f"at least {percent(bar)} required",
     )  # fmt: skip
 

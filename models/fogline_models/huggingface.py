@@ -8,8 +8,10 @@ The folder lies beside the recipe, or a function of the recipe trains and writes
 downloaded and no code of the folder is run. A net whose head is not in the folder would come out
 with a random one, so it is refused.
 
-A token classifier is exported and bundled like the others, but its variants are only compared as
-vectors: a row has as many answers as tokens, padding among them, and Items have one label a row.
+A token classifier answers for every token of a text, padding among them. Which tokens count says its
+attention mask; special tokens and inner pieces of words are within it, though transformers leaves
+them without a label. A net that was not taught what to say of them says anything, edge and hub then
+differ there, and texts escalate for it: train them as a class, as ``label_all_tokens`` does.
 
 optimum and transformers are imported on use, here and in ``preprocess.py``.
 """

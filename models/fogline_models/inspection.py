@@ -82,11 +82,12 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
         yield f"  escalates   to {hub['model']}, bundle {hub['bundle_sha256'][:16]}"
     yield f"  self-test   {told['self_test']['said']}"
     yield from ("", "variants")
+    what = "tokens" if told["score"] is not None and Score(**told["score"]).per_token else "rows"
     for v in told["variants"]:
         yield f"  {v['name']}  {v['precision']}, {size(v['bytes'])}, for {', '.join(v['providers'])}"
         yield (
             f"      may stray by {v['max_abs_error']:g} from the reference, and must keep its answer "
-            f"on {percent(v['min_agreement'], 0)} of the golden rows"
+            f"on {percent(v['min_agreement'], 0)} of the golden {what}"
         )
         yield f"      {v['path']}  {v['sha256']}"
     yield from ("", "certificates")

@@ -73,6 +73,19 @@ class Point:
     accuracy: float | None  # of the pair
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Right:
+    """How many of each item's labelled answers edge and hub get right: one, or some of its tokens."""
+
+    edge: Array  # int [n]
+    hub: Array  # int [n]
+    answers: int  # labelled ones of all items
+
+    def together(self, local: Array) -> float:
+        """Return the accuracy of the pair where the edge answers items ``local``, bool ``[n]``."""
+        return float(np.where(local, self.edge, self.hub).sum() / self.answers)
+
+
 def top(outputs: Array) -> Array:
     """Return the top answer of every row: ``[n, ...] -> [n]``."""
     answers: Array = outputs.reshape(len(outputs), -1).argmax(axis=1)
@@ -186,34 +199,32 @@ def relative_errors(outputs: Array, reference: Array) -> Array:
     return errors
 
 
-def risk_curve(
-    edge: Array, hub: Array, scores: Array, labels: Array | None = None
-) -> tuple[Point, ...]:
+def risk_curve(differs: Array, scores: Array, right: Right | None = None) -> tuple[Point, ...]:
     """Return what edge and hub give together, from no escalation to escalating everything.
 
-    ``edge``, ``hub`` and ``labels`` are answers, int ``[n]``; ``scores`` is float ``[n]``. Every
-    point is one that a threshold can reach: items of equal score go together.
+    ``differs`` is bool ``[n]``, ``scores`` float ``[n]``. Every point is one that a threshold can
+    reach: items of equal score go together.
     """
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
-    differs = np.concatenate([[0], np.cumsum((edge != hub)[order])])
+    lost = np.concatenate([[0], np.cumsum(differs[order])])
     # How many items stay at the edge at each distinct threshold, all of them first.
     steps = np.flatnonzero(np.diff(ranked, append=-np.inf)) + 1
     kept = np.concatenate([steps[::-1], [0]])
     if len(kept) > MAX_POINTS:
         kept = kept[np.unique(np.linspace(0, len(kept) - 1, MAX_POINTS).round().astype(int))]
-    right: Array | None = None
-    if labels is not None:
-        mine = np.concatenate([[0], np.cumsum((edge == labels)[order])])
-        theirs = np.concatenate([[0], np.cumsum((hub == labels)[order])])
-        right = mine + theirs[-1] - theirs
+    both: Array | None = None
+    if right is not None:
+        mine = np.concatenate([[0], np.cumsum(right.edge[order])])
+        theirs = np.concatenate([[0], np.cumsum(right.hub[order])])
+        both = (mine + theirs[-1] - theirs) / right.answers
     total = len(scores)
     return tuple(
         Point(
             threshold=None if count == total else float(ranked[count]),
             escalated=float(1 - count / total),
-            disagreement=float(differs[count] / total),
-            accuracy=None if right is None else float(right[count] / total),
+            disagreement=float(lost[count] / total),
+            accuracy=None if both is None else float(both[count]),
         )
         for count in kept.tolist()
     )

@@ -40,7 +40,7 @@ from fogline_models.errors import BadInput, require
 from fogline_models.forms import FORMS, forms_for
 from fogline_models.gates import Gates
 from fogline_protocol.release import MODEL_NAME, SEMANTIC_VERSION
-from fogline_protocol.score import FUNCTIONS, MAX_SOFTMAX, PARAMETERS
+from fogline_protocol.score import FUNCTIONS, LEAST_SOFTMAX, MAX_SOFTMAX, PARAMETERS, PER_TOKEN
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -54,9 +54,10 @@ Task = Literal[
     "token-classification",
     "feature-extraction",
 ]
-# A row of these is no single answer: variants are compared as vectors, without accuracy, and
-# there is nothing to escalate. For tokens that would take labels per token, which Items have not.
-VECTORS = ("token-classification", "feature-extraction")
+# A row of these is no answer: variants are compared as vectors, without accuracy, and there is
+# nothing to escalate.
+VECTORS = ("feature-extraction",)
+TOKENS = "token-classification"  # a row of this has an answer for each of its tokens
 LEARNT_FROM = ("training", "ranges", "self_test", "tuning")
 _OF_TRANSFORMERS = ("text-classification", "token-classification", "feature-extraction")
 
@@ -136,9 +137,12 @@ class ReleaseRecipe:
     escalates_to: str = ""  # a model of this recipe, or the path of a bundle
     parent: str = ""  # the version that it replaces, of this recipe; or the path of a bundle
     examples: Path | None = None  # what `fogline data export` wrote: handed to the torch function
-    # How certain an answer is. logistic is fitted to the hub's answers on the split tuning, or on
-    # ranges; the report says what that buys.
-    score: str = MAX_SOFTMAX
+    # How certain an answer is: by default max_softmax, for tokens least_softmax. logistic is fitted
+    # to the hub's answers on the split tuning, or on ranges; the report says what that buys.
+    score: str = ""
+    # Of a token classifier: the input that says which tokens count. By default attention_mask, if
+    # the model takes one, else every token does.
+    mask: str = ""
     gates: Gates | None = None  # instead of the family's
     certificate: Certificate | None = None  # instead of the family's
     accident: Accident | None = None
@@ -176,6 +180,15 @@ class Recipe:
         """Return the variants that a release is built in, best first."""
         forms = forms_for(self.targets, transformer=self.task in _OF_TRANSFORMERS)
         return release.variants or (*forms, FP32)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a row has an answer for each of its tokens."""
+        return self.task == TOKENS
+
+    def score(self, release: ReleaseRecipe) -> str:
+        """Return the function that says how certain an answer of a release is."""
+        return release.score or (LEAST_SOFTMAX if self.per_token else MAX_SOFTMAX)
 
 
 def read(path: Path) -> Recipe:
@@ -307,6 +320,20 @@ def _bars_contradiction(recipe: Recipe, release: ReleaseRecipe) -> str | None:
     return None
 
 
+def _score_contradiction(recipe: Recipe, release: ReleaseRecipe) -> str | None:
+    function = recipe.score(release)
+    if function not in FUNCTIONS:
+        return f"score: {function!r} is unknown, known are {', '.join(FUNCTIONS)}"
+    if (function in PER_TOKEN) != recipe.per_token:
+        many = "many answers, one for each token" if recipe.per_token else "one answer"
+        return f"score: {function} does not fit {recipe.task}, whose rows have {many}: leave it out"
+    if PARAMETERS[function] and not release.escalates_to:
+        return f"score: {function} is fitted to a hub's answers, so name escalates_to"
+    if release.mask and not recipe.per_token:
+        return f"mask: {release.mask!r} says which tokens count, {recipe.task} has none"
+    return None
+
+
 def _release_contradiction(
     recipe: Recipe, release: ReleaseRecipe, seen: Mapping[tuple[str, str], ReleaseRecipe]
 ) -> str | None:
@@ -327,10 +354,9 @@ def _release_contradiction(
             return f"keep, sweep: {form!r} is none of its quantized variants"
     if len(set(recipe.variants(release))) != len(recipe.variants(release)):
         return "variants: one is there twice"
-    if release.score not in FUNCTIONS:
-        return f"score: {release.score!r} is unknown, known are {', '.join(FUNCTIONS)}"
-    if PARAMETERS[release.score] and not release.escalates_to:
-        return f"score: {release.score} is fitted to a hub's answers, so name escalates_to"
+    problem = _score_contradiction(recipe, release)
+    if problem is not None:
+        return problem
     if not 0 <= release.max_batch <= 65_536:
         return f"max_batch: from 0, no batch dimension, to 65536, got {release.max_batch}"
     for form, agreement in release.sweep.items():

@@ -105,7 +105,7 @@ def document(
         **dataclasses.asdict(subject),
         "bundle_sha256": bundle_sha256,
         "evaluation": dataclasses.asdict(evaluation),
-        "escalation": [dataclasses.asdict(each) for each in escalations],
+        "escalation": [{**dataclasses.asdict(each), "note": each.note} for each in escalations],
         "uncertified": uncertified,
         "combined": None
         if combined is None
@@ -300,7 +300,8 @@ def _drawn(found: Document) -> dict[str, str]:
     evaluation = found["figures"]["evaluation"]
     drawn: dict[str, str] = {}
     if best["slices"] and best["accuracy"] is not None:
-        drawn["slices"] = plots.by_slice(order, _slice_rows(evaluation["variants"], order, best))
+        rows = _slice_rows(evaluation["variants"], order, best, evaluation["counted"])
+        drawn["slices"] = plots.by_slice(order, rows)
     if best["confusion"] and len(evaluation["classes"]) <= plots.MAX_CELLS:
         drawn["confusion"] = plots.confusion(best["confusion"], evaluation["classes"])
     if best["reliability"]:
@@ -324,9 +325,9 @@ def _drawn(found: Document) -> dict[str, str]:
 
 
 def _slice_rows(
-    variants: Mapping[str, Any], order: Sequence[str], best: Mapping[str, Any]
+    variants: Mapping[str, Any], order: Sequence[str], best: Mapping[str, Any], counted: str
 ) -> list[tuple[str, list[Mapping[str, float] | None]]]:
-    """Return all items first, then the groups; the weakest only, if there are too many."""
+    """Return all that is counted first, then the groups; the weakest only, if there are too many."""
     named = {
         name: {part["name"]: part["accuracy"] for part in variants[name]["slices"]}
         for name in order
@@ -334,8 +335,12 @@ def _slice_rows(
     shown = [part["name"] for part in best["slices"]]
     if len(shown) > plots.MAX_SLICES:
         mine = named[order[0]]
-        weakest = sorted(shown, key=lambda group: mine[group]["value"])[: plots.MAX_SLICES]
+        weakest = sorted(shown, key=lambda group: _value(mine[group]))[: plots.MAX_SLICES]
         shown = [group for group in shown if group in weakest]
-    rows = [("all items", [variants[name]["accuracy"] for name in order])]
+    rows = [(f"all {counted}", [variants[name]["accuracy"] for name in order])]
     rows += [(group, [named[name].get(group) for name in order]) for group in shown]
     return rows
+
+
+def _value(rate: Mapping[str, float] | None) -> float:
+    return 1.0 if rate is None else rate["value"]  # nothing is known of it: not the weakest

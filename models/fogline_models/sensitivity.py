@@ -72,12 +72,23 @@ class Progress(Protocol):
 class Bench:
     """Measures mixed files of one fp32 file and form, on one set of items."""
 
-    def __init__(self, ready: Prepared, form: str, fp32: Path, items: Mapping[str, Array]) -> None:
-        """Run ``fp32`` on ``items``, ``{name: [n, ...]}``, to compare with."""
+    def __init__(
+        self,
+        ready: Prepared,
+        form: str,
+        fp32: Path,
+        items: Mapping[str, Array],
+        mask: str = "",
+    ) -> None:
+        """Run ``fp32`` on ``items``, ``{name: [n, ...]}``, to compare with.
+
+        ``mask`` is the input that is not 0 where a token counts; what does not, is not compared.
+        """
         graph.check_inputs(ready.signature, items, step=STEP, what="the items")
         self._ready = ready
         self._form = form
         self._items = items
+        self._counts = items[mask] != 0 if mask else None
         self._known: dict[frozenset[str], Loss] = {}
         self.nodes = ready.nodes(form)
         self._want = self._answers(fp32)
@@ -91,7 +102,7 @@ class Bench:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "mixed.onnx")
                 self._ready.write(self._form, {}, path, keep=sorted(key))
-                self._known[key] = compare(self._want, self._answers(path))
+                self._known[key] = compare(self._want, self._answers(path), self._counts)
         return self._known[key]
 
     def _answers(self, path: Path) -> dict[str, Array]:
@@ -106,21 +117,27 @@ class Bench:
         }
 
 
-def compare(want: Mapping[str, Array], found: Mapping[str, Array]) -> Loss:
+def compare(
+    want: Mapping[str, Array], found: Mapping[str, Array], counts: Array | None = None
+) -> Loss:
     """Return how far ``found`` is from ``want``: ``{name: [n, ..., classes]}`` twice.
 
-    Every float output counts, each by its own signal; agreement is that of the worst. Pure.
+    Every float output counts, each by its own signal; agreement is that of the worst. Of outputs
+    for tokens only those are compared that ``counts``, bool ``[n, tokens]``. Pure.
     """
     agreements, ratios = [1.0], [math.inf]
     for name, right in want.items():
         if right.dtype.kind != "f":
             continue
-        noise = float(np.square(found[name].astype(np.float64) - right).sum())
+        given = found[name]
+        if counts is not None and right.shape[:-1] == counts.shape:
+            right, given = right[counts], given[counts]
+        noise = float(np.square(given.astype(np.float64) - right).sum())
         signal = float(np.square(right.astype(np.float64)).sum())
         if noise > 0:
             ratios.append(10 * math.log10(max(signal, 1e-300) / noise))
-        if right.ndim > 1:
-            agreements.append(float((found[name].argmax(axis=-1) == right.argmax(axis=-1)).mean()))
+        if right.ndim > 1 and right.size:
+            agreements.append(float((given.argmax(axis=-1) == right.argmax(axis=-1)).mean()))
     return Loss(min(agreements), min(ratios))
 
 
@@ -231,18 +248,20 @@ def mixed(
     target: float,
     *,
     clock: Callable[[], float],
+    mask: str = "",
     progress: Progress | None = None,
     most: int = MOST,
 ) -> tuple[Choice, tuple[Measurement, ...]]:
     """Sweep ``fp32`` and return what to keep for ``target`` agreement, and the sweep.
 
-    ``items`` are not ``ranges``: what is measured on training inputs flatters.
+    ``items`` are not ``ranges``: what is measured on training inputs flatters. ``mask`` is as in
+    ``Bench``.
 
     Raises:
         BadInput: the inputs do not fit, or the target is out of reach.
     """
     with prepared(fp32, ranges) as ready:
-        bench = Bench(ready, form, fp32, items)
+        bench = Bench(ready, form, fp32, items, mask)
         whole = bench.loss(())
         if whole.agreement >= target:
             return Choice((), 0, whole), ()

@@ -14,7 +14,9 @@ from fogline_models.evaluate import Evaluation, HeldOut
 from fogline_models.measure import Cost
 from fogline_models.session import Session
 from fogline_models.wording import interval, micros, percent
-from fogline_protocol.tensors import Array
+from fogline_protocol.answers import ATTENTION_MASK, Asked
+from fogline_protocol.score import LEAST_SOFTMAX, Score
+from fogline_protocol.tensors import Array, TensorError
 
 ROWS = 64  # at once
 BATCHES = (1, 32)
@@ -30,9 +32,18 @@ class SideBySide:
 
 
 def evaluate(
-    models: tuple[Path, ...], held_out: Path, hub: Path | None, *, vectors: bool
+    models: tuple[Path, ...],
+    held_out: Path,
+    hub: Path | None,
+    *,
+    vectors: bool = False,
+    tokens: bool = False,
+    mask: str = "",
 ) -> SideBySide:
     """Run every file on the items of ``held_out`` and measure it.
+
+    A file answers for every token if ``tokens`` or ``mask`` say so, or the items have a label for
+    each; ``mask`` names the input that says which count, by default attention_mask if there is one.
 
     Raises:
         BadInput: a file or the items are not usable, or two files are called alike.
@@ -45,9 +56,14 @@ def evaluate(
         )
     sessions = {name: Session(path) for name, path in files.items()}
     outputs = {name: _answers(session, items) for name, session in sessions.items()}
+    asked = None
+    if tokens or mask or (items.labels is not None and items.labels.ndim > 1):
+        if vectors:
+            raise BadInput("evaluate: outputs are answers for tokens or vectors, not both")
+        asked = _asked(next(iter(outputs.values())), items, mask)
     evaluation = figures.evaluate(
         outputs,
-        HeldOut(items.scenes, items.labels, items.slices),
+        HeldOut(items.scenes, items.labels, items.slices, asked=asked),
         reference=next(iter(files)),
         hub=None if hub is None else _answers(Session(hub), items),
         hub_model="hub" if hub is None else hub.stem,
@@ -71,7 +87,7 @@ def document(found: SideBySide) -> Mapping[str, Any]:
 def lines(found: SideBySide) -> Iterator[str]:
     """Yield it as a person reads it in a terminal."""
     evaluation = found.evaluation
-    yield f"{evaluation.items:,} items of {evaluation.scenes:,} scenes, against {evaluation.reference}"
+    yield f"{evaluation.items:,} {evaluation.counted} of {evaluation.scenes:,} scenes, against {evaluation.reference}"
     for name, each in evaluation.variants.items():
         cost = found.costs[name]
         said = [f"{found.sizes[name]:,} bytes"]
@@ -89,6 +105,14 @@ def lines(found: SideBySide) -> Iterator[str]:
             for n, spread in cost.latency_us.items()
         ]
         yield f"  {name}: {', '.join(said)}"
+
+
+def _asked(logits: Array, items: Items, mask: str) -> Asked:
+    mask = mask or (ATTENTION_MASK if ATTENTION_MASK in items.inputs else "")
+    try:
+        return Asked.of(Score(LEAST_SOFTMAX, "logits", mask=mask), logits, items.inputs)
+    except TensorError as error:
+        raise BadInput(f"evaluate: {error}") from None
 
 
 def _answers(session: Session, items: Items) -> Array:

@@ -10,8 +10,9 @@ from fogline_models import evaluate, gates, report
 from fogline_models.evaluate import Escalation, Evaluation, HeldOut
 from fogline_models.gates import Decision, Gates
 from fogline_models.measure import Cost, Spread
-from fogline_models.metrics import Point, Rate, risk_curve, top
+from fogline_models.metrics import Point, Rate, Right, risk_curve, top
 from fogline_models.report import Document, Input, Parent, Step, Subject
+from fogline_protocol.answers import Asked
 
 HOSTILE = "<script>alert('&')</script>"
 DIGEST = "ab" * 32
@@ -45,6 +46,26 @@ def vectors() -> Evaluation:
     )
 
 
+@functools.cache
+def tokens() -> Evaluation:
+    """The items of ``evaluation`` as texts of four tokens, the first of each without a label."""
+    names = ("cat", "dog", HOSTILE)
+    labels = LABELS.reshape(30, 4).copy()
+    labels[:, 0] = -100
+    return evaluate.evaluate(
+        {"int8": logits(9).reshape(30, 4, 3), "fp32": logits(6).reshape(30, 4, 3)},
+        HeldOut(
+            np.arange(30),
+            labels,
+            np.array([f"{HOSTILE} {i % 4}" for i in range(30)]),
+            names,
+            Asked(np.ones((30, 4), bool)),
+        ),
+        hub=logits(1).reshape(30, 4, 3),
+        hub_model="animals-hub",
+    )
+
+
 def costs(ratio: float = 1.31) -> dict[str, Cost]:
     def cost(ratio: float, spread: float) -> Cost:
         around = Spread(ratio, ratio - spread, ratio + spread)
@@ -73,7 +94,7 @@ def escalation(threshold: float | None = 0.6) -> Escalation:
         disagreement=Rate(0.017, 0.002, 0.04, 120, 60),
         accuracy_edge=0.925,
         accuracy_hub=0.992,
-        curve=risk_curve(edge, hub, scores, LABELS),
+        curve=risk_curve(edge != hub, scores, Right(edge == LABELS, hub == LABELS, len(LABELS))),
     )
 
 

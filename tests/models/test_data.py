@@ -136,8 +136,8 @@ def test_splits_may_share_items_where_the_recipe_says_so_and_nowhere_else() -> N
         ({"input.x": np.float32(1)}, "input.x must have one row per item, found a single number"),
         ({"input.x": np.zeros((0, 2))}, "expected one row per item"),
         ({"input.x": np.zeros((3, 2)), "label": np.zeros(2, int)}, "'label': 2"),
-        ({"input.x": np.zeros((3, 2)), "label": np.zeros(3)}, "label must be whole numbers [n]"),
-        ({"input.x": np.zeros((3, 2)), "label": np.zeros((3, 1), int)}, "found int64 [3, 1]"),
+        ({"input.x": np.zeros((3, 2)), "label": np.zeros(3)}, "label must be whole numbers, [n]"),
+        ({"input.x": np.zeros((3, 2)), "label": np.zeros((3, 1, 1), int)}, "found int64 [3, 1, 1]"),
         ({"input.x": np.zeros((3, 2)), "scene": np.zeros((3, 1), int)}, "expected one row"),
         ({"input.x": np.zeros(3, "M8[s]")}, "input.x is of type datetime64[s]: give numbers"),
         ({"input.x": np.zeros(3, complex)}, "input.x is of type complex128"),
@@ -161,7 +161,49 @@ def test_class_numbers_without_a_name_are_refused() -> None:
         data.check_labels(split, ("a", "b"), "data: split training")
 
 
+TOKENS = np.array([[-100, 0, 2, -100], [-100, 1, -100, -100]])
+
+
+def test_tokens_without_a_label_are_of_no_class(tmp_path: Path) -> None:
+    split = Items({"x": images(2, 0)}, TOKENS)
+    data.save(tmp_path / "items.npz", split)
+    found = data.read(tmp_path / "items.npz")
+    assert found.labels is not None
+    assert found.labels.tolist() == TOKENS.tolist()
+    assert data.given(TOKENS).tolist() == [0, 2, 1]
+    data.check_labels(split, ("a", "b", "c"), "training", per_token=True)
+    data.check_labels(Items({"x": images(2, 0)}, TOKENS * 0 - 100), ("a",), "x", per_token=True)
+    with pytest.raises(BadInput, match="reach from 0 to 2, but the recipe names 2 labels"):
+        data.check_labels(split, ("a", "b"), "training", per_token=True)
+    with pytest.raises(BadInput, match=r"label is \[2, 4\]: only token-classification takes"):
+        data.check_labels(split, ("a", "b", "c"), "training")
+    rows = Items({"x": images(2, 0)}, TOKENS[:, 1])
+    with pytest.raises(BadInput, match=r"label is \[2\]: token-classification takes \[n, tokens\]"):
+        data.check_labels(rows, (), "training", per_token=True)
+
+
+def test_labels_of_rows_have_no_number_for_none() -> None:
+    split = Items({"x": images(2, 0)}, np.array([0, -100]))
+    with pytest.raises(BadInput, match="reach from -100 to 0"):
+        data.check_labels(split, ("a", "b"), "training")
+
+
+def test_labels_must_be_of_the_tokens_that_count() -> None:
+    counts = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+    data.check_tokens(TOKENS, counts, "training")
+    with pytest.raises(BadInput, match="item 0 has class 2 at token 2, which its mask does not"):
+        data.check_tokens(TOKENS, counts & [True, True, False, False], "training")
+    with pytest.raises(BadInput, match=r"label is \[2, 4\], the tokens are \[2, 3\]"):
+        data.check_tokens(TOKENS, counts[:, :3], "training")
+
+
 def test_items_of_one_class_do_not_calibrate() -> None:
+    with pytest.raises(BadInput, match="all labelled tokens of 2 items are of class 1"):
+        data.check_classes(
+            Items({"x": images(2, 0)}, np.where(TOKENS == 1, 1, -100)), "calibration"
+        )
+    data.check_classes(Items({"x": images(2, 0)}, TOKENS), "calibration")
+    data.check_classes(Items({"x": images(2, 0)}, np.full((2, 4), -100)), "calibration")
     data.check_classes(Items({"x": images(3, 0)}, np.array([0, 2, 2])), "calibration")
     data.check_classes(Items({"x": images(3, 0)}), "calibration")
     with pytest.raises(BadInput, match=r"all 3 items are of class 2: calibrate on items of every"):

@@ -14,7 +14,9 @@ from fogline_models.errors import BadInput
 from fogline_models.evaluate import HeldOut
 from fogline_models.session import Session
 from fogline_protocol import release
+from fogline_protocol.answers import Asked
 from fogline_protocol.release import BundleDirectory, SelfTest, Tolerance
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array
 
 
@@ -151,6 +153,126 @@ def test_values_that_are_not_finite_are_refused_with_their_number() -> None:
         evaluate.evaluate({"fp32": logits_of([0, 1, 2]), "int8": broken}, items(3))
     with pytest.raises(BadInput, match="no items"):
         evaluate.evaluate({"fp32": logits_of([])}, items(0))
+
+
+# Texts, with an answer for each token
+
+
+MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+LABELS = np.array([[-100, 0, 2, -100], [-100, 1, -100, -100]])
+TOPS = [[0, 0, 2, 1], [1, 1, 2, 2]]  # of fp32: right on all three labels
+
+
+def texts(**known: Any) -> HeldOut:
+    asked = Asked.of(
+        Score("least_softmax", "y", mask="m"), np.zeros((2, 4, 3)), {"m": known.pop("mask", MASK)}
+    )
+    return HeldOut(np.arange(2), asked=asked, **known)
+
+
+def token_logits(tops: list[list[int]], classes: int = 3) -> Array:
+    return np.eye(classes, dtype=np.float32)[np.array(tops)] * 4
+
+
+def test_tokens_are_right_by_their_labels_and_agree_by_their_mask() -> None:
+    int8 = [[1, 0, 0, 0], [1, 1, 0, 0]]  # differs on [CLS], on a label, and on padding
+    found = evaluate.evaluate(
+        {"fp32": token_logits(TOPS), "int8": token_logits(int8)},
+        texts(labels=LABELS, slices=np.array(["a", "b"]), names=("x", "y", "z")),
+        hub=token_logits(TOPS),
+    )
+    assert (found.counted, found.items, found.scenes) == ("tokens", 5, 2)
+    figures = found.variants["int8"]
+    assert figures.accuracy is not None
+    assert (figures.accuracy.value, figures.accuracy.items) == (pytest.approx(2 / 3), 3)
+    assert figures.loss is not None
+    assert figures.loss.value == pytest.approx(1 / 3)
+    for agreement in (figures.agreement, figures.agreement_hub):
+        assert agreement is not None
+        assert (agreement.value, agreement.items) == (pytest.approx(3 / 5), 5)
+    assert figures.confusion == ((1, 0, 0), (0, 1, 0), (1, 0, 0))
+    assert figures.recall.keys() == {"x", "y", "z"}
+    assert [(part.name, part.items) for part in figures.slices] == [("a", 3), ("b", 2)]
+    assert figures.slices[1].accuracy is not None
+    assert figures.slices[1].accuracy.value == 1.0
+    assert len(figures.reliability) > 0
+
+
+@pytest.mark.parametrize("labels", [None, LABELS * 0 - 100])
+def test_tokens_without_labels_still_agree(labels: Array | None) -> None:
+    outputs = {"fp32": token_logits(TOPS), "int8": token_logits([[0] * 4, [1] * 4])}
+    found = evaluate.evaluate(outputs, texts(labels=labels)).variants["int8"]
+    assert found.agreement is not None
+    assert found.agreement.value == pytest.approx(4 / 5)
+    assert (found.accuracy, found.macro_f1, found.confusion) == (None, None, ())
+
+
+def test_a_slice_none_of_whose_tokens_has_a_label_has_no_accuracy() -> None:
+    labels = np.where(np.arange(2)[:, np.newaxis] == 0, LABELS, -100)
+    found = evaluate.evaluate(
+        {"fp32": token_logits(TOPS)}, texts(labels=labels, slices=np.array(["a", "b"]))
+    ).variants["fp32"]
+    assert [part.accuracy is None for part in found.slices] == [False, True]
+
+
+def test_what_is_said_of_padding_is_not_looked_at() -> None:
+    broken = token_logits(TOPS)
+    broken[0, 3] = np.nan
+    found = evaluate.evaluate({"fp32": broken}, texts(labels=LABELS)).variants["fp32"]
+    assert found.accuracy is not None
+    assert found.accuracy.value == 1.0
+    broken[0, 2] = np.inf
+    with pytest.raises(BadInput, match="fp32 gives values that are not finite on 1 of 5 tokens"):
+        evaluate.evaluate({"fp32": broken}, texts())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "known", "says"),
+    [
+        (token_logits(TOPS)[:, :3], {}, r"outputs are \[2, 3, 3\] where .* for \[2, 4\]"),
+        (token_logits(TOPS)[:1], {}, "int8 gave 1 rows for 2 items"),
+        (token_logits(TOPS, 4), {}, "int8 gives 4 values per token, fp32 gives 3"),
+        (token_logits(TOPS), {"labels": LABELS[:, :3]}, r"label is \[2, 3\], the tokens are"),
+        (
+            token_logits(TOPS),
+            {"labels": LABELS + 1},
+            "label -99 is none of the 3 classes|not count",
+        ),
+        (token_logits(TOPS), {"labels": np.where(LABELS == 2, 3, LABELS)}, "label 3 is none of"),
+        (token_logits(TOPS), {"labels": np.where(MASK, 0, 1)}, "item 0 has class 1 at token 3"),
+        (token_logits(TOPS), {"slices": np.array(["a"])}, "1 slices for 2 items"),
+        (token_logits(TOPS), {"mask": MASK * 0}, "the mask of the held-out split counts no token"),
+    ],
+)
+def test_tokens_that_do_not_fit_together_are_refused(
+    outputs: Array, known: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(BadInput, match=says):
+        evaluate.evaluate({"fp32": token_logits(TOPS), "int8": outputs}, texts(**known))
+
+
+def test_labels_of_tokens_are_refused_where_a_row_has_one_answer() -> None:
+    with pytest.raises(BadInput, match=r"label is \[2, 4\], one for each token, but a row has one"):
+        evaluate.evaluate({"fp32": logits_of([0, 1])}, items(2, labels=LABELS))
+
+
+def test_a_release_is_held_against_its_parent_token_by_token() -> None:
+    before = token_logits([[0, 1, 2, 0], [1, 1, 0, 0]])
+    everything, *_ = evaluate.against(token_logits(TOPS), before, texts(labels=LABELS))
+    assert (everything.name, everything.items) == ("all tokens", 5)
+    assert everything.loss is not None
+    assert everything.loss.value == pytest.approx(-1 / 3)
+
+
+def test_a_hub_that_is_called_as_a_variant_is_not_taken_for_it() -> None:
+    outputs = {"model": logits_of([0, 1]), "int8": logits_of([0, 1])}
+    found = evaluate.evaluate(
+        outputs, items(2), reference="model", hub=logits_of([0, 2]), hub_model="model"
+    )
+    assert found.variants["int8"].agreement is not None
+    assert found.variants["int8"].agreement.value == 1.0
+    assert found.variants["int8"].agreement_hub is not None
+    assert found.variants["int8"].agreement_hub.value == 0.5
 
 
 # The committed family

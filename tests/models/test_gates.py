@@ -10,6 +10,7 @@ from fogline_models.errors import BadInput
 from fogline_models.evaluate import Evaluation, HeldOut
 from fogline_models.gates import Decision, Gates, Verdict
 from fogline_models.measure import Cost, Spread
+from fogline_protocol.answers import Asked
 from fogline_protocol.tensors import Array
 
 CLASSES = 4
@@ -236,6 +237,22 @@ def test_accuracy_cannot_be_asked_of_items_without_labels() -> None:
     found = evaluate.evaluate({"fp32": np.eye(3)}, HeldOut(np.arange(3)))
     with pytest.raises(BadInput, match="min_accuracy needs labels"):
         gates.decide(Gates(min_accuracy=0.5), found, {}, SIZES)
+    sliced = evaluate.evaluate(
+        {"fp32": np.eye(3)}, HeldOut(np.arange(3), slices=np.array(["a", "a", "b"]))
+    )
+    with pytest.raises(BadInput, match="max_slice_loss needs labels"):
+        gates.decide(Gates(max_slice_loss=0.5), sliced, {}, SIZES)
+
+
+def test_bars_for_tokens_speak_of_tokens() -> None:
+    asked = Asked(np.arange(4) < np.array([[4], [2]]))
+    tops = np.array([[0, 1, 2, 0], [1, 1, 0, 0]])
+    found = evaluate.evaluate(
+        {"fp32": np.eye(3)[tops], "int8": np.eye(3)[tops * [1, 1, 0, 1]]},
+        HeldOut(np.arange(2), asked=asked),
+    )
+    _, int8 = gates.decide(Gates(), found, {}, SIZES)
+    assert "answers as fp32 on 83.3 % of the tokens (95 %: " in int8.sentence
 
 
 @pytest.mark.parametrize(

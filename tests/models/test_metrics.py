@@ -208,7 +208,8 @@ def test_the_risk_curve_agrees_with_counting_at_every_threshold(seed: int) -> No
     logits, others, labels, _ = random_items(seed)
     scores = np.round(metrics.softmax(logits).max(axis=1), 1)  # ties
     edge, hub = metrics.top(logits), metrics.top(others)
-    curve = metrics.risk_curve(edge, hub, scores, labels)
+    right = metrics.Right(edge == labels, hub == labels, len(labels))
+    curve = metrics.risk_curve(edge != hub, scores, right)
     for point in curve:
         threshold = -np.inf if point.threshold is None else point.threshold
         want = counting.hybrid(logits, others, scores, labels, threshold)
@@ -224,8 +225,6 @@ def test_the_risk_curve_agrees_with_counting_at_every_threshold(seed: int) -> No
 
 
 def test_a_risk_curve_stays_short() -> None:
-    rng = np.random.default_rng(0)
-    answers = rng.integers(0, 2, 5000)
-    curve = metrics.risk_curve(answers, answers, rng.random(5000))
+    curve = metrics.risk_curve(np.zeros(5000, bool), np.random.default_rng(0).random(5000))
     assert len(curve) <= metrics.MAX_POINTS
     assert curve[0].accuracy is None

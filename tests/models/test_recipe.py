@@ -137,6 +137,14 @@ WRONG: Mapping[str, tuple[str, str, str]] = {
         'source = { torch = "nets.py:hub" }\nscore = "logistic"',
         "score: logistic is fitted to a hub's answers, so name escalates_to",
     ),
+    "a score of tokens": (
+        "escalates_to", "score = 'least_softmax'\nescalates_to",
+        "score: least_softmax does not fit image-classification, whose rows have one answer",
+    ),
+    "a mask of tokens": (
+        "escalates_to", "mask = 'attention_mask'\nescalates_to",
+        "mask: 'attention_mask' says which tokens count, image-classification has none",
+    ),
     "calibration that was seen": (
         'make = "data.py:make"', 'make = "data.py:make"\ntogether = [["ranges", "calibration"]]',
         "data.together: calibration cannot share items with ranges: no bound holds",

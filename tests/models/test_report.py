@@ -1,5 +1,6 @@
 """The report: every figure is there, nothing in it can act, and JSON and page say the same."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -28,6 +29,7 @@ from tests.models.reporting import (
     escalation,
     evaluation,
     subject,
+    tokens,
     vectors,
 )
 
@@ -158,6 +160,27 @@ def test_a_release_that_has_less_to_tell_gets_a_page_too(found: report.Document)
     page = Page(report.html(found))
     assert "None" not in page.text
     assert "animals" in page.text
+
+
+def test_figures_of_tokens_are_said_to_be_of_tokens() -> None:
+    page = Page(report.html(document(tokens(), decisions(tokens(), {"int8": "why"}))))
+    assert "120 tokens of 30 scenes, 90 of them with a label." in page.text
+    assert "a text is answered by one tier as a whole" in page.text.lower()
+    assert "all tokens" in page.text
+    assert "Tokens" in page.text
+    assert "None" not in page.text
+    rows = Page(report.html(document()))
+    assert "token" not in rows.text
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.2, False), (0.75, True)])
+def test_tokens_that_nobody_asks_for_and_that_cost_escalations_are_told(
+    share: float, told: bool
+) -> None:
+    found = dataclasses.replace(escalation(), differs=0.4, only_unlabelled=share)
+    note = "int8: 40.0% of the texts differ from animals-hub, 75% of these only in tokens without"
+    page = Page(report.html(document(tokens(), escalations=(found,))))
+    assert (note in page.text) == told
 
 
 def test_a_certificate_that_never_lets_the_edge_answer_says_so() -> None:
@@ -376,6 +399,16 @@ def test_the_card_of_a_variant_that_is_only_slow_says_so_without_a_time() -> Non
 
 def test_without_a_data_set_of_a_name_there_is_no_model_index() -> None:
     assert "model-index" not in written({"int8": "why"}, words=Words("A model."))
+
+
+def test_a_card_of_tokens_counts_tokens() -> None:
+    found = tokens()
+    text = card.card(WORDS, subject(), root(), found, decisions(found, {"int8": "why"}))
+    assert (
+        "Figures on 120 held-out tokens (photographs of one zoo) of 30 independent scenes, 90 of them with a label;"
+        in text
+    )
+    assert "| slice | tokens | scenes | accuracy |" in text
 
 
 def test_a_card_of_vectors_tells_angles() -> None:

@@ -102,6 +102,17 @@ def test_equal_answers_have_no_noise_and_unequal_ones_have_theirs() -> None:
     assert compare(want, found) == Loss(0.5, 0.0)  # noise as strong as the signal
 
 
+def test_tokens_that_do_not_count_make_no_noise() -> None:
+    want = {"y": np.array([[[1.0, 0.0], [0.0, 9.0]], [[0.0, 2.0], [7.0, 0.0]]])}
+    found = {"y": np.array([[[1.0, 0.0], [9.0, 0.0]], [[2.0, 0.0], [0.0, 7.0]]])}
+    one = np.array([[True, False], [False, False]])
+    assert compare(want, found, one) == Loss(1.0, math.inf)
+    assert compare(want, found, np.array([[True, False], [True, False]])).agreement == 0.5
+    assert compare(want, found, np.zeros((2, 2), bool)) == Loss(1.0, math.inf)  # nothing to compare
+    rows = {"y": want["y"][:, 0]}  # one answer a row, although the model takes a mask
+    assert compare(rows, {"y": found["y"][:, 0]}, one).agreement == 0.5
+
+
 @pytest.mark.parametrize(
     ("targets", "transformer", "forms"),
     [
