@@ -84,6 +84,7 @@ class Report:
     hub: Figures | None  # of the hub's model on the same items
     together: Mapping[tuple[str, str], str]  # edge and hub, by variant and hardware class
     held_out: str
+    counted: str  # what the figures count: item, or token
     variants: Mapping[str, Figures]
     labelled: bool
     classes: bool
@@ -141,6 +142,7 @@ def read(document: Mapping[str, Any]) -> Report | None:
     gains = list(_gains(_at(found, "gains")))
     items, scenes = _number(_at(evaluation, "items")), _number(_at(evaluation, "scenes"))
     what = words(_at(found, "held_out"), LONGEST_SENTENCE)
+    counted = "token" if _at(evaluation, "counted") == "tokens" else "item"
     return Report(
         reference=words(_at(evaluation, "reference")),
         hub_model=words(_at(evaluation, "hub_model")),
@@ -151,10 +153,11 @@ def read(document: Mapping[str, Any]) -> Report | None:
             (words(_at(each, "variant")), words(_at(each, "hardware_class"))): _together(each)
             for each in _items(_at(found, "escalation"), LINES_SHOWN)
         },
-        held_out=f"{many(int(items), 'held-out item')} of {many(int(scenes), 'scene')}"
+        held_out=f"{many(int(items), f'held-out {counted}')} of {many(int(scenes), 'scene')}"
         + (f": {what}" if what else "")
         if items is not None and scenes is not None
         else what,
+        counted=counted,
         variants=variants,
         labelled=any(one.share is not None for one in variants.values()),
         classes=bool(_items(_at(evaluation, "classes"), 1)),

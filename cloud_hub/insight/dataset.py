@@ -3,7 +3,8 @@
     input.<name>              [n, ...]   what was asked
     edge_<output>             [n, ...]   the edge's answer: the output that is scored
     hub_<output>              [n, ...]   the hub's: every output, what distillation learns from
-    edge_label, label         [n]        the top answers of the two
+    edge_label, label         [n]        the top answers of the two; of models that answer for every
+                                         token [n, tokens], -100 where attention_mask is 0
     edge_score                [n]        how sure the edge was
     propensity, reason        [n]        how probable it was that the hub was asked, and why it was
     device, source, scene     [n]        who sent it; one scene per named source, else per example
@@ -18,6 +19,7 @@ it; the data set appears under its name when it is whole.
 import abc
 import contextlib
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -33,6 +35,7 @@ import numpy as np
 from cloud_hub.errors import HubError
 from cloud_hub.insight.example_codec import Example
 from fogline_protocol import tensors
+from fogline_protocol.answers import ATTENTION_MASK, NO_LABEL
 from fogline_protocol.tensors import BYTES, Array
 
 CHUNK_BYTES = 1 << 20
@@ -101,7 +104,9 @@ class Table:
             "sha256": facts.sha256,
         }
         for name, scored in example.edge.items():
-            row |= _top("edge_label", scored) | _top("label", example.hub.get(name))
+            mask = example.inputs.get(ATTENTION_MASK)
+            row |= _top("edge_label", scored, mask)
+            row |= _top("label", example.hub.get(name), mask)
         # A model's own output called "label" is one, and wins.
         row |= {f"edge_{name}": array for name, array in example.edge.items()}
         row |= {f"hub_{name}": array for name, array in example.hub.items()}
@@ -441,11 +446,20 @@ def _column(name: str, value: Array | str, file: IO[bytes]) -> _Column:
     return _Numbers(file, value)
 
 
-def _top(name: str, logits: Array | None) -> dict[str, Array | str]:
-    """Return the index of the top answer as a column; none where there is nothing to rank."""
+def _top(name: str, logits: Array | None, mask: Array | None) -> dict[str, Array | str]:
+    """Return the index of the top answer as a column; none where there is nothing to rank.
+
+    Classes lie along the last axis. Where several rows of them are one example's, each is ranked:
+    they are a token's each, and no answer where the mask, if it is theirs, does not count them.
+    """
     if logits is None or logits.dtype.kind not in "fiu" or not logits.size:
         return {}
-    return {name: np.array(logits.argmax(), np.int64)}
+    tokens = logits.shape[:-1]
+    counted = mask is not None and bool(tokens) and mask.shape == tokens
+    if not counted and math.prod(tokens) == 1:
+        return {name: np.array(logits.argmax(), np.int64)}
+    top = logits.argmax(axis=-1).astype(np.int64)
+    return {name: np.where(mask != 0, top, NO_LABEL) if counted else top}
 
 
 def _kind(kind: tuple[Any, ...] | None) -> str:

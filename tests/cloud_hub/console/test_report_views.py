@@ -79,6 +79,14 @@ def test_figures_are_said_with_their_intervals() -> None:
     ]
 
 
+def test_what_counts_tokens_says_so() -> None:
+    document = workshop.report()
+    document["figures"]["evaluation"]["counted"] = "tokens"
+    found = report_views.read(document)
+    assert found is not None
+    assert (found.counted, found.held_out[:22]) == ("token", "2,100 held-out tokens ")
+
+
 def test_vectors_have_a_cosine_and_no_accuracy() -> None:
     document = workshop.report()
     evaluation = document["figures"]["evaluation"]

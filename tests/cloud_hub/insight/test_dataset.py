@@ -75,6 +75,24 @@ def test_equal_examples_make_equal_files(tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
+def test_every_token_that_counts_has_a_label_of_its_own(tmp_path):
+    def text(length, hub, **masks):
+        edge = np.eye(3, dtype=np.float32)[[0, 2, 1, 0]]
+        mask = (np.arange(4) < length).astype(np.int64)
+        return Example(FACTS, {"attention_mask": mask, **masks}, {"logits": edge}, {"logits": hub})
+
+    hub = np.eye(3, dtype=np.float32)[[1, 1, 1, 2]]
+    made(tmp_path / "tokens.npz", [text(4, hub), text(2, hub), text(0, hub)])
+    data = read(tmp_path / "tokens.npz")
+    assert data.labels.tolist() == [[1, 1, 1, 2], [1, 1, -100, -100], [-100] * 4]
+    assert data.extra["edge_label"].tolist()[1] == [0, 2, -100, -100]
+    wide = Example(FACTS, {"x": np.zeros(2)}, {"logits": hub}, {"logits": hub[:1]})
+    made(tmp_path / "wide.npz", [wide])
+    with np.load(tmp_path / "wide.npz") as file:
+        assert file["edge_label"].tolist() == [[1, 1, 1, 2]]  # no mask: all of them count
+        assert file["label"].tolist() == [1]  # one row of classes is one answer
+
+
 def test_texts_are_columns_of_their_longest(tmp_path):
     def text(*values):
         array = np.empty(len(values), dtype=object)
