@@ -143,6 +143,26 @@ def test_files_are_evaluated_by_the_mask_that_is_named(built: Path, tmp_path: Pa
     assert "answers for tokens or vectors, not both" in said
 
 
+def test_a_file_is_bundled_without_a_recipe(built: Path, tmp_path: Path) -> None:
+    names = ("training", "evaluation", "calibration")
+    for name in names:
+        data.save(tmp_path / f"{name}.npz", split(built, name))
+    hub = built / "out/bundles/texts-hub-1.0.0"
+    made = run(
+        "bundle", built / "texts/edge.onnx", "--name", "texts", "--version", "2.0.0",
+        "--task", "token-classification", "--labels", "left,right,up", "--mask", "counts",
+        *(part for name in names for part in (f"--{name}", tmp_path / f"{name}.npz")),
+        "--variant", "fp32", "--escalates-to", hub, "--alpha", "0.05", "--out", tmp_path / "out",
+        "--cache", tmp_path / "steps",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    edge = release.read(tmp_path / "out/bundles/texts-2.0.0")
+    assert edge.bundle.score == Score("least_softmax", "y", mask="counts")
+    before = release.read(built / "out/bundles/texts-1.0.0").certificates
+    (mine,) = edge.certificates
+    assert mine.threshold in [found.threshold for found in before if found.variant == "fp32"]
+
+
 def test_two_releases_are_compared_token_by_token(built: Path, tmp_path: Path) -> None:
     items = split(built, "evaluation")
     data.save(tmp_path / "items.npz", items)
@@ -173,11 +193,11 @@ WRONG = {
     ),
     "labels of other tokens": (
         "data.py", "return Items(inputs, labels, ", "return Items(inputs, labels[:, :5], ",
-        "label is [400, 5], the tokens are [400, 6]: give one number for each, padding included",
+        "data: release texts-hub 1.0.0: split calibration: label is [400, 5], the tokens are [400, 6]: give one number for each, padding included",
     ),
     "a label that nobody asks for": (
         "data.py", "    inputs =", "    labels[7, 5] = 1; counts[7, 5] = False\n    inputs =",
-        "item 7 has class 1 at token 5, which its mask does not count",
+        "data: release texts-hub 1.0.0: split calibration: item 7 has class 1 at token 5, which its mask does not count",
     ),
     "a class without a name": (
         "data.py", "    inputs =", "    labels[0, 5] = 3\n    inputs =",
