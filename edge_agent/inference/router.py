@@ -16,21 +16,31 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from edge_agent.errors import HubLate, HubRefused, HubUnavailable
 from edge_agent.inference import policy
 from edge_agent.inference.audits import Audits
+from edge_agent.inference.local import run_here
+from edge_agent.inference.parameters import MODE, PRIVATE, Options, forwarded, read_options
 from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situation, Terms
+from edge_agent.inference.rows import (
+    HUB,
+    cannot_merge,
+    count_rows,
+    merge,
+    per_row,
+    select,
+    tier_of,
+)
 from edge_agent.inference.uplink import Answer, Question, Uplink
 from edge_agent.runtime.release import Release
-from fogline_protocol import examples, inference, tensors
-from fogline_protocol.answers import mask_problem
+from fogline_protocol import inference
 from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -39,7 +49,7 @@ from fogline_protocol.errors import (
     Overloaded,
     Unavailable,
 )
-from fogline_protocol.examples import AUDIT, KEEP, KEEPS, SOURCE, EdgeAnswer
+from fogline_protocol.examples import AUDIT, KEEP, KEEPS, EdgeAnswer
 from fogline_protocol.inference import (
     InferRequest,
     InferResponse,
@@ -48,21 +58,12 @@ from fogline_protocol.inference import (
     ServerMetadata,
 )
 from fogline_protocol.model_config import ModelConfig
-from fogline_protocol.release import Bundle
 from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array
 
 log = logging.getLogger("fogline.agent.router")
 
-PREFIX = "fogline."
-MODE = "fogline.mode"
-PRIVATE = "fogline.private"
-PER_ROW = "fogline.per_row"
 DIGEST = "fogline.digest"  # of the hub's model file, in the hub's answers
-_KNOWN = f"{MODE} ({', '.join(Mode)}), {PRIVATE}, {PER_ROW} and {KEEP} (true or false), {SOURCE} (a text)"
-# Ours to obey, not the hub's: the time left travels as the call's deadline.
-_NOT_FORWARDED = ("fogline.", "triton_", "timeout")
-
 EXTENSIONS = (
     "classification",
     "model_configuration",
@@ -70,8 +71,6 @@ EXTENSIONS = (
     "parameters",
     "statistics",
 )
-
-EDGE, HUB, MIXED = "edge", "hub", "mixed"
 
 
 class Observer(Protocol):
@@ -82,19 +81,6 @@ class Observer(Protocol):
     ) -> None:
         """Take note of one answered request; one decision per row."""
         ...
-
-
-class _Options(NamedTuple):
-    """What the request's parameters ask for."""
-
-    mode: Mode = Mode.PREFER_EDGE
-    private: bool = False
-    per_row: bool = False
-    keep: bool | None = None  # None: as the agent was configured
-    source: str = ""
-
-
-_MODES: Mapping[Parameter, Mode] = {mode.value: mode for mode in Mode}
 
 
 class _Served:
@@ -149,8 +135,8 @@ class _Served:
         A hub that serves several versions answers with the one that the certificate compares with.
         """
         certificate = self.release.choice.certificate
-        forwarded = _forwarded(parameters)
-        return forwarded if certificate is None else {**forwarded, DIGEST: certificate.hub_sha256}
+        passed_on = forwarded(parameters)
+        return passed_on if certificate is None else {**passed_on, DIGEST: certificate.hub_sha256}
 
     def learn_digest(self, digest: Parameter | None) -> None:
         """Hold the hub's model against the one that the certificate compares with.
@@ -220,7 +206,7 @@ class Router:
         self._deadline_s = deadline_s
         self._max_concurrency = max_concurrency
         self._in_flight = 0
-        self._options = _Options(private=private)
+        self._options = Options(private=private)
         self._device = device
         self._keep = frozenset(keep)
         self._audits = audits or Audits(rate=0.0)
@@ -325,7 +311,7 @@ class Router:
         try:
             options = self._options
             if request.parameters:
-                options = _read_options(request.parameters, options)
+                options = read_options(request.parameters, options)
             if options.mode is Mode.HUB_ONLY:
                 return await self._pass_through(request, options, started, deadline)
             served = self._find(request.model, request.version)
@@ -357,7 +343,7 @@ class Router:
         self,
         served: _Served,
         request: InferRequest,
-        options: _Options,
+        options: Options,
         started: float,
         deadline: float | None,
     ) -> InferResponse:
@@ -368,9 +354,11 @@ class Router:
         names: Sequence[str] = served.output_names
         if request.outputs:
             names = inference.check_outputs(bundle.outputs, request.outputs)
-        rows = _rows(inputs) if bundle.max_batch else 1
+        rows = count_rows(inputs) if bundle.max_batch else 1
 
-        outputs, scores, scored = await _run_here(served, inputs, names, rows, deadline)
+        outputs, scores, scored = await run_here(
+            release, served.statistics, inputs, names, rows, deadline
+        )
 
         terms = served.terms_now()
         finish = deadline if deadline is not None else started + self._deadline_s
@@ -400,7 +388,7 @@ class Router:
             uplink.refresh()
 
         overall = policy.worst(decisions) if decisions else _NO_ROWS
-        tier = _tier(decisions)
+        tier = tier_of(decisions)
         parameters: dict[str, Parameter] = {
             "fogline.tier": tier,
             "fogline.quality": overall.quality.value,
@@ -412,7 +400,7 @@ class Router:
         if not options.private and terms.has_certificate:
             parameters["fogline.certificate"] = served.certificate_id
         if options.per_row:
-            outputs = {**outputs, **_per_row(decisions, scores if release.score else None)}
+            outputs = {**outputs, **per_row(decisions, scores if release.score else None)}
         self._observer.answered(
             bundle.model, served.label, tier, time.monotonic() - started, decisions
         )
@@ -446,9 +434,9 @@ class Router:
             if answer is not None:
                 self._learn(served, pairing.model, answer, marked=said is not None)
                 whole = len(group) == len(decisions)
-                problem = None if whole else _cannot_merge(merged, answer.outputs)
+                problem = None if whole else cannot_merge(merged, answer.outputs)
                 if problem is None:
-                    merged = _merge(merged, answer.outputs, group, whole)
+                    merged = merge(merged, answer.outputs, group, whole)
                     continue
                 self._note_refusal(pairing.model, problem)
             # As if the link were down, which for these rows it was.
@@ -484,7 +472,7 @@ class Router:
         return [
             Question(
                 model=model,
-                inputs=_select(inputs, group, total),
+                inputs=select(inputs, group, total),
                 rows=len(group) if bundle.max_batch else 0,
                 outputs=outputs,
                 parameters=parameters,
@@ -538,7 +526,7 @@ class Router:
         self._hub_refusals.pop(question.model, None)
         return answer
 
-    def _may_keep(self, model: str, options: _Options) -> bool:
+    def _may_keep(self, model: str, options: Options) -> bool:
         """Return whether somebody consents to the hub keeping a request, and nobody objects."""
         if options.private:
             return False
@@ -578,7 +566,7 @@ class Router:
             log.warning("the hub does not answer for %s: %s", model, text)
 
     async def _pass_through(
-        self, request: InferRequest, options: _Options, started: float, deadline: float | None
+        self, request: InferRequest, options: Options, started: float, deadline: float | None
     ) -> InferResponse:
         """Answer from the hub alone: mode ``hub_only``."""
         if options.private:
@@ -591,13 +579,13 @@ class Router:
         served = self._served.get(request.model)
         model, version, rows = request.model, request.version, 0
         names: Sequence[str] = request.outputs
-        parameters = _forwarded(request.parameters)
+        parameters = forwarded(request.parameters)
         if served is not None:
             served = self._find(request.model, request.version)
             bundle = served.release.bundle
             inference.check_inputs(bundle.inputs, request.inputs)
             names = inference.check_outputs(bundle.outputs, request.outputs)
-            rows = _rows(request.inputs) if bundle.max_batch else 0
+            rows = count_rows(request.inputs) if bundle.max_batch else 0
             if bundle.escalates_to is not None:
                 model, version = bundle.escalates_to.model, ""
                 parameters = served.asking(request.parameters)
@@ -631,7 +619,7 @@ class Router:
             served.learn_digest(answer.parameters.get(DIGEST))
             told["fogline.release"] = served.label
             if options.per_row:
-                outputs |= _per_row(decisions, None)
+                outputs |= per_row(decisions, None)
         self._observer.answered(
             request.model,
             str(told["fogline.release"]),
@@ -644,194 +632,5 @@ class Router:
 
 
 _HUB_ONLY = Decision(True, Quality.HUB, Reason.MODE)
-
-
-def _read_options(parameters: Mapping[str, Parameter], defaults: _Options) -> _Options:
-    mode, private, per_row, keep, source = defaults
-    for key, value in parameters.items():
-        if not key.startswith(PREFIX):
-            continue
-        if key == MODE:
-            if value not in _MODES:
-                raise BadRequest(f"{MODE} must be one of {', '.join(Mode)}, got {value!r}")
-            mode = _MODES[value]
-        elif key == PRIVATE:
-            private = _flag(key, value) or defaults.private
-        elif key == PER_ROW:
-            per_row = _flag(key, value)
-        elif key == KEEP:
-            keep = _flag(key, value)
-        elif key == SOURCE:
-            if not examples.is_source(value):
-                raise BadRequest(
-                    f"{SOURCE} must be printable text of at most {examples.LONGEST_SOURCE} "
-                    f"characters, got {value!r:.250}"
-                )
-            source = str(value)
-        else:
-            raise BadRequest(f"unknown parameter {key!r}, known are {_KNOWN}")
-    return _Options(mode, private, per_row, keep, source)
-
-
-def _flag(key: str, value: Parameter) -> bool:
-    if not isinstance(value, bool):
-        raise BadRequest(f"{key} must be true or false, got {value!r}")
-    return value
-
-
-def _forwarded(parameters: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
-    if not parameters:
-        return parameters
-    return {k: v for k, v in parameters.items() if not k.startswith(_NOT_FORWARDED)}
-
-
-def _rows(inputs: Mapping[str, Array]) -> int:
-    """Return the number of rows: checked inputs all start with the batch dimension."""
-    if len(inputs) == 1:
-        (only,) = inputs.values()
-        return len(only)
-    counts = {len(array) for array in inputs.values()}
-    if len(counts) != 1:
-        each = {name: len(array) for name, array in inputs.items()}
-        raise BadRequest(f"the inputs differ in their number of rows: {each}")
-    return counts.pop()
-
-
-async def _run_here(
-    served: _Served,
-    inputs: Mapping[str, Array],
-    names: Sequence[str],
-    rows: int,
-    deadline: float | None,
-) -> tuple[dict[str, Array], list[float], Array | None]:
-    """Return the outputs ``names``, one score per row, and the output that was scored.
-
-    NaN and None where there is no score.
-    """
-    release = served.release
-    bundle = release.bundle
-    wanted = names
-    if bundle.score is not None and bundle.score.output not in names:
-        wanted = [*names, bundle.score.output]
-    limit = bundle.max_batch or 1
-    started = time.monotonic_ns()
-    if rows == 0:
-        values = _no_rows(bundle.outputs, wanted)
-    elif rows <= limit:
-        values = await release.engine.run(inputs, wanted, rows, deadline)
-    else:
-        parts = [
-            await release.engine.run(
-                {name: array[at : at + limit] for name, array in inputs.items()},
-                wanted,
-                min(limit, rows - at),
-                deadline,
-            )
-            for at in range(0, rows, limit)
-        ]
-        values = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-    if rows <= limit:
-        # Inputs are taken as they are and nothing waits for anything here.
-        served.statistics.executed(rows, _AT_ONCE, 0, time.monotonic_ns() - started, 0)
-    else:
-        served.statistics.split(rows, limit, time.monotonic_ns() - started)
-    outputs = dict(zip(wanted, values, strict=True))
-    if release.score is None or bundle.score is None:
-        scored, scores = None, [math.nan] * rows
-    else:
-        scored = outputs[bundle.score.output]
-        if len(wanted) > len(names):
-            del outputs[bundle.score.output]
-        if not rows:
-            scores = []
-        elif bundle.score.mask:
-            scores = _scores_of_tokens(release.score, bundle, scored, inputs)
-        elif bundle.max_batch:
-            scores = release.score(scored).tolist()
-        else:
-            scores = release.score(scored[np.newaxis]).tolist()
-    return outputs, scores, scored
-
-
-def _scores_of_tokens(
-    score: Callable[..., Array], bundle: Bundle, scored: Array, inputs: Mapping[str, Array]
-) -> list[float]:
-    """Return one score per row from the tokens that the request's own mask counts.
-
-    Raises:
-        BadRequest: the mask is not of those tokens, though the model took it.
-    """
-    named = bundle.score
-    assert named is not None  # or nothing would be scored
-    mask = inputs[named.mask]
-    if (problem := mask_problem(named, scored, mask)) is not None:
-        raise BadRequest(problem)
-    if not bundle.max_batch:
-        scored, mask = scored[np.newaxis], mask[np.newaxis]
-    scores: list[float] = score(scored, mask).tolist()
-    return scores
-
-
-_AT_ONCE = (0,)  # the waiting time of the only request in a batch
-
-
-def _no_rows(specs: Sequence[tensors.TensorSpec], names: Sequence[str]) -> list[Array]:
-    """Return empty outputs, so that no engine has to know what zero rows mean."""
-    by_name = {spec.name: spec for spec in specs}
-    return [
-        np.empty(
-            [max(dim, 0) for dim in by_name[name].shape], tensors.dtype_of(by_name[name].datatype)
-        )
-        for name in names
-    ]
-
-
-def _select(inputs: Mapping[str, Array], rows: Sequence[int], total: int) -> Mapping[str, Array]:
-    if len(rows) == total:
-        return inputs
-    index = np.array(rows)
-    return {name: array[index] for name, array in inputs.items()}
-
-
-def _cannot_merge(local: Mapping[str, Array], hub: Mapping[str, Array]) -> str | None:
-    """Say why the hub's rows cannot stand beside local ones, or None if they can."""
-    for name, array in local.items():
-        other = hub[name]
-        if other.dtype != array.dtype or other.shape[1:] != array.shape[1:]:
-            return (
-                f"its output {name!r} is {other.dtype} {list(other.shape[1:])} per row, "
-                f"ours {array.dtype} {list(array.shape[1:])}"
-            )
-    return None
-
-
-def _merge(
-    local: dict[str, Array], hub: Mapping[str, Array], rows: Sequence[int], whole: bool
-) -> dict[str, Array]:
-    if whole:
-        return {name: hub[name] for name in local}
-    for name, array in local.items():
-        if not array.flags.writeable:
-            local[name] = array = array.copy()
-        array[rows] = hub[name]
-    return local
-
-
 # Nothing was asked, so nothing can be wrong with the answer.
 _NO_ROWS = Decision(False, Quality.CERTIFIED, Reason.CONFIDENT)
-
-
-def _tier(decisions: Sequence[Decision]) -> str:
-    if len(decisions) == 1:
-        return HUB if decisions[0].escalate else EDGE
-    hub = sum(decision.escalate for decision in decisions)
-    return EDGE if hub == 0 else HUB if hub == len(decisions) else MIXED
-
-
-def _per_row(decisions: Sequence[Decision], scores: Sequence[float] | None) -> dict[str, Array]:
-    tier = np.array([b"hub" if d.escalate else b"edge" for d in decisions], dtype=object)
-    quality = np.array([d.quality.value.encode() for d in decisions], dtype=object)
-    found: dict[str, Array] = {"fogline.tier": tier, "fogline.quality": quality}
-    if scores is not None:
-        found["fogline.score"] = np.array(scores, dtype=np.float32)
-    return found
