@@ -102,7 +102,7 @@ async def run(
             continue
         try:
             async with asyncio.timeout(RUN_LIMIT_S):
-                answers = [await engine.run(inputs) for inputs in golden.batches()]
+                answers = [await engine.run(inputs) for inputs in golden.batches(variant)]
             tolerance = bundle.self_test.tolerances[variant.name].on(engine.provider)
             findings[variant.name] = Finding(judge(bundle, golden, answers, tolerance))
         except Deviates as error:

@@ -60,6 +60,7 @@ class Registry:
         """
         folder = self._directory / model
         versions = []
+        most = self._repository.limits.max_batch  # rows in a run, of any of them
         for release in releases:
             bundle = release.bundle
             processor = hardware.this_machine()
@@ -82,13 +83,14 @@ class Registry:
                 if not target.exists():
                     os.link(self._releases.file(release, name), target)
             versions.append((str(release.number), place / variant.path))
+            most = min(most, variant.max_rows or most)
         newest = releases[-1].bundle
         decisive = newest.score.output if newest.score is not None else newest.outputs[0].name
         return ModelFiles(
             folder,
             Wanted(
                 name=model,
-                max_batch_size=min(newest.max_batch, self._repository.limits.max_batch),
+                max_batch_size=min(newest.max_batch, most),
                 versions=VersionPolicy(specific=tuple(int(number) for number, _ in versions)),
             ),
             versions,

@@ -33,7 +33,7 @@ async def run_here(
     wanted = names
     if bundle.score is not None and bundle.score.output not in names:
         wanted = [*names, bundle.score.output]
-    limit = bundle.max_batch or 1
+    limit = release.choice.variant.max_rows or bundle.max_batch or 1
     started = time.monotonic_ns()
     if rows == 0:
         values = _no_rows(bundle.outputs, wanted)

@@ -348,7 +348,9 @@ class Machine:
         except VectorsUnusable as error:
             raise StepFailed("trial/vectors", str(error)) from None
         await serving.activate(self.model, bundle)
-        answers = [await serving.run(self.model, inputs) for inputs in golden.batches()]
+        answers = [
+            await serving.run(self.model, inputs) for inputs in golden.batches(choice.variant)
+        ]
         try:
             judge(
                 bundle.bundle,

@@ -97,7 +97,7 @@ def run_here(
     loaded = time.perf_counter()
     answers: list[Mapping[str, Array]] = []
     durations: list[float] = []
-    for inputs in golden.batches():
+    for inputs in golden.batches(bundle.variant(variant)):
         began = time.perf_counter()
         try:
             answers.append(run(inputs))

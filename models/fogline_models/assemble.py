@@ -33,7 +33,7 @@ from fogline_models.gates import Decision, Verdict
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.recipe import FP32, VECTORS, Recipe, ReleaseRecipe
-from fogline_models.session import CPU
+from fogline_models.session import CPU, Session
 from fogline_models.sources import Exported
 from fogline_models.steps import Say
 from fogline_protocol import hardware, release
@@ -295,6 +295,7 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
                 precision_of(name),
                 providers_of(name),
                 processors_of(name),
+                _most_rows(found, name),
             )
             for name in shipped
         ),
@@ -320,6 +321,12 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
         pre_processing=found.exported.pre_processing,
         post_processing=found.exported.post_processing,
     )
+
+
+def _most_rows(found: Measured, variant: str) -> int:
+    """Return how many rows a run of a variant may have, 0 for as many as the release says."""
+    mixes = Session(found.files[variant], as_written=True).mixes_rows
+    return 1 if mixes and found.signature.batched else 0
 
 
 def _score(found: Measured, preferred: str) -> Score:

@@ -95,7 +95,9 @@ def certify(
         )
     # One row at a time, as a device answers: kernels may round otherwise in a batch.
     local = _outputs(edge, edge_variant, provider, inputs, score.output, rows_at_once=1)
-    remote = _outputs(hub, peer, CPU, inputs, score.output, hub.bundle.max_batch or 1)
+    remote = _outputs(
+        hub, peer, CPU, inputs, score.output, peer.max_rows or hub.bundle.max_batch or 1
+    )
     try:
         asked = Asked.of(score, local, inputs)
         _check_finite(edge.bundle, edge_variant, score, asked, local)

@@ -456,7 +456,7 @@ def _run(side: BundleDirectory, variant: str, inputs: Mapping[str, Array], outpu
         raise BadInput(
             f"{side.bundle.model} {side.bundle.version} has no variant {variant!r}, it has {known}"
         ) from None
-    outputs = Session(side.file(found.path)).run(inputs, side.bundle.max_batch)
+    outputs = Session(side.file(found.path)).run(inputs, found.max_rows or side.bundle.max_batch)
     if output not in outputs:
         raise BadInput(f"{side.bundle.model} {side.bundle.version} gives no output {output!r}")
     return outputs[output]

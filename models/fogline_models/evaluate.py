@@ -525,7 +525,7 @@ def golden(directory: BundleDirectory, variant_name: str, provider: str = CPU) -
     variant = bundle.variant(variant_name)
     here = variant.providers_on((provider,), hardware.this_machine())
     session = Session(directory.file(variant.path), provider, as_written=not here)
-    answers = [session.run(inputs, rows_at_once=1) for inputs in vectors.batches()]
+    answers = [session.run(inputs, rows_at_once=1) for inputs in vectors.batches(variant)]
     problem: str | None = None
     try:
         figures = judge(bundle, vectors, answers, bundle.self_test.tolerances[variant_name])

@@ -40,6 +40,7 @@ def document(found: BundleDirectory) -> Mapping[str, Any]:
                 "name": v.name,
                 "precision": v.precision,
                 "providers": list(v.providers),
+                "max_rows": v.max_rows,
                 "path": v.path,
                 "bytes": bundle.files[v.path].bytes,
                 "sha256": found.variant_sha256(v),
@@ -84,7 +85,8 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "variants")
     what = "tokens" if told["score"] is not None and Score(**told["score"]).per_token else "rows"
     for v in told["variants"]:
-        yield f"  {v['name']}  {v['precision']}, {size(v['bytes'])}, for {', '.join(v['providers'])}"
+        alone = ", one row in a run" if v["max_rows"] == 1 else ""
+        yield f"  {v['name']}  {v['precision']}, {size(v['bytes'])}, for {', '.join(v['providers'])}{alone}"
         yield (
             f"      may stray by {v['max_abs_error']:g} from the reference, and must keep its answer "
             f"on {percent(v['min_agreement'], 0)} of the golden {what}"

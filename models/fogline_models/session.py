@@ -72,9 +72,16 @@ class Session:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
         except self._refusals as error:
             raise BadInput(f"{model}: {_reason(str(error), provider)}") from None
-        placed = {part.ep_name for part in self._session.get_provider_graph_assignment_info()}
+        parts = self._session.get_provider_graph_assignment_info()
+        placed = {part.ep_name for part in parts}
         if placed != {provider}:
             raise BadInput(f"{model}: asked for {provider}, placed on {', '.join(sorted(placed))}")
+        # One scale for all that is in a run: what a row gives depends on the rows beside it.
+        self.mixes_rows = any(
+            node.op_type.startswith("DynamicQuantize")
+            for part in parts
+            for node in part.get_nodes()
+        )
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def rows(self, wanted: int) -> int:
@@ -87,13 +94,16 @@ class Session:
         return int(firsts.pop()) if len(firsts) == 1 else wanted
 
     def run(self, inputs: Mapping[str, Array], rows_at_once: int) -> dict[str, Array]:
-        """Return every output for all rows, computed ``rows_at_once`` at a time.
+        """Return every output for all rows, computed at most ``rows_at_once`` at a time.
 
-        ``{name: [n, ...]} -> {name: [n, ...]}``
+        ``{name: [n, ...]} -> {name: [n, ...]}``. A file that mixes rows gets one at a time, as
+        hub and devices run it.
 
         Raises:
             BadInput: the model refuses these inputs.
         """
+        if self.mixes_rows and self.rows(0) == 0:
+            rows_at_once = 1
         total = max((len(array) for array in inputs.values() if array.ndim), default=1)
         if total <= rows_at_once:  # also where an input has no rows, because no batch varies
             return dict(zip(self._outputs, self._run(inputs), strict=True))

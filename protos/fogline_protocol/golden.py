@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fogline_protocol.answers import Asked
-from fogline_protocol.release import Bundle, Tolerance
+from fogline_protocol.release import Bundle, Tolerance, Variant
 from fogline_protocol.score import MAX_SOFTMAX, Score
 from fogline_protocol.tensors import Array, TensorError
 
@@ -92,14 +92,14 @@ class GoldenVectors:
                 raise VectorsUnusable(f"{where}: {error}") from None
         return found
 
-    def batches(self) -> Iterator[Mapping[str, Array]]:
-        """Yield the inputs in runs of at most ``max_batch`` rows."""
+    def batches(self, variant: Variant) -> Iterator[Mapping[str, Array]]:
+        """Yield the inputs in runs of at most as many rows as a variant takes."""
         if not self.max_batch:
             yield self.inputs
             return
-        rows = len(next(iter(self.inputs.values())))
-        for start in range(0, rows, self.max_batch):
-            yield {name: a[start : start + self.max_batch] for name, a in self.inputs.items()}
+        rows, most = len(next(iter(self.inputs.values()))), variant.max_rows or self.max_batch
+        for start in range(0, rows, most):
+            yield {name: a[start : start + most] for name, a in self.inputs.items()}
 
 
 def judge(

@@ -69,6 +69,7 @@ class Variant:
     precision: str
     providers: tuple[str, ...]
     processors: tuple[str, ...] = ()  # whose CPU kernels compute it as written; none: all
+    max_rows: int = 0  # of one run; 0: as many as the bundle allows
 
     def providers_on(self, usable: Collection[str], processor: str) -> tuple[str, ...]:
         """Return the providers it is meant for, best first, on a machine with ``usable`` ones."""
@@ -174,6 +175,7 @@ class Bundle:
                     precision=v.precision,
                     providers=v.providers,
                     processors=v.processors,
+                    max_rows=v.max_rows,
                 )
                 for v in self.variants
             ],
@@ -237,7 +239,9 @@ def parse(data: bytes) -> Bundle:
         labels=tuple(message.labels),
         description=message.description,
         variants=tuple(
-            Variant(v.name, v.path, v.precision, tuple(v.providers), tuple(v.processors))
+            Variant(
+                v.name, v.path, v.precision, tuple(v.providers), tuple(v.processors), v.max_rows
+            )
             for v in message.variants
         ),
         self_test=SelfTest(
@@ -380,6 +384,11 @@ def _contradiction(bundle: Bundle) -> str | None:
     for variant in bundle.variants:
         if variant.path not in bundle.files:
             return f"variant {variant.name!r} names the file {variant.path!r}, which is not listed"
+        if variant.max_rows > bundle.max_batch:
+            return (
+                f"variant {variant.name!r} allows {variant.max_rows} rows in a run, the bundle "
+                f"{bundle.max_batch or 'none'}"
+            )
         if variant.name not in bundle.self_test.tolerances:
             return f"variant {variant.name!r} has no self-test tolerance"
     if bundle.self_test.path not in bundle.files:

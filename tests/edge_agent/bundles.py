@@ -3,6 +3,7 @@
     double.onnx       x FP32 [n, 3] -> logits = 2 x
     double_one.onnx   x FP32 [3] -> logits = 2 x, no batch dimension
     text.onnx         s BYTES [n, 1] -> t = s
+    mixes.onnx        as double, by way of 8 bits with one scale for all rows of a run
     tokens.onnx       x FP32 [n, tokens, 3] -> logits = 2 x; attention_mask INT64 [n, tokens] is taken
 
 The files were written once with onnx 1.23 (opset 13), which tests do without.
@@ -62,6 +63,7 @@ def make(
     variant_providers: tuple[str, ...] = (providers.CPU,),
     processors: Mapping[str, tuple[str, ...]] | None = None,
     score: Score = MAX_SOFTMAX,
+    max_rows: int = 0,
 ) -> BundleDirectory:
     """Write a bundle to ``path`` and read it back."""
     path.mkdir(parents=True)
@@ -85,7 +87,14 @@ def make(
         outputs=(TensorSpec(names[1], *tensor),),
         max_batch=max_batch,
         variants=tuple(
-            Variant(name, f"{name}.onnx", name, variant_providers, (processors or {}).get(name, ()))
+            Variant(
+                name,
+                f"{name}.onnx",
+                name,
+                variant_providers,
+                (processors or {}).get(name, ()),
+                max_rows,
+            )
             for name in variants
         ),
         self_test=SelfTest("selftest.npz", {name: Tolerance(0.1, 0.9) for name in variants}),

@@ -332,8 +332,9 @@ def test_models_with_graphs_inside_are_quantized(tmp_path: Path, make: Any, form
     net = nets.save(make(), tmp_path / "fp32.onnx")
     rows = {"x": RNG.standard_normal((16, 4)).astype(np.float32)}
     written(net, form, rows)
+    at_once = 1 if form == "int8-dynamic" else 16  # which branch is taken depends on all of a run
     want, found = (
-        Session(path).run(rows, 16)["y"] for path in (net, net.with_name(f"{form}.onnx"))
+        Session(path).run(rows, at_once)["y"] for path in (net, net.with_name(f"{form}.onnx"))
     )
     assert np.abs(want - found).max() < 0.1 * np.abs(want).max()
 

@@ -1,5 +1,6 @@
 """The bundle's root document and the way in: an intact directory, or a refusal by name."""
 
+import dataclasses
 import datetime
 import json
 import math
@@ -98,6 +99,14 @@ def folder(tmp_path):
 
 def test_a_root_document_survives_the_disk():
     assert release.parse(a_bundle().to_json()) == a_bundle()
+
+
+def test_how_many_rows_a_variant_takes_survives_the_disk_and_is_silent_where_it_is_the_bundles():
+    (whole,) = a_bundle().variants
+    mixing = a_bundle(variants=(dataclasses.replace(whole, max_rows=1),))
+    assert release.parse(mixing.to_json()) == mixing
+    assert b"max_rows" in mixing.to_json()
+    assert b"max_rows" not in a_bundle().to_json()
 
 
 HEAD = Score("logistic", "logits", {"bias": 0.1, "log_odds": 1 / 3, "spread": -2e-9})
@@ -247,6 +256,9 @@ def test_a_certificate_of_another_release_is_refused(folder):
         release.read(folder)
 
 
+ROWS_65 = Variant("fp32", "variants/fp32.onnx", "fp32", (), max_rows=65)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -257,6 +269,8 @@ def test_a_certificate_of_another_release_is_refused(folder):
         ({"inputs": (TensorSpec("i", "FP32", (1, 8)),)}, "batch dimension"),
         ({"variants": ()}, "at least one variant"),
         ({"variants": (Variant("x", "absent.onnx", "fp32", ()),)}, "not listed"),
+        ({"max_batch": 64, "variants": (ROWS_65,)}, "allows 65 rows in a run, the bundle 64"),
+        ({"max_batch": 0, "variants": (ROWS_65,)}, "allows 65 rows in a run, the bundle none"),
         ({"self_test": SelfTest("selftest.npz", {})}, "no self-test tolerance"),
         ({"self_test": SelfTest("absent.npz", {"fp32": Tolerance(0, 0)})}, "vectors are not"),
         ({"score": Score("max_softmax", "z")}, "not an output"),

@@ -115,18 +115,20 @@ class Score(_message.Message):
     def __init__(self, function: _Optional[str] = ..., output: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ..., mask: _Optional[str] = ...) -> None: ...
 
 class Variant(_message.Message):
-    __slots__ = ("name", "path", "precision", "providers", "processors")
+    __slots__ = ("name", "path", "precision", "providers", "processors", "max_rows")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     PROVIDERS_FIELD_NUMBER: _ClassVar[int]
     PROCESSORS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     precision: str
     providers: _containers.RepeatedScalarFieldContainer[str]
     processors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., precision: _Optional[str] = ..., providers: _Optional[_Iterable[str]] = ..., processors: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_rows: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., precision: _Optional[str] = ..., providers: _Optional[_Iterable[str]] = ..., processors: _Optional[_Iterable[str]] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
 class File(_message.Message):
     __slots__ = ("sha256", "bytes")

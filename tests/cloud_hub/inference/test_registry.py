@@ -1,6 +1,8 @@
 """Which releases the hub serves itself, and that it does so as they are accepted."""
 
 import asyncio
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from cloud_hub.inference.registry import Registry, on_the_hub
 from fogline_protocol.client import Client
 from fogline_protocol.errors import NotFound
 from fogline_protocol.inference import InferRequest
-from fogline_protocol.release import Pairing
+from fogline_protocol.release import Pairing, read
 
 
 def release(model, number, sha256="", pair=None):
@@ -84,6 +86,20 @@ async def test_an_accepted_release_is_served_and_again_after_a_restart(hub, digi
     await hub.__aexit__(None, None, None)
     async with Hub(hub.config) as again:
         assert (await ask(again)).version == "1"
+
+
+async def test_a_variant_that_mixes_rows_gets_them_one_at_a_time(hub, digits, tmp_path):
+    folder = tmp_path / "digits-hub"
+    shutil.copytree(digits / "bundles" / "digits-hub-1.0.0", folder)
+    bundle = read(folder).bundle
+    variants = tuple(replace(variant, max_rows=1) for variant in bundle.variants)
+    (folder / "bundle.json").write_bytes(replace(bundle, variants=variants).to_json())
+    await hub.fleet.releases.accept(folder)
+    async with asyncio.timeout(20):
+        while not hub.repository.versions("digits-hub"):
+            await asyncio.sleep(0.01)
+    assert hub.repository.find("digits-hub").config.max_batch_size == 1
+    assert (await ask(hub)).outputs["logits"].shape == (2, 10)  # taken apart, and put together
 
 
 async def test_the_directory_takes_precedence(tmp_path, triton_directory, digits):

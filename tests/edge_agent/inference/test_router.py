@@ -620,3 +620,14 @@ async def test_serving_is_said_with_the_reason_of_the_choice(
     release = load(bundles.make(tmp_path / "b", certified=False).path)
     async with routed(None, release):
         assert "no certificate was issued for it" in caplog.text
+
+
+@pytest.mark.parametrize(("max_rows", "alone"), [(1, True), (0, False)])
+async def test_a_row_is_answered_as_if_it_came_alone_where_the_variant_would_mix_it(
+    tmp_path: Path, max_rows: int, alone: bool
+) -> None:
+    made = bundles.make(tmp_path / "b", onnx="mixes.onnx", max_rows=max_rows)
+    async with routed(None, load(made.path)) as r:
+        by_itself = (await r.ask(UNSURE)).outputs["logits"]
+        beside = (await r.ask(UNSURE, SURE * 100)).outputs["logits"][:1]
+    assert np.array_equal(by_itself, beside) is alone

@@ -187,7 +187,7 @@ class StubSelfTest:
         bundle = candidate.bundle
         golden = GoldenVectors.read(bundle, candidate.file(bundle.self_test.path))
         run = multiply(candidate, bundle.variant(variant).path)
-        answers = [run(inputs) for inputs in golden.batches()]
+        answers = [run(inputs) for inputs in golden.batches(bundle.variant(variant))]
         try:
             figures = judge(bundle, golden, answers, bundle.self_test.tolerances[variant])
         except Deviates as error:

@@ -229,8 +229,10 @@ def test_vectors_damaged_at_any_byte_are_refused_or_read_as_something(doubler) -
 
 def test_runs_take_at_most_the_rows_of_a_batch_and_cover_all(doubler: BundleDirectory) -> None:
     vectors = GoldenVectors.read(doubler.bundle, doubler.file("selftest.npz"))
-    batches = list(vectors.batches())
+    whole = doubler.bundle.variants[0]
+    batches = list(vectors.batches(whole))
     assert [len(b["x"]) for b in batches] == [5, 3]
+    assert [len(b["x"]) for b in vectors.batches(replace(whole, max_rows=3))] == [3, 3, 2]
     np.testing.assert_array_equal(np.concatenate([b["x"] for b in batches]), vectors.inputs["x"])
 
 
@@ -238,14 +240,15 @@ def test_a_model_without_batches_is_run_once(doubler: BundleDirectory) -> None:
     rows = np.ones((2, 3), np.float32)
     vectors = GoldenVectors({"x": rows}, {"y": rows * 2}, 0)
     bundle = replace(doubler.bundle, max_batch=0, outputs=(TensorSpec("y", "FP32", (2, 3)),))
-    assert [b["x"].shape for b in vectors.batches()] == [(2, 3)]
+    assert [b["x"].shape for b in vectors.batches(bundle.variants[0])] == [(2, 3)]
     figures = judge(bundle, vectors, [{"y": rows * 2}], Tolerance(0.0, 1.0))
     assert figures == {"max_abs_error": 0.0, "agreement": 1.0}
 
 
 def judged(doubler: BundleDirectory, answer, **tolerance: float):
     vectors = GoldenVectors.read(doubler.bundle, doubler.file("selftest.npz"))
-    answers = [{"y": answer(inputs["x"])} for inputs in vectors.batches()]
+    (variant, *_) = doubler.bundle.variants
+    answers = [{"y": answer(inputs["x"])} for inputs in vectors.batches(variant)]
     return judge(doubler.bundle, vectors, answers, Tolerance(**tolerance))
 
 
