@@ -5,7 +5,9 @@
     build.py          a recipe, step by step: data, export, quantize, run, measure
     steps.py          steps kept by content, so that a build goes on where it stopped
     assemble.py       what was measured becomes what ships: gates, bundle, certificates, report
-    data.py           splits of items, and that they do not overlap
+    splits.py         what a recipe's data is split into, completed and checked
+    reading.py        how a release's answers are read, and whether its data fits them
+    data.py           items on the disk, and that splits of them do not overlap
     hooks.py          the Python beside a recipe
     sources.py        a torch module, a Hugging Face model or an ONNX file, made alike
     export.py         a torch module to an ONNX file, checked against torch

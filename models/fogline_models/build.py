@@ -13,12 +13,9 @@ depend on recipe, data, code and tools alone; timings and certificates lie besid
 import dataclasses
 import datetime
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from fogline_models import (
     archive,
@@ -44,21 +41,20 @@ from fogline_models.forms import FORMS, computes_here
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.quantize import DynamicQuantizer
+from fogline_models.reading import check_head, check_tokens, reading
 from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
-from fogline_models.steps import Say, Steps, code, tools
+from fogline_models.splits import TRAINED_ON, made_splits, publish
+from fogline_models.steps import Say, Steps, code, digest, tools
 from fogline_protocol import documents, hardware, release
 from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.release import BundleDirectory, BundleRefused
-from fogline_protocol.score import PARAMETERS, Score
+from fogline_protocol.score import PARAMETERS
 from fogline_protocol.tensors import Array
 
 BUNDLES = "bundles"
-SELF_TEST_SCENES = 32  # of training, if there is no split for it
-RANGE_SCENES = 1024
 LATENCY_BATCHES = (1, 8, 32)
 RUN_ROWS = 64  # at once, when a whole split is run
-TOGETHER = (("training", "ranges", "self_test"),)  # splits that may share items
 
 
 def build(
@@ -157,66 +153,13 @@ class _Build:
         self._steps.expect(_planned(recipe))
         for each in recipe.release:
             self._check_given(each)
-        splits = self._splits()
-        for name in recipe.data.publish:
-            data.save(self._out / f"{name}.npz", splits[name])
-        if recipe.data.publish:
-            _publish_scenes(splits, self._out / "splits.json")
+        splits, self._data = made_splits(recipe, self._steps)
+        publish(recipe, splits, self._out)
         return tuple(self._release(each, splits) for each in recipe.release)
 
     def export_only(self) -> Path:
-        return self._export(self._recipe.release[0], self._splits(only_training=True))
-
-    def _splits(self, *, only_training: bool = False) -> Mapping[str, Items]:
-        recipe = self._recipe
-        folder = recipe.folder
-        facts: dict[str, object] = {
-            "labels": recipe.labels,
-            "together": recipe.data.together,
-            "only_training": only_training,
-            "taken from training": [SELF_TEST_SCENES, RANGE_SCENES],
-            **code(data),
-        }
-        if recipe.data.make:
-            facts |= {
-                "make": recipe.data.make,
-                "hooks": hooks.digests(folder),
-                **tools("numpy", extra="models"),
-            }
-        else:
-            facts["files"] = {
-                name: _digest(folder / path, f"data.files.{name}")
-                for name, path in recipe.data.files.items()
-            }
-
-        def make(into: Path, say: Say) -> None:
-            if recipe.data.make:
-                found = _splits_of(hooks.load(folder, recipe.data.make, "data.make")(), recipe)
-            else:
-                found = {name: data.read(folder / p) for name, p in recipe.data.files.items()}
-            splits = _completed(found, only_training=only_training)
-            for name, items in splits.items():
-                data.check(items, f"data: split {name}")
-                data.check_labels(
-                    items, recipe.labels, f"data: split {name}", per_token=recipe.per_token
-                )
-            if "calibration" in splits:
-                data.check_classes(splits["calibration"], "data: split calibration")
-            data.check_disjoint(splits, (*TOGETHER, *recipe.data.together))
-            for name, items in splits.items():
-                data.save(into / f"{name}.npz", items)
-            say(", ".join(f"{name} {len(items)}" for name, items in splits.items()))
-
-        made = self._steps.make(recipe.family, "data", facts, make)
-        splits = {path.stem: data.read(path) for path in sorted(made.glob("*.npz"))}
-        self._data = tuple(
-            report.Input(path.name, splits[path.stem].sha256, path.stat().st_size, "data")
-            for path in sorted(made.glob("*.npz"))
-        )
-        for name in (*recipe.data.also, *recipe.data.publish):
-            if name not in splits:
-                raise BadInput(f"data: there is no split {name!r}, only {', '.join(splits)}")
-        return splits
+        splits, self._data = made_splits(self._recipe, self._steps, only_training=True)
+        return self._export(self._recipe.release[0], splits)
 
     def _release(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> Built:
         recipe = self._recipe
@@ -227,15 +170,15 @@ class _Build:
             splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
         exported = sources.Exported.read(folder)
         signature = sources.signature(folder, each.source)
-        reading = _reading(recipe, signature, each)
-        _check_head(recipe, exported, signature, splits, each)
-        if reading.mask:
-            _check_tokens(splits, reading, each)
+        read_by = reading(recipe, signature, each)
+        check_head(recipe, exported, signature, splits, each)
+        if read_by.mask:
+            check_tokens(splits, read_by, each)
         files = {FP32: folder / sources.FP32}
         for name in recipe.variants(each):
             if name != FP32:
                 files[name] = self._quantize(
-                    each, name, files[FP32], splits["ranges"], reading.mask
+                    each, name, files[FP32], splits["ranges"], read_by.mask
                 )
         hub, parent = self._hub(each), self._parent(each)
         found = Measured(
@@ -243,7 +186,7 @@ class _Build:
             release=each,
             exported=exported,
             signature=signature,
-            reading=reading,
+            reading=read_by,
             extras=sources.extras(folder),
             golden=self._golden(each),
             files=files,
@@ -269,7 +212,7 @@ class _Build:
         recipe, source = self._recipe, each.source
         seen = dict(splits)
         if not source.huggingface:  # what must not be seen in training is not handed over
-            seen = {name: seen[name] for name in TOGETHER[0]}
+            seen = {name: seen[name] for name in TRAINED_ON}
         if each.examples is not None:
             seen["examples"] = data.read(recipe.folder / each.examples)
             kept_apart = {
@@ -308,7 +251,7 @@ class _Build:
         else:
             packages = ["onnx"]
             assert source.onnx is not None
-            facts["onnx"] = _digest(recipe.folder / source.onnx, "source.onnx")
+            facts["onnx"] = digest(recipe.folder / source.onnx, "source.onnx")
         return self._steps.make(
             each.title,
             "export",
@@ -437,7 +380,7 @@ class _Build:
             hooks.load(recipe.folder, source.torch, f"{where}: source.torch")
         for key, file in (("source.onnx", source.onnx), ("examples", each.examples)):
             if file is not None:
-                _digest(recipe.folder / file, f"{where}: {key}")
+                digest(recipe.folder / file, f"{where}: {key}")
         named = str(source.huggingface or "")  # a folder, unless it is a function
         if named and ".py:" not in named and not (recipe.folder / named).is_dir():
             raise BadInput(
@@ -495,106 +438,6 @@ def _planned(recipe: Recipe) -> Iterator[str]:
         yield from ("run", "measure")
 
 
-def _splits_of(made: object, recipe: Recipe) -> Mapping[str, Items]:
-    """Return what the function of a recipe made, if it is splits."""
-    wrong = type(made).__name__
-    if isinstance(made, Mapping):
-        strange = [(key, value) for key, value in made.items() if not isinstance(value, Items)]
-        if not strange:
-            return made
-        wrong = f"a {type(strange[0][1]).__name__} for {strange[0][0]!r}"
-    raise BadInput(
-        f"data.make: {recipe.data.make} returned {wrong}, expected Items by the name of their "
-        "split: {'training': Items(...), ...}"
-    )
-
-
-def _check_head(
-    recipe: Recipe,
-    exported: sources.Exported,
-    signature: Signature,
-    splits: Mapping[str, Items],
-    each: ReleaseRecipe,
-) -> None:
-    """Check that the model has one output per class, before anything is made of it.
-
-    Raises:
-        BadInput: it has more or fewer than there are labels, or fewer than the items need.
-    """
-    output = signature.outputs[0]
-    width = output.shape[-1] if output.shape else -1
-    if recipe.task == "feature-extraction" or width < 0:
-        return
-    labels = recipe.labels or exported.labels
-    if labels and len(labels) != width:
-        raise BadInput(
-            f"export: release {each.title}: output {output.name!r} has {width} classes, but "
-            f"{len(labels)} labels are named: name one for each"
-        )
-    for name, items in splits.items():
-        numbers = () if items.labels is None else data.given(items.labels).tolist()
-        if max(numbers, default=-1) >= width:
-            raise BadInput(
-                f"export: release {each.title}: output {output.name!r} has {width} classes, but "
-                f"split {name} has class number {max(numbers)}"
-            )
-
-
-def _reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
-    """Return how the answers of a release are read: from its first output.
-
-    Raises:
-        BadInput: the recipe names a mask that the model does not take, or the output of a token
-            classifier has no axis for tokens.
-    """
-    output = signature.outputs[0]
-    function = recipe.score(each)
-    if not recipe.per_token:
-        return Score(function, output.name)
-    where = f"export: release {each.title}"
-    if len(output.shape) < (3 if signature.batched else 2):
-        raise BadInput(
-            f"{where}: {recipe.task} takes outputs [n, tokens, classes], {output.name!r} is "
-            f"{list(output.shape)}"
-        )
-    taken = [spec.name for spec in signature.inputs]
-    if each.mask and each.mask not in taken:
-        raise BadInput(
-            f"{where}: mask: the model has no input {each.mask!r}, it takes {', '.join(taken)}"
-        )
-    mask = each.mask or (ATTENTION_MASK if ATTENTION_MASK in taken else "")
-    return Score(function, output.name, mask=mask)
-
-
-def _check_tokens(splits: Mapping[str, Items], reading: Score, each: ReleaseRecipe) -> None:
-    """Check that labels are of the tokens that count: not only after all variants were run."""
-    for name, items in splits.items():
-        if items.labels is not None and reading.mask in items.inputs:
-            counts = items.inputs[reading.mask] != 0
-            where = f"data: release {each.title}: split {name}"
-            data.check_tokens(items.labels, counts, where)
-
-
-def _completed(found: Mapping[str, Items], *, only_training: bool) -> dict[str, Items]:
-    """Return the splits with those that can be taken from training."""
-    splits = dict(found)
-    training = splits.get("training")
-    if "evaluation" not in splits and not only_training:
-        raise BadInput(
-            f"data: there is no split evaluation, only {', '.join(splits)}: without held-out "
-            "items nothing can be said of a model"
-        )
-    if training is None and not {"ranges", "self_test"} <= splits.keys():
-        raise BadInput("data: there is no split training, so ranges and self_test are needed")
-    if training is not None:
-        independent = training.independent
-        splits.setdefault("ranges", training.rows(independent[:RANGE_SCENES]))
-        splits.setdefault("self_test", training.rows(independent[:SELF_TEST_SCENES]))
-    else:
-        splits["training"] = splits["ranges"]
-    return splits
-
-
 def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
     """Yield the files that the recipe names as what a release is made from."""
     source = each.source
@@ -645,24 +488,8 @@ def _micros(cost: Cost) -> str:
     return f"{next(iter(cost.latency_us.values())).median:.0f} us"
 
 
-def _digest(path: Path, key: str) -> str:
-    try:
-        return documents.sha256_of_file(path)
-    except OSError as error:
-        raise BadInput(f"{key}: {path}: {error.strerror}") from None
-
-
 def _bundle(path: Path, key: str) -> BundleDirectory:
     try:
         return release.read(path)
     except BundleRefused as refusal:
         raise BadInput(f"{key}: {path} is not an intact bundle: {refusal}") from None
-
-
-def _publish_scenes(splits: Mapping[str, Items], path: Path) -> None:
-    """Write which scenes each split holds: the claim that no split leaks, to be checked."""
-    scenes = {name: np.unique(items.scenes).tolist() for name, items in splits.items()}
-    text = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(scenes.items()))
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
-    os.replace(unfinished, path)

@@ -50,6 +50,18 @@ def code(*modules: ModuleType) -> dict[str, str]:
     }
 
 
+def digest(path: Path, key: str) -> str:
+    """Return the SHA-256 of a file that the recipe's ``key`` names: a fact of what is made of it.
+
+    Raises:
+        BadInput: it cannot be read; names the key.
+    """
+    try:
+        return documents.sha256_of_file(path)
+    except OSError as error:
+        raise BadInput(f"{key}: {path}: {error.strerror}") from None
+
+
 def tools(*packages: str, extra: str) -> dict[str, str]:
     """Return the installed version of each package, by name: a fact of what it makes.
 

@@ -1,0 +1,77 @@
+"""How the answers of a release are read, and that its data can be held against them."""
+
+from collections.abc import Mapping
+
+from fogline_models import data, sources
+from fogline_models.data import Items
+from fogline_models.errors import BadInput
+from fogline_models.graph import Signature
+from fogline_models.recipe import Recipe, ReleaseRecipe
+from fogline_protocol.answers import ATTENTION_MASK
+from fogline_protocol.score import Score
+
+
+def reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
+    """Return how the answers of a release are read: from its first output.
+
+    Raises:
+        BadInput: the recipe names a mask that the model does not take, or the output of a token
+            classifier has no axis for tokens.
+    """
+    output = signature.outputs[0]
+    function = recipe.score(each)
+    if not recipe.per_token:
+        return Score(function, output.name)
+    where = f"export: release {each.title}"
+    if len(output.shape) < (3 if signature.batched else 2):
+        raise BadInput(
+            f"{where}: {recipe.task} takes outputs [n, tokens, classes], {output.name!r} is "
+            f"{list(output.shape)}"
+        )
+    taken = [spec.name for spec in signature.inputs]
+    if each.mask and each.mask not in taken:
+        raise BadInput(
+            f"{where}: mask: the model has no input {each.mask!r}, it takes {', '.join(taken)}"
+        )
+    mask = each.mask or (ATTENTION_MASK if ATTENTION_MASK in taken else "")
+    return Score(function, output.name, mask=mask)
+
+
+def check_head(
+    recipe: Recipe,
+    exported: sources.Exported,
+    signature: Signature,
+    splits: Mapping[str, Items],
+    each: ReleaseRecipe,
+) -> None:
+    """Check that the model has one output per class, before anything is made of it.
+
+    Raises:
+        BadInput: it has more or fewer than there are labels, or fewer than the items need.
+    """
+    output = signature.outputs[0]
+    width = output.shape[-1] if output.shape else -1
+    if recipe.task == "feature-extraction" or width < 0:
+        return
+    labels = recipe.labels or exported.labels
+    if labels and len(labels) != width:
+        raise BadInput(
+            f"export: release {each.title}: output {output.name!r} has {width} classes, but "
+            f"{len(labels)} labels are named: name one for each"
+        )
+    for name, items in splits.items():
+        numbers = () if items.labels is None else data.given(items.labels).tolist()
+        if max(numbers, default=-1) >= width:
+            raise BadInput(
+                f"export: release {each.title}: output {output.name!r} has {width} classes, but "
+                f"split {name} has class number {max(numbers)}"
+            )
+
+
+def check_tokens(splits: Mapping[str, Items], score: Score, each: ReleaseRecipe) -> None:
+    """Check that labels are of the tokens that count: not only after all variants were run."""
+    for name, items in splits.items():
+        if items.labels is not None and score.mask in items.inputs:
+            counts = items.inputs[score.mask] != 0
+            where = f"data: release {each.title}: split {name}"
+            data.check_tokens(items.labels, counts, where)
