@@ -24,7 +24,7 @@ import signal
 import struct
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -427,7 +427,10 @@ class _Soak:
                 self._report.switches += 1
 
     async def _killing(self) -> None:
-        """Stop an engine's process for a moment, so that work piles up, then kill it."""
+        """Stop an engine's process for a moment, so that work piles up, then kill it.
+
+        Now and then its successor too, while it loads: then the model has no engine for a while.
+        """
         while not await self._paused(KILL_EVERY_S):
             engines = await asyncio.to_thread(self._engines)
             if engines:
@@ -437,6 +440,17 @@ class _Soak:
                     await asyncio.sleep(FROZEN_S)
                     os.kill(pid, signal.SIGKILL)
                     self._report.kills += 1
+                    if self._report.kills % 2 == 0:
+                        await self._kill_a_newcomer(engines)
+
+    async def _kill_a_newcomer(self, known: Collection[int]) -> None:
+        newcomers: set[int] = set()
+        while not newcomers and not await self._paused(0.01):
+            newcomers = {*await asyncio.to_thread(self._engines)} - {*known}
+        for pid in newcomers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                self._report.kills += 1
 
     def _engines(self) -> list[int]:
         found = []

@@ -76,6 +76,11 @@ class ServedModel:
         troubles = [engine.trouble for engine in self.engines]
         return troubles[0] if all(troubles) else ""
 
+    def check(self) -> None:
+        """Raise ``Unavailable`` if it cannot answer."""
+        if self.trouble:
+            raise Unavailable(f"model {self.name!r} cannot answer: {self.trouble}")
+
     async def switch(self, engines: Sequence[Engine]) -> None:
         """Answer with these engines from now on, and close the others when they are idle."""
         before, self.engines = self.engines, engines
@@ -264,18 +269,29 @@ class Repository:
     def find(self, name: str, version: str = "", digest: str = "") -> ServedModel:
         """Return the model that answers for ``name`` and ``version`` (empty: the newest).
 
-        ``digest`` is what the caller would like to compute where no version is asked for: that of
-        the file its certificate compares with. It is a wish; answers say what computed.
+        See ``choose``.
 
         Raises:
             NotFound: there is none; the text names those there are.
             Unavailable: there should be one, but it could not be loaded, or its engines are lost.
         """
+        found = self.choose(name, version, digest)
+        found.check()
+        return found
+
+    def choose(self, name: str, version: str, digest: str) -> ServedModel:
+        """Return the model that a request is for, be its engines lost or not.
+
+        ``digest`` is what the caller would like to compute where no version is asked for: that of
+        the file its certificate compares with. It is a wish; answers say what computed.
+
+        Raises:
+            NotFound: there is none; the text names those there are.
+            Unavailable: there should be one, but it could not be loaded.
+        """
         found = self._find(name, version)
         if digest and not version and found.sha256 != digest:
             found = next((m for m in self._models[name] if m.sha256 == digest), found)
-        if found.trouble:
-            raise Unavailable(f"model {name!r} cannot answer: {found.trouble}")
         return found
 
     def _find(self, name: str, version: str) -> ServedModel:

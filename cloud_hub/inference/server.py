@@ -241,7 +241,11 @@ class HubServer:
     ) -> InferResponse:
         wish = request.parameters.get(DIGEST, "")
         digest = wish if isinstance(wish, str) else ""
-        model = self._repository.find(request.model, request.version, digest)
+        try:
+            model = self._repository.choose(request.model, request.version, digest)
+        except InferenceError:  # callers name what they like: that must not make new series
+            self._metrics.rejected("no_model")
+            raise
         started = time.monotonic()
         trace = None
         if self.tracer is not None:
@@ -272,6 +276,7 @@ class HubServer:
     async def _answer(
         self, model: ServedModel, caller: Caller, request: InferRequest, deadline: float | None
     ) -> InferResponse:
+        model.check()
         if _flag(request.parameters, PRIVATE, False):
             raise Forbidden(
                 "the request is marked private and must not leave its device: the hub does not answer it"

@@ -150,6 +150,16 @@ async def test_what_happened_is_counted(server, repository):
     assert f"fogline_hub_requests_total{{{labels.format('invalid_argument')}}} 1.0" in text
 
 
+async def test_a_request_for_no_model_is_counted_under_no_name_of_its_own(server):
+    for name, version in (("nobody", ""), ("digits-hub", "9")):
+        with pytest.raises(NotFound):
+            await server.infer(InferRequest(name, images(1), version), None)
+    text = server.metrics.render().decode()
+    assert 'fogline_hub_rejections_total{reason="no_model"} 2.0' in text
+    assert "nobody" not in text
+    assert "fogline_hub_requests_total{" not in text
+
+
 async def test_a_caller_who_left_was_not_answered(server):
     asked = asyncio.create_task(server.infer(InferRequest("digits-hub", images(1)), None))
     await asyncio.sleep(0)
@@ -449,9 +459,10 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
         async def open(self, path, *, instances=1, threads=0):
             return await self.open_apart(path)
 
-    repository = Repository(Metrics(), Apart(threads=1), Limits(max_batch=16))
+    metrics = Metrics()
+    repository = Repository(metrics, Apart(threads=1), Limits(max_batch=16))
     await repository.load_directory(triton_directory)
-    server = HubServer("hub", repository, Metrics())
+    server = HubServer("hub", repository, metrics)
     file = triton_directory / "digits-hub" / "3" / "model.onnx"
     file.write_bytes(file.read_bytes())  # over the old ones: what was loaded is no more
     os.kill(repository.find("digits-hub").engine.pid, signal.SIGKILL)
@@ -461,7 +472,11 @@ async def test_a_model_whose_engine_cannot_be_replaced_says_so_until_it_is_loade
     assert not repository.ready
     with pytest.raises(Unavailable, match=r"cannot be started again: .* load the model anew"):
         await server.infer(InferRequest("digits-hub", images(1)), None)
-    assert len(server.model_statistics("digits-hub", "")) == 1
+    # A request that no engine could take is one of its model all the same.
+    (counted,) = server.model_statistics("digits-hub", "")
+    assert (counted.success.count, counted.fail.count) == (0, 1)
+    text = metrics.render().decode()
+    assert 'requests_total{model="digits-hub",outcome="unavailable",version="3"} 1.0' in text
     await repository.load_directory(triton_directory)
     assert server.server_ready()
     assert (await server.infer(InferRequest("digits-hub", images(1)), None)).outputs
