@@ -124,6 +124,12 @@ def main() -> None:
 @click.option("--run-limit-s", type=float, help="Time for one batch in an engine [default: 30].")
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 64 MiB].")
 @click.option(
+    "--door-memory-bytes",
+    type=int,
+    help="Memory for requests and unread answers of all callers, 0: a quarter of the machine's "
+    "[default: 0].",
+)
+@click.option(
     "--cache-bytes",
     type=int,
     help="Memory for answers kept, of models with response_cache { enable: true } [default: 0].",

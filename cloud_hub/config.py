@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from cloud_hub.errors import ConfigRefused
+from fogline_protocol import door_memory
 
 ENV_PREFIX = "FOGLINE_HUB_"
 MIN_RATE = 0.001  # requests a second of one caller: what is rarer is no rate
@@ -57,6 +58,8 @@ class HubConfig:
     max_queue_rows: int = _number(1024, least=1)  # waiting per model; beyond it callers are refused
     threads: int = _number(0, least=0, most=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = _number(64 << 20, least=1 << 16, most=1 << 30)
+    # That requests and unread answers of all callers take; 0: a quarter of the machine's memory.
+    door_memory_bytes: int = _number(0, least=0)
     tensorrt: Literal["auto", "off"] = "auto"  # auto: where there is a GPU and TensorRT
     run_limit_s: float = _number(30.0, above=0)  # of one batch; then its engine is replaced
     cache_bytes: int = _number(0, least=0)  # for answers kept, of models that ask for it; 0: none
@@ -87,6 +90,12 @@ class HubConfig:
             except ValueError as error:
                 raise ConfigRefused(f"mqtt: {error}") from None
         self._check_files()
+        least = door_memory.LEAST_MESSAGES * self.max_message_bytes
+        if 0 < self.door_memory_bytes < least:
+            raise ConfigRefused(
+                f"door_memory_bytes: must hold {door_memory.LEAST_MESSAGES} requests of "
+                f"max_message_bytes, which are {least} bytes, got {self.door_memory_bytes}"
+            )
         if not math.isfinite(self.caller_rate):
             raise ConfigRefused(f"caller_rate: must be finite, got {self.caller_rate}")
         if 0 < self.caller_rate < MIN_RATE:

@@ -48,7 +48,8 @@ from cloud_hub.inference.cache import ResponseCache
 from cloud_hub.inference.repository import Limits, Repository
 from cloud_hub.inference.server import HubServer
 from cloud_hub.metrics import Metrics, Served
-from fogline_protocol import grpc_service, grpc_transport
+from fogline_protocol import door_memory, grpc_service, grpc_transport
+from fogline_protocol.door_memory import Memory
 from fogline_protocol.doors import Extras
 from fogline_protocol.settings import LogSettings
 from fogline_protocol.shared_memory import SharedMemory
@@ -136,6 +137,12 @@ class Hub:
             logs=LogSettings("fogline", "cloud_hub")
             if is_loopback(config.grpc) and is_loopback(config.http)
             else None,
+        )
+        limit = config.door_memory_bytes or door_memory.default_limit(config.max_message_bytes)
+        # Of the doors of this process; each front has one as large.
+        self.memory = Memory(
+            door_memory.share(limit, 1 + config.front_processes, config.max_message_bytes),
+            lambda: self.metrics.rejected("memory"),
         )
         self._stored = asyncio.Event()  # when the database is open
         # The same counts arrive over gRPC and over MQTT.
@@ -283,7 +290,7 @@ class Hub:
         grace_s = min(CLOSE_S, self.config.drain_s)
         if self.config.front_processes:
             answer = admission.passed_on(methods, self._callers(guarded))
-            self.fronts = Fronts(self.config, answer)
+            self.fronts = Fronts(self.config, self.memory.limit, answer)
             self._parts.push_async_callback(self.fronts.stop, grace_s)
             await self.fronts.start(self.config.front_processes)
             return _joined(host, self.fronts.port)
@@ -292,6 +299,7 @@ class Hub:
             methods,
             max_message_bytes=self.config.max_message_bytes,
             admit=admission.admitting(self._callers(guarded)),
+            memory=self.memory,
         )
         self._parts.push_async_callback(door.stop, grace_s)
         tls = None
@@ -320,7 +328,7 @@ class Hub:
                 admission.rest_middleware(self._callers(guarded)),
             ],
         )
-        rest_service.add_routes(app, self.server, self.server, self._extras)
+        rest_service.add_routes(app, self.server, self.server, self._extras, self.memory)
         app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)

@@ -80,7 +80,7 @@ class Metrics:
         self._rejections = Counter(
             "fogline_hub_rejections",
             "Requests that were not let in or lost their place: rate or concurrency of the caller, "
-            "queue_full, expired, overdue, draining, unauthenticated, no_model",
+            "queue_full, expired, overdue, draining, unauthenticated, no_model, memory of the doors",
             ("reason",),
             registry=self.registry,
         )

@@ -44,8 +44,9 @@ from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed
 from edge_agent.runtime import providers
 from edge_agent.runtime import release as releases
-from fogline_protocol import grpc_service, grpc_transport, rest_service
+from fogline_protocol import door_memory, grpc_service, grpc_transport, rest_service
 from fogline_protocol.client import Client, Credentials
+from fogline_protocol.door_memory import Memory
 from fogline_protocol.doors import Extras
 from fogline_protocol.inference import InferRequest, InferResponse
 from fogline_protocol.settings import LogSettings
@@ -88,6 +89,8 @@ class Agent:
             else None,
             logs=LogSettings("fogline", "edge_agent"),
         )
+        limit = config.door_memory_bytes or door_memory.default_limit(config.max_message_bytes)
+        self._memory = Memory(limit)  # of all doors
         self._parts = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -180,7 +183,10 @@ class Agent:
             **grpc_service.health_methods(self.router),
         }
         door = grpc_transport.new_door(
-            config.door, methods, max_message_bytes=config.max_message_bytes
+            config.door,
+            methods,
+            max_message_bytes=config.max_message_bytes,
+            memory=self._memory,
         )
         self._parts.push_async_callback(door.stop, config.drain_s)
         try:
@@ -207,7 +213,7 @@ class Agent:
         app = web.Application(
             client_max_size=config.max_message_bytes, middlewares=[rest_service.local_only]
         )
-        rest_service.add_routes(app, self.router, extras=self._extras)
+        rest_service.add_routes(app, self.router, extras=self._extras, memory=self._memory)
         runner = web.AppRunner(
             app,
             access_log=None,

@@ -108,6 +108,11 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--max-message-bytes", type=int, help="Largest request [default: 16 MiB].")
 @click.option(
+    "--door-memory-bytes",
+    type=int,
+    help="Memory for requests and unread answers, 0: a quarter of the machine's [default: 0].",
+)
+@click.option(
     "--escalation-rows", type=int, help="Rows that escalate in one request [default: 32]."
 )
 @click.option("--escalation-requests", type=int, help="Escalation requests in flight [default: 4].")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_agent.errors import ConfigRefused
+from fogline_protocol import door_memory
 
 Transport = Literal["http2", "grpcio"]  # see ``fogline_protocol.grpc_transport``
 TRANSPORTS: tuple[Transport, ...] = ("http2", "grpcio")
@@ -73,6 +74,8 @@ class AgentConfig:
     max_concurrency: int = field(default=64, metadata=_limits(1, 65536))  # beyond: Overloaded
     # Sixteen times a camera frame; a device has less memory to lose than a hub.
     max_message_bytes: int = field(default=16 << 20, metadata=_limits(1 << 16, 1 << 30))
+    # That requests and unread answers take; 0: a quarter of the machine's memory.
+    door_memory_bytes: int = field(default=0, metadata=_limits(0, 1 << 40))
     escalation_rows: int = field(default=32, metadata=_limits(1, 4096))  # in one request
     escalation_requests: int = field(default=4, metadata=_limits(1, 256))  # in flight at once
     telemetry_interval_s: float = field(default=1.0, metadata=_limits(0, 3600))  # 0: never
@@ -86,6 +89,12 @@ class AgentConfig:
                 raise ConfigRefused(
                     f"{option.name}: must lie between {limits[0]} and {limits[1]}, got {value!r}"
                 )
+        least = door_memory.LEAST_MESSAGES * self.max_message_bytes
+        if 0 < self.door_memory_bytes < least:
+            raise ConfigRefused(
+                f"door_memory_bytes: must hold {door_memory.LEAST_MESSAGES} requests of "
+                f"max_message_bytes, which are {least} bytes, got {self.door_memory_bytes}"
+            )
         if not DEVICE_NAME.fullmatch(self.device):
             raise ConfigRefused(
                 f"device: a name is 1 to 63 lower-case letters, digits, '_' and '-', starting "

@@ -37,14 +37,15 @@ class _Front:
 class Fronts:
     """N processes on one port: ``await start(N)``, ``await stop(grace_s)``."""
 
-    def __init__(self, config: HubConfig, answer: Answer) -> None:
-        """Prepare; ``answer`` answers a call."""
+    def __init__(self, config: HubConfig, memory_bytes: int, answer: Answer) -> None:
+        """Prepare; ``answer`` answers a call, and each may hold ``memory_bytes`` for callers."""
         self._address = config.grpc
         self._setup: dict[str, Any] = {
             "door": config.door,
             "tls_cert": config.tls_cert and str(config.tls_cert),
             "tls_key": config.tls_key and str(config.tls_key),
             "max_message_bytes": config.max_message_bytes,
+            "memory_bytes": memory_bytes,
         }
         self._answer = answer
         self._fronts: dict[int, _Front] = {}

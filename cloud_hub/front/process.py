@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cloud_hub.front.relay import FrontEnd, Kind
 from fogline_protocol import grpc_service, grpc_transport
+from fogline_protocol.door_memory import Memory
 from fogline_protocol.grpc_calls import Context, Metadata, Method
 
 # What the hub needs to know of a call beside its bytes.
@@ -37,6 +38,7 @@ async def _serve(end: socket.socket, memory: mmap.mmap) -> None:
             calls,
             max_message_bytes=setup["max_message_bytes"],
             admit=calls.admit,
+            memory=Memory(setup["memory_bytes"]),
             share_port=True,
         )
         tls = None

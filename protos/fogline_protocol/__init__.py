@@ -19,12 +19,13 @@ have to agree on this?
     grpc_service.py    serves any InferenceServer over gRPC
     grpc_transport.py  the two ways to carry those calls: grpcio_door.py, and our own:
     grpc_door.py         who is let in, and the end; grpc_connection.py: calls, tasks, time
-    grpc_messages.py     messages in bodies, packed or not; grpc_room.py: how many at a time
+    grpc_messages.py     messages in bodies, packed or not
     grpc_headers.py      gRPC in the headers of HTTP/2; lingering.py: the end of a connection
     http2.py             one connection of HTTP/2, pure; its http2_frames.py, header_blocks.py
+    door_memory.py     what all callers can make the doors hold; rooms.py: who has it when
     rest_codec.py      requests and responses as JSON and raw bytes
     big_json.py        large JSON in pieces, so that others are answered meanwhile
-    rest_service.py    serves any InferenceServer over HTTP
+    rest_service.py    serves any InferenceServer over HTTP; rest_bodies.py: bodies and their memory
     client.py          asks any Open Inference server
     release.py         the bundle: what a model release consists of, read and verified
     certificate.py     the risk certificate: a threshold and the bound that holds at it

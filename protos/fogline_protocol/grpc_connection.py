@@ -3,18 +3,30 @@
     data_received ─► http2 ─► _Call ─► a task per call ─► http2 ─► one write per turn of the loop
 
 What a stranger can make us keep is bounded: unread requests by the windows that are granted, those
-that are answered by their room (``grpc_room``), unread answers because nothing more is read from
-who does not read. What does not get on is ended by the times below. What a peer makes us do for
+that are answered by their room (``rooms``), unread answers because nothing more is read from who
+does not read; and what all strangers can, by what they share (``door_memory``). What does not get
+on is ended by the times below, sooner where others need the memory. What a peer makes us do for
 nothing is counted in ``http2``, and what it asks for amiss here.
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 from fogline_protocol import grpc_calls, grpc_headers, grpc_messages, http2
+from fogline_protocol.door_memory import (
+    PROGRESS_BYTES,
+    STALL_S,
+    STALLED,
+    UNREAD,
+    Holder,
+    Memory,
+    Turn,
+    address_of,
+)
 from fogline_protocol.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -24,11 +36,11 @@ from fogline_protocol.errors import (
 )
 from fogline_protocol.grpc_calls import Admit, Metadata, Method, Methods
 from fogline_protocol.grpc_headers import Head
-from fogline_protocol.grpc_messages import Message, Messages, Turn
-from fogline_protocol.grpc_room import Lease, Room
+from fogline_protocol.grpc_messages import Message, Messages
 from fogline_protocol.http2 import Data, Request, Reset
 from fogline_protocol.http2_frames import Code
 from fogline_protocol.lingering import UNREAD_S, Lingering
+from fogline_protocol.rooms import Lease, Room
 
 ROOM_MESSAGES = 4  # of the largest size: on their way to one connection, and in its hands
 TURN_BYTES = 1 << 18  # of answers in one write, so that none holds up the others
@@ -55,6 +67,7 @@ class Service:
     streams: Set[str]  # paths of the methods that are streams of requests; the others are unary
     max_message_bytes: int
     admit: Admit | None  # is asked first, in the task of every call
+    memory: Memory
 
 
 class Owner(Protocol):
@@ -73,11 +86,13 @@ class _Call:
     """One call: what its method may ask of it (``grpc_calls.Context``), and where it stands."""
 
     __slots__ = (
-        "arrival", "coming", "deadline", "have", "head", "method", "number", "task", "timer",
-        "touched", "unpacked",
+        "arrival", "coming", "deadline", "have", "head", "held", "mark", "method", "number",
+        "since", "task", "timer", "touched", "unpacked",
     )  # fmt: skip
 
-    def __init__(self, number: int, head: Head, method: Method) -> None:
+    def __init__(self, number: int, head: Head, method: Method, now: float) -> None:
+        self.touched = now  # when something of its body arrived
+        self.since = now  # when it last got on
         self.number = number  # of its stream
         self.head = head
         self.method = method
@@ -88,7 +103,8 @@ class _Call:
         self.have = 0  # bytes of the body so far
         self.coming: Lease | None = None  # for a message beyond the window of every stream
         self.unpacked: Lease | None = None  # for its message, if that arrived compressed
-        self.touched = 0.0  # when something of its body arrived
+        self.mark = 0  # bytes of the body that were here then
+        self.held = head.held  # bytes of the door's memory that it has without a lease
 
     def waits_for_peer(self) -> bool:
         """Return whether the next thing that has to happen is that some of its body arrives."""
@@ -98,6 +114,11 @@ class _Call:
             # A stream may rest between its messages, not in the middle of a large one.
             return self.coming is not None and not self.arrival.waits_for_room
         return self.task is None
+
+    def gives_way(self) -> bool:
+        """Return whether it only waits for its peer, as a stream between its messages does."""
+        arrival = self.arrival
+        return self.waits_for_peer() or (type(arrival) is Messages and arrival.rests)
 
     def time_remaining(self) -> float | None:
         """Return how long the caller still waits, in seconds."""
@@ -125,9 +146,18 @@ class Connection(asyncio.Protocol):
         self._end: Lingering | None = None  # nothing more is said; what arrives is dropped
         self._writers: dict[int, asyncio.Future[None]] = {}  # streams whose reader is slow
         self._limit = service.max_message_bytes
-        self._coming = Room(ROOM_MESSAGES * self._limit)
+        self._memory = memory = service.memory
+        self._arriving, self._answers = memory.arriving, memory.answers
+        self._coming = Room(ROOM_MESSAGES * self._limit, memory.arriving, None)
         # Of messages that were unpacked, and of all that streams have in hand.
-        self._in_hand = Room(ROOM_MESSAGES * self._limit)
+        self._in_hand = Room(ROOM_MESSAGES * self._limit, memory.in_hand, None)
+        # What the memory was told: of half a frame, since when; of answers that nobody has read.
+        self._begun = self._http.received
+        self._half, self._half_at = 0, 0.0
+        self._unread_bytes = 0
+        self._in_turn = 0  # bytes of them that streams have and write later
+        self._handed = 0  # bytes that the transport was given, in all
+        self._got_on, self._got_on_at = 0, 0.0  # how many of them had left, when many more had
         self._malformed = 0
         # What the sweep compares, and when it last was different.
         self._stuck: dict[int, tuple[int, float]] = {}  # bytes that wait for a window, since when
@@ -144,6 +174,7 @@ class Connection(asyncio.Protocol):
         self._made_at = self._whole_at = self._asked_at = self._read_at = time.monotonic()
         self._heard_at = self._made_at
         transport.set_write_buffer_limits(high=UNREAD_BYTES)
+        self._coming.address = self._in_hand.address = address_of(transport)
         self._owner.joined(self)
         encryption = transport.get_extra_info("ssl_object")
         if encryption is not None and encryption.selected_alpn_protocol() != "h2":
@@ -167,6 +198,10 @@ class Connection(asyncio.Protocol):
                 self._fail(data)
             if self._end is not None:
                 return  # what else came along is for nobody
+        half = len(self._begun)
+        if half != self._half:
+            self._arriving.drop(self._half - half)
+            self._half, self._half_at = half, now
         # Nothing is said before the peer has: it may expect something else than HTTP/2.
         if self._http.begun and self._http.sendable:
             self._flush_soon()
@@ -176,6 +211,9 @@ class Connection(asyncio.Protocol):
         self._transport = None
         for number in tuple(self._calls):
             self._dropped(number)
+        self._arriving.drop(self._half)
+        self._answers.drop(self._unread_bytes)
+        self._half = self._unread_bytes = 0
         self._owner.left(self)
 
     def pause_writing(self) -> None:
@@ -208,8 +246,11 @@ class Connection(asyncio.Protocol):
             text = f"{head.path} is not offered by this server"
             self._http.end(number, grpc_headers.headers_only(Unsupported(text)))
             return
-        call = self._calls[number] = _Call(number, head, method)
-        call.touched = now
+        call = self._calls[number] = _Call(number, head, method, now)
+        arriving = self._arriving
+        arriving.used += head.held
+        if arriving.used > arriving.limit and self._crowded(call):
+            return
         if head.timeout_s is not None:
             call.deadline = now + head.timeout_s
             after_s = head.timeout_s + DEADLINE_SLACK_S
@@ -221,6 +262,7 @@ class Connection(asyncio.Protocol):
                 self._in_hand,
                 lambda needed, have: self._make_room(call, needed, have),
                 lambda have: self._taken(call, have),
+                self._answer_waits,
             )
             if ended:
                 messages.add(b"", True)
@@ -248,10 +290,22 @@ class Connection(asyncio.Protocol):
                 and data[0] == 0
                 and length == int.from_bytes(data[1:5], "big")
             ):  # the usual case: a whole message at once
+                call.held += size
+                arriving = self._arriving
+                arriving.used += size
+                if arriving.used > arriving.limit and self._crowded(call):
+                    return
                 call.task = self._loop.create_task(self._unary(call, data[5:], False))
                 return
             arrival = call.arrival = Message()
         call.touched = now
+        if call.have - call.mark >= PROGRESS_BYTES:
+            call.since, call.mark = now, call.have
+        if call.coming is None or not call.coming.had:
+            call.held += size
+            self._arriving.used += size
+            if self._arriving.full and self._crowded(call):
+                return
         if type(arrival) is Messages:
             arrival.add(data, ended)
         else:
@@ -259,6 +313,12 @@ class Connection(asyncio.Protocol):
                 self._piece(call, arrival, data, ended)  # type: ignore[arg-type]
             except InferenceError as error:
                 self._refuse(call, error)
+
+    def _crowded(self, call: _Call) -> bool:
+        """Make room where there is too little; return whether this very call has ended for it."""
+        if self._memory.overfull() and call.number in self._calls:
+            self._refuse(call, self._memory.refusal())
+        return call.number not in self._calls  # it may have had to give way itself
 
     def _piece(self, call: _Call, message: Message, data: bytes, ended: bool) -> None:
         """Take a piece of a unary call's message, and start the call with the last one.
@@ -292,17 +352,19 @@ class Connection(asyncio.Protocol):
         if more > 0 and call.coming is None:  # else it asked before, for the same message
 
             def grant() -> None:
-                call.touched = time.monotonic()
+                call.touched = call.since = time.monotonic()
                 self._http.grant(call.number, more)
                 self._flush_soon()
 
-            call.coming = self._coming.lease(more, grant)
+            call.coming = self._coming.lease(needed - have, grant)
 
     def _taken(self, call: _Call, have: int) -> None:
         """Let the peer send as much as was taken of a stream, ``have`` being what is left of it."""
         if call.coming is not None:
             call.coming.release()
             call.coming = None
+        self._arriving.drop(call.held - call.head.held - have)
+        call.held = call.head.held + have
         more = http2.STREAM_WINDOW - have - self._http.credit(call.number)
         if more >= http2.STREAM_WINDOW // 4:
             self._http.grant(call.number, more)
@@ -318,6 +380,9 @@ class Connection(asyncio.Protocol):
                 method = self._prepared(call, compressed)
             answer = await grpc_calls.translating(call.head.path, method, message, call)
             grpc_messages.check_answer(answer, self._limit)
+            answers = self._answers
+            if answers.used + len(answer) > answers.lendable:
+                self._check_room(answer)
         except InferenceError as error:
             self._refuse(call, error)
         except asyncio.CancelledError:
@@ -330,7 +395,13 @@ class Connection(asyncio.Protocol):
                     call.number, grpc_headers.ANSWER, grpc_headers.DONE,
                     b"\0" + len(answer).to_bytes(4, "big"), answer,
                 )  # fmt: skip
+                if len(answer) > http2.DIRECT_BYTES:
+                    self._count_unread()
                 self._flush_soon()
+
+    def _check_room(self, answer: bytes) -> None:
+        if not self._memory.takes_answer(len(answer)):
+            raise self._memory.refusal(UNREAD)
 
     def _prepared(self, call: _Call, compressed: bool) -> Method:
         """Return the method of a call with what comes before it."""
@@ -353,6 +424,7 @@ class Connection(asyncio.Protocol):
             grpc_messages.check_answer(answer, self._limit)
             if not self._http.answering(call.number):
                 self._http.open(call.number, grpc_headers.ANSWER)
+            messages.writing()
             self._http.send(call.number, b"\0" + len(answer).to_bytes(4, "big"), answer)
             self._flush_soon()
             if self._http.queued(call.number) > WRITE_AHEAD_BYTES:
@@ -385,13 +457,17 @@ class Connection(asyncio.Protocol):
         """Forget a call and return True, unless it was forgotten before."""
         if self._calls.pop(call.number, None) is None:
             return False
+        arriving = self._arriving
+        arriving.used -= call.held
+        if arriving.waiting:
+            arriving.give()
         if call.timer is not None:
             call.timer.cancel()
         if call.coming is not None:
             call.coming.release()
         if call.unpacked is not None:
             call.unpacked.release()
-        if type(call.arrival) is Messages:
+        if call.arrival is not None:
             call.arrival.release()
         return True
 
@@ -435,7 +511,11 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing() or self._end is not None:
             return
         while not self._full and self._http.sendable:
-            transport.write(self._http.take(TURN_BYTES))
+            data = self._http.take(TURN_BYTES)
+            self._handed += len(data)
+            transport.write(data)
+        if self._unread_bytes or self._http.queued_bytes or transport.get_write_buffer_size():
+            self._count_unread()
         if self._writers:
             for number, slow in tuple(self._writers.items()):
                 if self._http.queued(number) <= WRITE_AHEAD_BYTES:
@@ -444,6 +524,68 @@ class Connection(asyncio.Protocol):
                         slow.set_result(None)
         if self._leaving and not self._http.streams and not self._http.sendable:
             self._close()
+
+    def _answer_waits(self, size: int) -> None:
+        """Count an answer of a stream that waits for its turn; below zero: no longer.
+
+        Raises:
+            Overloaded: there is no room for it.
+        """
+        if size > 0 and not self._memory.takes_answer(size):
+            raise self._memory.refusal(UNREAD)
+        self._in_turn += size
+        self._unread_bytes += size
+        self._answers.used += size
+
+    def _count_unread(self) -> None:
+        """Tell the memory what of our answers the peer has not read."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        buffered = transport.get_write_buffer_size()
+        unread = buffered + self._http.unsent + self._in_turn
+        left = self._handed - buffered
+        if not self._unread_bytes or not unread or left - self._got_on >= PROGRESS_BYTES:
+            self._got_on, self._got_on_at = left, time.monotonic()
+        self._answers.used += unread - self._unread_bytes
+        self._unread_bytes = unread
+
+    def senders(self) -> Iterator[Holder]:
+        """Return the calls whose requests have begun and not ended, and a frame that has."""
+        for call in self._calls.values():
+            if call.gives_way():
+                yield Holder(call.since, functools.partial(self._crowd_out, call))
+        if self._half and self._end is None and time.monotonic() - self._half_at >= STALL_S:
+            yield Holder(self._half_at, self._crowd_out_half)
+
+    def readers(self) -> Iterator[Holder]:
+        """Return the answers that nobody reads, and the connection if it reads none."""
+        for number, (_, since) in self._stuck.items():
+            yield Holder(since, functools.partial(self._crowd_out_answer, number))
+        if self._unread_bytes:
+            yield Holder(self._got_on_at, self._crowd_out_reader)
+
+    def _crowd_out(self, call: _Call) -> None:
+        self._break_off(call, self._memory.refusal(STALLED))
+
+    def _crowd_out_half(self) -> None:
+        self.send_away(Code.ENHANCE_YOUR_CALM, "a frame began, and others need the memory")
+
+    def _crowd_out_answer(self, number: int) -> None:
+        if self._http.queued(number):
+            self._memory.refusal(UNREAD)  # its peer does not read that either
+            self._http.reset(number, Code.CANCEL)
+            self._dropped(number)
+            self._count_unread()
+            self._flush_soon()
+
+    def _crowd_out_reader(self) -> None:
+        self._memory.refusal(UNREAD)
+        self.abort()
+        for number in tuple(self._calls):
+            self._dropped(number)
+        self._answers.drop(self._unread_bytes)  # it is gone with the transport's buffer
+        self._unread_bytes = 0
 
     def _fail(self, data: bytes) -> None:
         """The peer broke the rules: it is told so."""
@@ -460,6 +602,8 @@ class Connection(asyncio.Protocol):
         for number in tuple(self._calls):
             self._dropped(number)
         transport.write(last)
+        self._arriving.drop(self._half)
+        self._half = 0
         self._end = Lingering(transport)
         if self._full:
             transport.resume_reading()
@@ -498,6 +642,7 @@ class Connection(asyncio.Protocol):
         elif now - self._read_at > UNREAD_S:
             transport.abort()
             return
+        self._count_unread()
         if self._end is None:
             self._sweep_connection(transport, now, idle_s)
         if self._end is None:

@@ -4,11 +4,13 @@ It carries the same ``Methods`` as a server of grpcio does and means the same by
 ``grpc_calls``). Here are the listening sockets, who is let in, and the end; below it:
 
     grpc_connection.py  one connection: calls, tasks, time
-    grpc_messages.py    messages in bodies; grpc_room.py: how many bytes of them at a time
+    grpc_messages.py    messages in bodies; rooms.py: how many bytes of them at a time
+    door_memory.py      who gives way when all peers together hold much
     lingering.py        the end of a connection
     http2.py            the protocol, pure; http2_frames.py, header_blocks.py, grpc_headers.py
 
-What a stranger can make us keep is bounded per connection, and so is the number of those.
+What a stranger can make us keep is bounded per connection, and so is the number of those; what all
+of them can is bounded by the memory that the doors of a process share.
 """
 
 import asyncio
@@ -19,8 +21,10 @@ import resource
 import socket
 import ssl
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
+from fogline_protocol import door_memory
+from fogline_protocol.door_memory import Holder, Memory
 from fogline_protocol.grpc_calls import Admit, Methods
 from fogline_protocol.grpc_connection import HANDSHAKE_S, IDLE_S, Connection, Service
 from fogline_protocol.lingering import LINGER_S
@@ -54,15 +58,20 @@ class GrpcDoor:
         streams: Collection[str],
         max_message_bytes: int,
         admit: Admit | None = None,
+        memory: Memory | None = None,
         max_connections: int | None = None,
     ) -> None:
         """Serve ``methods``; those of ``streams`` are streams of requests, the others unary.
 
         ``admit`` is asked in the task of every call, before anything else of it is done there;
-        what it notes in context variables, its method finds. Beyond ``max_connections``, by
-        default ``connections_allowed()``, newcomers are closed.
+        what it notes in context variables, its method finds. ``memory`` is shared with other
+        doors, if there are some. Beyond ``max_connections``, by default
+        ``connections_allowed()``, newcomers are closed.
         """
-        self._service = Service(methods, frozenset(streams), max_message_bytes, admit)
+        if memory is None:
+            memory = Memory(door_memory.default_limit(max_message_bytes))
+        self._memory = memory
+        self._service = Service(methods, frozenset(streams), max_message_bytes, admit, memory)
         self.max_connections = max_connections or connections_allowed()
         self.connections: set[Connection] = set()
         self.all_gone = asyncio.Event()  # no connection is open
@@ -71,6 +80,7 @@ class GrpcDoor:
         # Sockets that were taken and are not connections yet: with TLS that takes a while.
         self._arriving: dict[Connection, asyncio.Task[None]] = {}
         self._refused = 0  # newcomers since the last sweep, because there are too many
+        self._told_of = 0  # refusals of the memory
         self._sweeper: asyncio.Task[None] | None = None
 
     async def listen(
@@ -139,6 +149,7 @@ class GrpcDoor:
             connection.abort()
         await self.all_gone.wait()
         if self._sweeper is not None:
+            self._memory.remove(self)
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
@@ -151,9 +162,26 @@ class GrpcDoor:
                 self.max_connections,
             )
             self._refused = 0
+        if self._memory.refusals != self._told_of:
+            log.warning(
+                "%d calls were refused or ended: the memory of the doors, %d bytes, was full",
+                self._memory.refusals - self._told_of,
+                self._memory.limit,
+            )
+            self._told_of = self._memory.refusals
         crowded = self._taken() >= CROWDED * self.max_connections
         for connection in tuple(self.connections):
             connection.sweep(now, CROWDED_IDLE_S if crowded else IDLE_S)
+
+    def senders(self) -> Iterator[Holder]:
+        """Return whose requests have begun and not ended."""
+        for connection in tuple(self.connections):
+            yield from connection.senders()
+
+    def readers(self) -> Iterator[Holder]:
+        """Return whose answers wait to be read."""
+        for connection in tuple(self.connections):
+            yield from connection.readers()
 
     def joined(self, connection: Connection) -> None:
         """Note a connection that was made."""
@@ -189,6 +217,7 @@ class GrpcDoor:
         self._listening.append(listening)
         self._take_from(listening, tls)
         if self._sweeper is None:
+            self._memory.add(self)
             self._sweeper = asyncio.create_task(self._sweep(), name="grpc-door-sweep")
 
     def _take_from(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:

@@ -51,10 +51,16 @@ class _Broken(Exception):
     """Not what RFC 9113 calls a request."""
 
 
+CALL_BYTES = 4 << 10  # that a call takes beside its headers and its message
+HEADER_TIMES = 4  # short strings take so many times what HTTP/2 counts for headers
+
+
 class Head:
     """What the headers of a request say; whoever reads none of it but what they need is quick."""
 
-    __slots__ = ("broken", "encoding", "length", "metadata", "path", "refusal", "timeout_s")
+    __slots__ = (
+        "broken", "encoding", "held", "length", "metadata", "path", "refusal", "timeout_s",
+    )  # fmt: skip
 
     def __init__(self, headers: Headers) -> None:
         self.path = ""
@@ -62,6 +68,7 @@ class Head:
         self.timeout_s: float | None = None  # the caller's time when it sent this
         self.encoding = ""  # of messages that are marked as compressed
         self.length: int | None = None  # of the body, where it is told
+        self.held = CALL_BYTES  # about as many bytes as a call with these headers takes
         self.broken = False  # this is no request of HTTP/2
         self.refusal: Block | None = None  # this is one, but no call of gRPC that we could answer
         try:
@@ -85,6 +92,7 @@ class Head:
                 raise _Broken
             else:
                 pseudo[name] = value
+        self.held += HEADER_TIMES * size
         if not all(pseudo.get(name) for name in _NEEDED):
             raise _Broken
         self.path = pseudo[b":path"].decode()

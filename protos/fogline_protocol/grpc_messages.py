@@ -1,6 +1,6 @@
 """Messages in the bodies of calls: their prefix, the pieces they come in, how they are packed.
 
-A message is refused by its prefix, before it arrives. What is packed has its room (``grpc_room``)
+A message is refused by its prefix, before it arrives. What is packed has its room (``rooms``)
 before it is unpacked: for all that it could become, then for what it did become.
 
 Source: gRPC over HTTP/2 (PROTOCOL-HTTP2.md, "Length-Prefixed-Message").
@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Callable
 
 from fogline_protocol import grpc_headers
+from fogline_protocol.door_memory import Turn
 from fogline_protocol.errors import BadRequest, Overloaded
 from fogline_protocol.grpc_calls import Context, Method
-from fogline_protocol.grpc_room import Room
+from fogline_protocol.rooms import Room
 
 GATHERED_BYTES = 1024
 INFLATE_APART_BYTES = 1 << 12  # a compressed message above it is unpacked in a thread
@@ -55,26 +56,9 @@ class Message:
         self.have -= 5
         return True
 
-
-class Turn:
-    """A lease that is waited for."""
-
-    __slots__ = ("_had", "lease")
-
-    def __init__(self, room: Room, size: int) -> None:
-        """Ask ``room`` for ``size`` bytes."""
-        self._had: asyncio.Future[None] | None = None
-        self.lease = room.lease(size, self._begin)
-
-    async def come(self) -> None:
-        """Return when it is had; whoever is cancelled meanwhile has to release the lease."""
-        if not self.lease.had:
-            self._had = asyncio.get_running_loop().create_future()
-            await self._had
-
-    def _begin(self) -> None:
-        if self._had is not None and not self._had.done():
-            self._had.set_result(None)
+    def release(self) -> None:
+        """Let go of the pieces at once, whatever still refers to their call."""
+        self.pieces.clear()
 
 
 class Messages:
@@ -92,6 +76,7 @@ class Messages:
         room: Room,
         need: Callable[[int, int], None],
         took: Callable[[int], None],
+        answered: Callable[[int], None],
     ) -> None:
         """Begin with nothing.
 
@@ -102,11 +87,13 @@ class Messages:
             need: is told how many bytes the next message has with its prefix, and how many of
                 them are here.
             took: is told how many bytes are left here when a message was cut.
+            answered: is told the size of an answer that waits for its turn to be written, and that
+                size below zero when it waits no longer; it may refuse to have it.
         """
         self._limit = limit
         self._encoding = encoding
         self._room = room
-        self._need, self._took = need, took
+        self._need, self._took, self._answered = need, took, answered
         self._buffer = bytearray()
         self._ended = False
         self._more: asyncio.Future[None] | None = None
@@ -115,6 +102,7 @@ class Messages:
         self._over = False  # none of it any more
         self._answers: deque[list[int]] = deque()  # the size of each, once there; not yet written
         self._unwritten = 0  # bytes of them
+        self._in_turn = 0  # bytes of those that nobody began to write
         self._written: asyncio.Future[None] | None = None  # so many that the next message waits
 
     def add(self, data: bytes, ended: bool) -> None:
@@ -128,6 +116,11 @@ class Messages:
     def waits_for_room(self) -> bool:
         """Whether the next message is here and waits until others are answered."""
         return self._waiting is not None or self._written is not None
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing happens before more of the stream arrives."""
+        return self._more is not None and not self._more.done() and not self._answers
 
     def __aiter__(self) -> "Messages":
         return self
@@ -164,8 +157,7 @@ class Messages:
         self._held += size
         message = bytes(memoryview(self._buffer)[5 : 5 + length])
         del self._buffer[: 5 + length]
-        if not self._ended:
-            self._took(len(self._buffer))
+        self._took(len(self._buffer))
         if compressed:
             message = await _inflated(message, self._encoding, self._limit)
             self._put(size - len(message))
@@ -179,13 +171,22 @@ class Messages:
             self._answers.append(size)
             try:
                 found = await method(message, context)
-                size[0] = len(found)
-                self._unwritten += len(found)
+                if not self._over:
+                    self._answered(len(found))
+                    size[0] = len(found)
+                    self._unwritten += len(found)
+                    self._in_turn += len(found)
                 return found
             finally:
                 self._put(len(message))
 
         return answer
+
+    def writing(self) -> None:
+        """Note that the oldest answer is handed on."""
+        size = self._answers[0][0]
+        self._in_turn -= size
+        self._answered(-size)
 
     def written(self) -> None:
         """Note that the oldest answer was written: it holds up nothing more."""
@@ -199,7 +200,10 @@ class Messages:
         if self._waiting is not None:
             self._waiting.lease.release()
         self._over = True
+        self._buffer.clear()
         self._room.put(self._held)
+        self._answered(-self._in_turn)
+        self._in_turn = 0
 
     def _put(self, size: int) -> None:
         if not self._over:

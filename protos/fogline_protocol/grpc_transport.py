@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from fogline_protocol import grpc_service
+from fogline_protocol.door_memory import Memory
 from fogline_protocol.grpc_calls import Admit, Methods
 from fogline_protocol.grpc_door import GrpcDoor
 
@@ -54,6 +55,7 @@ def new_door(
     *,
     max_message_bytes: int = grpc_service.DEFAULT_MAX_MESSAGE_BYTES,
     admit: Admit | None = None,
+    memory: Memory | None = None,
     share_port: bool = False,
 ) -> Door:
     """Return a door for ``methods`` that is not open yet.
@@ -64,22 +66,30 @@ def new_door(
         max_message_bytes: longer messages are refused, and not sent.
         admit: is asked in the task of every call before its method; it may refuse the call, and
             what it notes in context variables the method finds.
+        memory: what callers may make the door hold, shared with other doors; None: a memory of its
+            own. Google's library knows none.
         share_port: this is one of several doors that were started to share a port.
     """
     if kind == "http2":
-        return _Http2(methods, max_message_bytes, admit, share_port)
+        return _Http2(methods, max_message_bytes, admit, memory, share_port)
     return _Grpcio(methods, max_message_bytes, admit, share_port)
 
 
 class _Http2:
     def __init__(
-        self, methods: Methods, max_message_bytes: int, admit: Admit | None, share_port: bool
+        self,
+        methods: Methods,
+        max_message_bytes: int,
+        admit: Admit | None,
+        memory: Memory | None,
+        share_port: bool,
     ) -> None:
         self._door = GrpcDoor(
             methods,
             streams={grpc_service.STREAM},
             max_message_bytes=max_message_bytes,
             admit=admit,
+            memory=memory,
         )
         self._share_port = share_port
 

@@ -143,12 +143,13 @@ class Connection(Generic[Head]):
     def __init__(self, interpret: Callable[[Headers], Head]) -> None:
         """Begin; ``interpret`` makes of a request's headers what ``Request.head`` is to be."""
         self._blocks = BlockReader(interpret, MAX_BLOCK_BYTES)
-        self._received = bytearray()
+        self.received = bytearray()  # of a frame that has begun and not ended
         self._needed = len(PREFACE)  # bytes before anything can be read
         self._begun = False  # the preface was there
         self._settled = False  # so was the first SETTINGS
         self.closed = False
         self.frames = 0  # that arrived
+        self.queued_bytes = 0  # of answers that wait for a window, or for their turn
         self._streams: dict[int, _Stream] = {}
         self._last = 0  # the highest stream that the peer has opened
         self._refuse_after = LARGEST  # streams above it are not for us any more
@@ -187,18 +188,18 @@ class Connection(Generic[Head]):
         if self.closed:
             return events
         begun, at = b"", 0
-        if self._received or not self._begun:
+        if self.received or not self._begun:
             # Of a frame whose length is known only the rest is put to it: what follows is read
             # where it lies.
             known = self._begun and self._needed > 9
-            at = self._needed - len(self._received) if known else len(data)
-            self._received += data[:at]
+            at = self._needed - len(self.received) if known else len(data)
+            self.received += data[:at]
             # Preface or not is clear before it is whole.
-            good = self._begun or PREFACE.startswith(self._received)
-            if len(self._received) < self._needed and good:
+            good = self._begun or PREFACE.startswith(self.received)
+            if len(self.received) < self._needed and good:
                 return events
-            begun = bytes(self._received)
-            self._received.clear()
+            begun = bytes(self.received)
+            self.received.clear()
         try:
             if begun:
                 self._read(begun, 0, now, events)
@@ -231,13 +232,18 @@ class Connection(Generic[Head]):
                 self._resets.spend(now)
                 self._break_off(fault.stream, fault.code, events)
         if at < end:
-            self._received += data[at:]
+            self.received += data[at:]
             self._needed = 9 if end - at < 9 else 9 + (high << 8 | low)
 
     @property
     def partial(self) -> bool:
         """Whether a frame or a header block has begun and not ended, the preface included."""
-        return bool(self._received) or self._block is not None or not self._settled
+        return bool(self.received) or self._block is not None or not self._settled
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes wait to be taken: for a window, for their turn, or for who takes them."""
+        return self.queued_bytes + sum(map(len, self._out))
 
     @property
     def begun(self) -> bool:
@@ -363,7 +369,7 @@ class Connection(Generic[Head]):
                 expect(len(payload) == 4, "RST_STREAM")
                 self._known_or_past(stream, "RST_STREAM")
                 self._resets.spend(now)
-                if self._streams.pop(stream, None) is not None:
+                if self._removed(stream):
                     events.append(Reset(stream, LONG.unpack(payload)[0]))
             case Kind.SETTINGS:
                 (self._nuisances if flags & ACK else self._changes).spend(now)
@@ -472,15 +478,24 @@ class Connection(Generic[Head]):
             raise Fault(Code.PROTOCOL_ERROR, f"{what} on stream {stream}, which is idle")
 
     def _break_off(self, stream: int, code: Code, events: list[Event[Head]]) -> None:
-        if self._streams.pop(stream, None) is not None:
+        if self._removed(stream):
             events.append(Reset(stream, code))
         self._out.append(frame(Kind.RST_STREAM, 0, stream, LONG.pack(code)))
+
+    def _removed(self, stream: int) -> bool:
+        """Forget a stream with whatever waits of its answer, and return whether it was there."""
+        found = self._streams.pop(stream, None)
+        if found is None:
+            return False
+        self.queued_bytes -= found.queued
+        return True
 
     def _fail(self, code: Code, text: str, events: list[Event[Head]]) -> None:
         self.go_away(code, text)
         self.closed = True
         self._streams.clear()
-        self._received.clear()
+        self.queued_bytes = 0
+        self.received.clear()
         events.append(Closed(code, text))
 
     # What leaves
@@ -528,6 +543,7 @@ class Connection(Generic[Head]):
             if part:
                 found.queue.append(memoryview(part))
                 found.queued += len(part)
+                self.queued_bytes += len(part)
         if found.queue and found.window > 0:
             self._take_turn(stream, found)
 
@@ -556,11 +572,12 @@ class Connection(Generic[Head]):
         found = self._streams.get(stream)
         if found is not None and found.queue:
             found.queue.clear()
+            self.queued_bytes -= found.queued
             found.queued = 0
 
     def reset(self, stream: int, code: Code) -> None:
         """Break a stream off."""
-        if self._streams.pop(stream, None) is not None:
+        if self._removed(stream):
             self._out.append(frame(Kind.RST_STREAM, 0, stream, LONG.pack(code)))
 
     def credit(self, stream: int) -> int:
@@ -621,6 +638,7 @@ class Connection(Generic[Head]):
             found.window -= size
             self._window -= size
             found.queued -= size
+            self.queued_bytes -= size
             limit -= size + 9
             if size == len(first):
                 found.queue.popleft()

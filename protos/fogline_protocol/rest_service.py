@@ -26,24 +26,28 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from fogline_protocol import (
+    door_memory,
     doors,
     inference,
     model_config,
     repository,
+    rest_bodies,
     rest_codec,
     settings,
     shared_memory,
     statistics,
     tensors,
 )
+from fogline_protocol.door_memory import Memory
 from fogline_protocol.doors import NOTHING_EXTRA, Extras
 from fogline_protocol.errors import (
     BadRequest,
@@ -56,6 +60,7 @@ from fogline_protocol.errors import (
 )
 from fogline_protocol.inference import InferenceServer, ModelMetadata
 from fogline_protocol.repository import ModelControl
+from fogline_protocol.rest_bodies import Bodies
 from fogline_protocol.rest_codec import HEADER_LENGTH
 from fogline_protocol.shared_memory import RegionStatus, SharedMemory
 
@@ -63,6 +68,8 @@ log = logging.getLogger("fogline.rest")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+BODIES = web.AppKey("bodies", Bodies)
+LARGEST_BYTES = 64 << 20  # of a body, as far as the size of a memory goes that nobody has set
 MAX_DOCUMENT_BYTES = 1 << 16  # of a body that is no inference request
 COMPRESS_FROM = 1024  # bytes; below it the headers cost more than compression saves
 COMPRESS_BESIDE_FROM = 1 << 16  # bytes; compressed in a thread, with the interpreter free
@@ -76,8 +83,11 @@ def add_routes(
     server: InferenceServer,
     control: ModelControl | None = None,
     extras: Extras = NOTHING_EXTRA,
+    memory: Memory | None = None,
 ) -> None:
     """Add the protocol's routes to ``app``; its ``client_max_size`` limits the bodies.
+
+    ``memory`` holds them, and may be shared with other doors; None: one of its own.
 
     Without ``control`` the repository is neither shown nor changed. Whatever else the protocol
     knows and ``extras`` leave out, answers 501 with a text.
@@ -112,8 +122,11 @@ def add_routes(
         return web.json_response(statistics.document(server.model_statistics(*_model(request))))
 
     async def infer(request: web.Request) -> web.Response:
+        async with bodies.arrived(request) as body:
+            return await answered(request, body)
+
+    async def answered(request: web.Request, body: bytes) -> web.Response:
         name, version = _model(request)
-        body = await _body(request)
         header = request.headers.get(HEADER_LENGTH)
         if header == "0":
             found = server.model_config(name, version)
@@ -135,8 +148,19 @@ def add_routes(
             rest_codec.large_response(response, wish),
             functools.partial(rest_codec.encode_response, response, wish),
         )
+        bodies.check_answer(len(encoded))
         return _answer(request, encoded, json_length)
 
+    if memory is None:
+        memory = Memory(door_memory.default_limit(LARGEST_BYTES))
+    bodies = app[BODIES] = Bodies(memory)
+
+    async def arrange(_app: web.Application) -> AsyncIterator[None]:
+        memory.add(bodies)
+        yield
+        memory.remove(bodies)
+
+    app.cleanup_ctx.append(arrange)
     beside = _Beside()
     app.on_cleanup.append(beside.close)
     app.router.add_get("/v2", translating(metadata))
@@ -241,12 +265,14 @@ def _add_shared_memory(app: web.Application, shared: SharedMemory | None) -> Non
         return web.Response()
 
     async def unregister(request: web.Request) -> web.Response:
-        await _body(request)
+        async with request.app[BODIES].arrived(request):
+            pass  # whatever it says
         shared.unregister(request.match_info.get("region", ""))
         return web.Response()
 
     async def no_cuda_regions(request: web.Request) -> web.Response:
-        await _body(request)
+        async with request.app[BODIES].arrived(request):
+            pass  # whatever it says
         return web.json_response([])
 
     for path in (f"{system}/status", f"{system}/region/{{region}}/status"):
@@ -394,7 +420,7 @@ def _model(request: web.Request) -> tuple[str, str]:
 
 
 def _answer(request: web.Request, body: bytes, json_length: int | None) -> web.Response:
-    response = web.Response(
+    response = _Answer(
         body=body, content_type="application/json", zlib_executor_size=COMPRESS_BESIDE_FROM
     )
     if json_length is not None:
@@ -405,9 +431,30 @@ def _answer(request: web.Request, body: bytes, json_length: int | None) -> web.R
     return response
 
 
+class _Answer(web.Response):
+    """An answer that counts until it has left, if it is large."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        assert isinstance(request, web.Request)
+        self._asked, self._bodies = request, request.app[BODIES]
+        return await super().prepare(request)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        request, body = self._asked, self.body
+        size = len(body) if isinstance(body, bytes) else 0
+        if request.transport is None or size < rest_bodies.HELD_FROM_BYTES:
+            await super().write_eof(data)
+        else:
+            await self._bodies.write(request.transport, size, super().write_eof(data))
+
+
 async def _document(request: web.Request) -> dict[str, Any]:
     """Return the JSON object that a body is; clients may leave it out."""
-    body = await _body(request)
+    async with request.app[BODIES].arrived(request) as body:
+        return _read_document(body)
+
+
+def _read_document(body: bytes) -> dict[str, Any]:
     if len(body) > MAX_DOCUMENT_BYTES:  # it is parsed on the loop
         raise TooLarge(
             f"the body has {len(body)} bytes, at most {MAX_DOCUMENT_BYTES} are read here"
@@ -416,12 +463,3 @@ async def _document(request: web.Request) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadRequest(f"the body must be an object, got {type(document).__name__}")
     return document
-
-
-async def _body(request: web.Request) -> bytes:
-    try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise TooLarge(f"the body is too large: {error.text}") from None
-    except web.RequestPayloadError as error:
-        raise BadRequest(f"the body cannot be read: {error}") from None

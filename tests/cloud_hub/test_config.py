@@ -50,6 +50,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path, monkeypatc
         ("caller_rate = inf", "caller_rate: .*finite"),
         ("caller_rate = 1e-9", "caller_rate: 0 is no limit, otherwise it is at least 0.001"),
         ('models = "absent"', "models: absent is not a directory"),
+        ("door_memory_bytes = 1000", "door_memory_bytes: must hold 4 requests .* 268435456 bytes"),
         ("max_batch = ", "hub.toml: "),
     ],
 )

@@ -100,6 +100,12 @@ def test_a_token_travels_over_tls_only(tmp_path: Path) -> None:
     assert not AgentConfig(hub="localhost:8001").hub_uses_tls
 
 
+def test_the_memory_of_the_doors_holds_some_of_the_largest_requests() -> None:
+    with pytest.raises(ConfigRefused, match="door_memory_bytes: must hold 4 requests"):
+        load({"max_message_bytes": 1 << 20, "door_memory_bytes": (4 << 20) - 1}, {}, None)
+    load({"max_message_bytes": 1 << 20, "door_memory_bytes": 4 << 20}, {}, None)
+
+
 @given(st.text())
 def test_any_host_name_becomes_a_device_name(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -66,12 +66,13 @@ class Methods(dict):
 
 
 @contextlib.asynccontextmanager
-async def opened(methods, admit=None, *, max_connections=None, **options):
+async def opened(methods, admit=None, *, memory=None, max_connections=None, **options):
     door = GrpcDoor(
         methods,
         streams={"/t/Stream"},
         max_message_bytes=LIMIT,
         admit=admit,
+        memory=memory,
         max_connections=max_connections,
     )
     port = await door.listen("127.0.0.1", 0, **options)

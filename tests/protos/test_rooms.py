@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fogline_protocol.door_memory import Turn
 from fogline_protocol.errors import BadRequest, Overloaded
-from fogline_protocol.grpc_messages import Message, Turn, unpacked
-from fogline_protocol.grpc_room import Room
+from fogline_protocol.grpc_messages import Message, unpacked
+from fogline_protocol.rooms import Pool, Room
 
 LIMIT = 100
 steps = st.lists(
@@ -24,9 +25,13 @@ steps = st.lists(
 )
 
 
+def endless():
+    return Pool(1 << 60, lambda: None)
+
+
 @given(steps)
 def test_room_is_never_given_out_twice_and_always_in_the_order_of_asking(steps):
-    room, leases, came, left, taken = Room(LIMIT), [], [], set(), []
+    room, leases, came, left, taken = Room(LIMIT, endless(), None), [], [], set(), []
     for step in steps:
         match step:
             case ("ask", size):
@@ -63,8 +68,86 @@ def test_room_is_never_given_out_twice_and_always_in_the_order_of_asking(steps):
     assert room.used == 0
 
 
+PEERS = 4  # of two addresses
+pool_steps = st.lists(
+    st.tuples(st.just("ask"), st.integers(0, PEERS - 1), st.integers(0, 150))
+    | st.tuples(st.just("release"), st.integers(0, 20), st.just(0))
+    | st.tuples(st.just("take"), st.integers(0, PEERS - 1), st.integers(0, 60))
+    | st.tuples(st.just("hold"), st.integers(0, 20), st.just(0))
+    | st.tuples(st.just("drop"), st.just(0), st.just(0)),
+    min_size=20,
+    max_size=80,
+)
+
+
+@given(pool_steps)
+def test_what_all_rooms_have_together_stays_within_the_pool_and_nobody_waits_without_reason(steps):
+    waits = []
+    pool = Pool(200, lambda: waits.append(True))
+    rooms = [Room(LIMIT, pool, peer % 2) for peer in range(PEERS)]
+    leases, left, taken, held = [], set(), [], []
+    for kind, at, size in steps:
+        if kind == "ask":
+            leases.append((rooms[at], rooms[at].lease(size, lambda: None)))
+        elif kind == "release" and at < len(leases):
+            leases[at][1].release()
+            left.add(at)
+        elif kind == "take" and rooms[at].take(size):
+            taken.append((rooms[at], size))
+        elif kind == "hold":
+            pool.hold(at)
+            held.append(at)
+        elif kind == "drop" and held:
+            pool.drop(held.pop())
+        lent = [lease.size for _, lease in leases if lease.had] + [size for _, size in taken]
+        assert pool.used == sum(lent) + sum(held)
+        assert sum(lent) <= pool.lendable or sum(size > 0 for size in lent) == 1
+        for room in rooms:
+            waiting = [
+                lease
+                for n, (owner, lease) in enumerate(leases)
+                if owner is room and n not in left and not lease.had
+            ]
+            if waiting and room.used + waiting[0].size <= LIMIT:
+                assert pool.waiting  # for the pool, not for itself
+                assert waits
+        if pool.waiting:
+            assert sum(lent) > 0
+    for _, lease in leases:
+        lease.release()
+    for room, size in taken:
+        room.put(size)
+    for size in held:
+        pool.drop(size)
+    assert pool.used == pool.waiting == 0
+
+
+def test_addresses_take_turns_however_many_rooms_one_of_them_has():
+    pool, came = Pool(LIMIT, lambda: None), []
+    first = Room(LIMIT, pool, "crowd").lease(60, lambda: None)
+    for number in range(5):
+        Room(LIMIT, pool, "crowd").lease(60, lambda number=number: came.append(number))
+    Room(LIMIT, pool, "alone").lease(60, lambda: came.append("alone"))
+    first.release()
+    assert came == [0]  # it asked first
+    # Then it is the other address's turn.
+    pool.back(60)
+    assert came == [0, "alone"]
+
+
+def test_who_comes_with_little_finds_the_last_quarter_of_a_pool():
+    pool = Pool(LIMIT, lambda: None)
+    much = Room(LIMIT, pool, "a")
+    assert much.take(75)
+    assert not much.take(5)
+    pool.hold(25)
+    assert not pool.full
+    pool.hold(1)
+    assert pool.full
+
+
 def test_who_asks_for_little_does_not_pass_who_asked_for_much_before():
-    room = Room(LIMIT)
+    room = Room(LIMIT, endless(), None)
     first, much, little = (room.lease(size, lambda: None) for size in (60, 60, 1))
     assert (first.had, much.had, little.had) == (True, False, False)
     assert not room.take(1)
@@ -97,7 +180,7 @@ async def test_a_message_that_unpacks_to_a_thousand_times_its_size_is_not_unpack
     tracemalloc.start()
     try:
         with pytest.raises(Overloaded, match="once it was unpacked"):
-            await unpacked(Turn(Room(1 << 20), 1 << 20), bomb, "gzip", 1 << 20)
+            await unpacked(Turn(Room(1 << 20, endless(), None), 1 << 20), bomb, "gzip", 1 << 20)
         assert tracemalloc.get_traced_memory()[1] < 6 << 20
     finally:
         tracemalloc.stop()
