@@ -63,13 +63,15 @@ def digest(path: Path, key: str) -> str:
 
 
 def tools(*packages: str, extra: str) -> dict[str, str]:
-    """Return the installed version of each package, by name: a fact of what it makes.
+    """Return the installed version of each package: a fact of what it makes.
+
+    A package and what a step reads may be called alike (``onnx``, ``torch``), so keys say which.
 
     Raises:
         MissingExtra: one is not installed; it names the extra of fogline that brings it.
     """
     try:
-        return {name: metadata.version(name) for name in packages}
+        return {f"version of {name}": metadata.version(name) for name in packages}
     except metadata.PackageNotFoundError as error:
         raise MissingExtra(
             f"this step needs {error.name}, which is not installed: pip install 'fogline[{extra}]'"

@@ -14,7 +14,7 @@ pytest.importorskip("pydantic", reason="needs pydantic: pip install 'fogline[mod
 
 from fogline_models import archive  # noqa: E402
 from fogline_models.cli import main  # noqa: E402
-from fogline_protocol import release  # noqa: E402
+from fogline_protocol import documents, release  # noqa: E402
 from tests.models import onnx_nets, small_family  # noqa: E402
 from tests.models.small_family import build, change  # noqa: E402
 
@@ -132,6 +132,35 @@ def test_a_build_goes_on_where_it_stopped(family: Path) -> None:
     hub = [line for line in result.stderr.splitlines() if "points-hub 1.0.0: " in line]
     assert len(hub) == 4
     assert all(line.endswith("done before") for line in hub)
+
+
+def fp32(family: Path, name: str) -> str:
+    """Build the family and return the digest of the file that a bundle ships."""
+    result = build(family)
+    assert result.exit_code == 0, result.output
+    found = release.read(family.parent / "out" / "bundles" / name)
+    return documents.sha256_of_file(found.file("variants/fp32.onnx"))
+
+
+def test_another_file_of_the_same_name_is_another_release(family: Path) -> None:
+    files = set()
+    for noise in (0, 0.2):
+        onnx.save(small_family.net(noise), str(family / "hub.onnx"))
+        files.add(fp32(family, "points-hub-1.0.0"))
+    assert len(files) == 2
+
+
+def test_another_function_of_the_same_file_is_another_release(with_torch: Path) -> None:
+    change(with_torch / "recipe.toml", "min_agreement = 0.9", "min_agreement = 0")
+    change(with_torch / "recipe.toml", "max_accuracy_loss = 0.05", "max_accuracy_loss = 1")
+    with (with_torch / "nets.py").open("a") as nets:
+        nets.write(
+            "\n\ndef other(splits, progress):\n    torch.manual_seed(1)\n    return Net().eval()\n"
+        )
+    files = {fp32(with_torch, "points-1.0.0")}
+    change(with_torch / "recipe.toml", "nets.py:edge", "nets.py:other")
+    files.add(fp32(with_torch, "points-1.0.0"))
+    assert len(files) == 2
 
 
 def test_a_step_is_run_again_on_demand_and_an_unknown_one_is_refused(built: Path) -> None:
