@@ -50,6 +50,12 @@ SMOOTHING = 0.2  # weight of the newest round trip in the estimate
 PROBE_TIMEOUT_S = 1.0  # a probe has no inference in it; LTE round trips stay below half of this
 REFRESH_GAP_S = 1.0  # between probes that only refresh the estimate
 RETRY_ROUND_TRIPS = 1.5  # time that must be left for a second attempt, as for a first one
+# Of the breaker's states, for people: to them an open link is one that works.
+_SAID = {
+    breaker_module.State.CLOSED: "the link to the hub works: what is due for the hub leaves",
+    breaker_module.State.OPEN: "the link to the hub is down: what is due for the hub stays here",
+    breaker_module.State.HALF_OPEN: "the hub answers again: it is watched before requests leave",
+}
 
 
 class Connect(Protocol):
@@ -383,8 +389,7 @@ class Uplink:
         if before.state != self._breaker.state:
             log.log(
                 logging.WARNING if before.closed else logging.INFO,
-                "the link to the hub is %s",
-                self._breaker.state,
+                _SAID[self._breaker.state],
                 extra={"was": str(before.state), "because": str(event)},
             )
             if before.closed:

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import AsyncIterator
@@ -263,14 +264,21 @@ async def test_an_answer_with_other_rows_or_outputs_than_asked_for_is_none(
 
 
 async def test_an_absent_hub_is_an_ordinary_state_and_its_return_is_noticed(
-    hub: FakeHub, door: Serving
+    hub: FakeHub, door: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "fogline.agent.uplink")
     await door.stop()
     async with connected(door.address) as uplink:
         assert uplink.state == "open"
         await door.start()
         await until(lambda: uplink.link_up)
         assert (await uplink.ask(question(1), 5.0)).outputs["logits"][0, 0] == 101
+    told = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert told == [
+        "the link to the hub is down",  # not "open", which would be good news to a person
+        "the hub answers again",
+        "the link to the hub works",
+    ]
 
 
 async def test_a_hub_that_disappears_is_left_alone_after_two_failures(
