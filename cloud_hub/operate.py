@@ -83,7 +83,7 @@ async def call(
     except aiohttp.ClientError as error:
         raise HubAway(f"the hub at {url} cannot be reached: {error}") from None
     if answer.status >= 400:
-        raise OperationRefused(_detail(text, answer.status))
+        raise _refused(url, answer.status, text)
     try:
         return json.loads(text)
     except ValueError:
@@ -106,7 +106,7 @@ async def export(url: str, model: str, params: Query, dataset: Dataset) -> tuple
             session.get(f"/api/v1/examples/{model}", params=params) as answer,
         ):
             if answer.status >= 400:
-                raise OperationRefused(_detail(await answer.text(errors="replace"), answer.status))
+                raise _refused(url, answer.status, await answer.text(errors="replace"))
             with dataset, _Progress() as progress:
                 async for chunk in answer.content.iter_any():
                     for document, payload in reader.feed(chunk):
@@ -317,10 +317,16 @@ def echo(document: Any, as_json: bool, lines: Iterator[str]) -> None:
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
-def _detail(text: str, status: int) -> str:
+def _refused(url: str, status: int, text: str) -> OperationRefused | HubAway:
+    """Return what an answer that is none means: a hub says why, anything else is no hub."""
     try:
         document = json.loads(text)
         code = f" [{document['code']}]" if "code" in document else ""
-        return f"the hub refused{code}: {document['detail']}"
+        return OperationRefused(f"the hub refused{code}: {document['detail']}")
     except (ValueError, KeyError, TypeError):
-        return f"the hub answered {status}: {text[:200]}"
+        if status == 404:  # a hub says which of its things there is not
+            return HubAway(
+                f"what answers at {url} is no fogline hub, or one of another version: name the "
+                "hub's HTTP door, which `fogline serve` prints as console"
+            )
+        return OperationRefused(f"the hub answered {status}: {text[:200]}")

@@ -232,6 +232,7 @@ def test_a_hub_is_named_by_its_url(tmp_path: Path, url: str) -> None:
     [
         (200, b"<html>", 7, "is no fogline hub"),
         (200, b"\xff\xfe", 7, "is no fogline hub"),
+        (404, b"404: Not Found", 7, "is no fogline hub"),
         (502, b"<html>bad gateway", 6, "the hub answered 502: <html>bad gateway"),
         (500, b"[1]", 6, "the hub answered 500: [1]"),
         (401, b'{"detail": "who are you?"}', 6, "the hub refused: who are you?"),
