@@ -10,11 +10,13 @@ Each becomes a folder that the rest of a build works on and that knows nothing o
 """
 
 import dataclasses
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fogline_models import archive, data, graph, hooks
 from fogline_models.data import Items
@@ -111,7 +113,7 @@ def _from_torch(
             f"export: {source.torch} returned {type(module).__name__}, expected a torch module"
         )
     say("exporting")
-    examples = splits["self_test"].inputs
+    examples = _as_forward_takes_them(module, splits["self_test"].inputs)
     answers = export(
         module,
         _specs(examples, source),
@@ -124,6 +126,27 @@ def _from_torch(
     )
     save_golden(into, examples, answers)
     Exported("torch", sum(part.numel() for part in module.parameters())).save(into)
+
+
+def _as_forward_takes_them(module: Any, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return the inputs in the order of ``forward``'s parameters, which are named as they are.
+
+    A split has its inputs by name and in no order, and torch's exporter goes by position: two
+    inputs of one shape would be taken for each other, by the file as by what it is compared with.
+
+    Raises:
+        BadInput: there are several, and ``forward`` names others.
+    """
+    if len(inputs) == 1:
+        return inputs
+    parameters = list(inspect.signature(module.forward).parameters)
+    names = parameters[: len(inputs)]
+    if set(names) != set(inputs):
+        raise BadInput(
+            f"export: forward({', '.join(parameters)}) must name its first parameters as the "
+            f"inputs of the data are named, {', '.join(inputs)}: so none is taken for another"
+        )
+    return {name: inputs[name] for name in names}
 
 
 def _from_onnx(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path) -> None:

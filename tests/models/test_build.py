@@ -14,6 +14,7 @@ pytest.importorskip("pydantic", reason="needs pydantic: pip install 'fogline[mod
 
 from fogline_models import archive  # noqa: E402
 from fogline_models.cli import main  # noqa: E402
+from fogline_models.session import Session  # noqa: E402
 from fogline_protocol import documents, release  # noqa: E402
 from tests.models import onnx_nets, small_family  # noqa: E402
 from tests.models.small_family import build, change  # noqa: E402
@@ -426,6 +427,39 @@ def test_a_module_that_cannot_be_exported_is_told_in_one_sentence(
     assert said.startswith("points 1.0.0: export: ")
     assert says in said
     assert unfinished(with_torch.parent) == []
+
+
+TWO_INPUTS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def forward(self, minuend, amount):
+        return torch.nn.functional.pad(minuend - amount, (0, 1))
+
+
+def edge(splits, progress):
+    return Net().eval()
+"""
+
+
+def test_several_inputs_reach_a_module_by_their_names(with_torch: Path, tmp_path: Path) -> None:
+    (with_torch / "pairs.py").write_text(TWO_INPUTS)
+    (with_torch / "misnamed.py").write_text(TWO_INPUTS.replace("minuend", "x"))
+    rng = np.random.default_rng(0)
+    given = {name: rng.normal(size=(64, 2)).astype(np.float32) for name in ("amount", "minuend")}
+    data = tmp_path / "pairs.npz"
+    np.savez(data, allow_pickle=False, **{f"input.{name}": each for name, each in given.items()})
+    options = ["--data", data, "--out", tmp_path / "out", "--output", "y"]
+    options += ["--cache", tmp_path / "steps"]
+
+    result = run("export", f"{with_torch / 'pairs.py'}:edge", *options)
+    assert result.exit_code == 0, result.output
+    found = Session(tmp_path / "out" / "fp32.onnx").run(given, 64)["y"]
+    np.testing.assert_allclose(found[:, :2], given["minuend"] - given["amount"], rtol=1e-6)
+
+    said = sentence(run("export", f"{with_torch / 'misnamed.py'}:edge", *options))
+    assert "forward(x, amount) must name its first parameters as the inputs" in said
 
 
 def test_a_file_that_cannot_be_imported_is_told_before_anything_is_made(with_torch: Path) -> None:
