@@ -122,7 +122,9 @@ def export(
     """Turn SOURCE into an fp32 ONNX file that is checked against it.
 
     SOURCE is a torch module as FILE.py:FUNCTION, an ONNX file, or the folder of a Hugging Face
-    model.
+    model. FUNCTION(splits, progress) returns the module in eval mode; splits["training"] holds the
+    items, progress(done, total, note) may tell how far it is. An .npz of items holds input.NAME,
+    label and, where items depend on each other, scene: one row each per item.
     """
     with _one_sentence():
         from fogline_models import build as builder
@@ -421,8 +423,13 @@ def _source(text: str, outputs: tuple[str, ...], arguments: tuple[str, ...]) -> 
         try:
             given = tomllib.loads("\n".join(arguments))
         except tomllib.TOMLDecodeError as error:
-            raise BadInput(f"--argument: {error}") from None
+            raise BadInput(
+                f"--argument {' --argument '.join(arguments)}: {error}; values are TOML's, such "
+                "as width=12, and texts stand in quotes of their own: 'name=\"wide\"'"
+            ) from None
         return Source(torch=text, arguments=given, outputs=outputs)
+    if text.endswith(".py"):
+        raise BadInput(f"{text}: which function returns the torch module? Say {text}:FUNCTION")
     path = Path(text).resolve()
     if path.is_dir():
         return Source(huggingface=str(path))

@@ -23,7 +23,7 @@ def is_function(name: str) -> bool:
     return bool(colon) and file.endswith(".py")
 
 
-def load(folder: Path, name: str, key: str) -> Callable[..., Any]:
+def load(folder: Path, name: str, key: str, *, passed: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Return the function called ``file.py:function`` of a recipe's folder.
 
     The folder is loaded as a package of its own, so its files may import each other. The
@@ -34,6 +34,7 @@ def load(folder: Path, name: str, key: str) -> Callable[..., Any]:
         folder: of the recipe.
         name: as the recipe has it.
         key: where the recipe has it, for the error.
+        passed: what it is called with by position, for the error.
 
     Raises:
         BadInput: there is no such file or function, or importing the file fails.
@@ -50,7 +51,7 @@ def load(folder: Path, name: str, key: str) -> Callable[..., Any]:
     hook: Callable[..., Any] = found
 
     def call(*arguments: object, **named: object) -> Any:
-        _check_arguments(hook, arguments, named, f"{key}: {name}")
+        _check_arguments(hook, arguments, named, f"{key}: {name}", passed)
         try:
             return hook(*arguments, **named)
         except (BadInput, MissingExtra):
@@ -91,6 +92,7 @@ def _check_arguments(
     arguments: tuple[object, ...],
     named: dict[str, object],
     where: str,
+    passed: tuple[str, ...],
 ) -> None:
     try:
         signature = inspect.signature(hook)
@@ -99,11 +101,10 @@ def _check_arguments(
     try:
         signature.bind(*arguments, **named)
     except TypeError as error:
-        given = [f"{len(arguments)} by position"] if arguments else []
-        given += [", ".join(named)] if named else []
-        raise BadInput(
-            f"{where}{signature} is called with {' and '.join(given) or 'nothing'}: {error}"
-        ) from None
+        names = passed or ("...",) * len(arguments)
+        given = ", ".join([*names, *(f"{name}=..." for name in named)])
+        called = f"({given})" if given else "nothing"
+        raise BadInput(f"{where}{signature} is called with {called}: {error}") from None
 
 
 def _told(error: Exception, folder: Path) -> str:

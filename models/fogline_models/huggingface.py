@@ -163,7 +163,7 @@ def _folder(recipe: Recipe, release: ReleaseRecipe, splits: Splits, say: Say) ->
             )
         yield folder
         return
-    hook = hooks.load(recipe.folder, named, key)
+    hook = hooks.load(recipe.folder, named, key, passed=("splits", "progress", "into"))
     with tempfile.TemporaryDirectory() as place:
         seen = {name: items for name, items in splits.items() if name in SEEN}
         hook(seen, paced(say), Path(place), **release.source.arguments)

@@ -106,7 +106,7 @@ def _from_torch(
     import torch
 
     source = release.source
-    hook = hooks.load(recipe.folder, source.torch, "source.torch")
+    hook = hooks.load(recipe.folder, source.torch, "source.torch", passed=("splits", "progress"))
     module = hook(splits, paced(say), **source.arguments)
     if not isinstance(module, torch.nn.Module):
         raise BadInput(

@@ -413,7 +413,7 @@ NOT_EXPORTABLE: dict[str, tuple[str, str, str]] = {
         "torch.manual_seed(0)", "[][1]",
         "export: source.torch: nets.py:edge raised IndexError: list index out of range (nets.py, line",
     ),
-    "too few arguments": ("(splits, progress)", "(splits)", "is called with 2 by position"),
+    "too few arguments": ("(splits, progress)", "(splits)", "is called with (splits, progress): too"),
 }  # fmt: skip
 
 
@@ -564,8 +564,9 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
         (("export", "{family}/data.py:nets", "--data", "{data}", "--out", "{out}"), "no function nets"),
         (
             ("export", "{family}/nets.py:a", "--data", "{data}", "--out", "{out}", "--argument", "a"),
-            "--argument: Expected '='",
+            "--argument a: Expected '='",
         ),
+        (("export", "{family}/data.py", "--data", "{data}", "--out", "{out}"), "data.py:FUNCTION"),
         (("quantize", "{family}/edge.onnx", "--form", "int8-qdq", "--out", "{out}"), "give it some"),
         (("quantize", "{family}/edge.onnx", "--form", "int9", "--out", "{out}"), "known are int8-qdq"),
         (("quantize", "{family}/data.py", "--form", "fp16", "--out", "{out}"), "data.py"),
@@ -575,6 +576,10 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
         ),
         (("evaluate", "{family}/data.py", "--data", "{data}"), "data.py"),
         (("evaluate", "{family}/edge.onnx", "{family}/edge.onnx", "--data", "{data}"), "same name"),
+        (
+            ("evaluate", "{family}/edge.onnx", "--data", "models/digits/calibration.npz"),
+            "edge.onnx: it takes the inputs x, given are image",
+        ),
         (
             ("bundle", "{family}/edge.onnx", "--name", "A", "--version", "1", "--training", "{data}",
              "--evaluation", "{data}", "--out", "{out}"), "must be lower-case letters",

@@ -92,10 +92,17 @@ def test_what_a_function_refuses_in_our_own_words_stays_as_it_is(tmp_path: Path)
 
 def test_arguments_that_a_function_does_not_take_are_named_before_it_runs(tmp_path: Path) -> None:
     hook = load(tmp_path, "def edge(splits, progress, *, width):\n    raise SystemExit\n")
-    with pytest.raises(BadInput, match=r"is called with 2 by position and wide: missing .*'width'"):
+    with pytest.raises(
+        BadInput, match=r"is called with \(\.\.\., \.\.\., wide=\.\.\.\): missing .*'width'"
+    ):
         hook({}, None, wide=3)
     with pytest.raises(BadInput, match=r"edge\(splits, progress, \*, width\) is called with not"):
         hook()
+    named = hooks.load(tmp_path, "nets.py:edge", "source.torch", passed=("splits", "progress"))
+    with pytest.raises(
+        BadInput, match=r"is called with \(splits, progress, wide=\.\.\.\): missing"
+    ):
+        named({}, None, wide=3)
 
 
 def test_a_changed_file_has_another_digest(tmp_path: Path) -> None:
