@@ -1,6 +1,7 @@
 """The operator's commands: ``fogline release``, ``device`` and ``data``, over the hub's API.
 
-They find the hub through DATA/endpoints.json on its own machine, or by ``--hub URL``.
+They find the hub through DATA/endpoints.json on its own machine, or by ``--hub URL``. A token is
+read from $FOGLINE_TOKEN, authorities that the system does not know from $SSL_CERT_FILE (OpenSSL's).
 """
 
 import contextlib
@@ -81,7 +82,7 @@ async def call(
         ):
             text = await answer.text(errors="replace")
     except aiohttp.ClientError as error:
-        raise HubAway(f"the hub at {url} cannot be reached: {error}") from None
+        raise _away(url, error) from None
     if answer.status >= 400:
         raise _refused(url, answer.status, text)
     try:
@@ -127,7 +128,7 @@ async def export(url: str, model: str, params: Query, dataset: Dataset) -> tuple
                 told = sampling(model, dataset.table.reasons)
                 return dataset.finish(told), ended
     except aiohttp.ClientError as error:
-        raise HubAway(f"the hub at {url} cannot be reached: {error}") from None
+        raise _away(url, error) from None
     except ExampleDamaged as error:
         raise HubAway(f"what the hub at {url} sends is damaged: {error}") from None
 
@@ -317,12 +318,23 @@ def echo(document: Any, as_json: bool, lines: Iterator[str]) -> None:
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
+def _away(url: str, error: aiohttp.ClientError) -> HubAway:
+    """Return why nobody was reached, and what to do where that is known."""
+    told = f"the hub at {url} cannot be reached: {error}"
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        told += "; if its authority is your own, name its PEM file in SSL_CERT_FILE"
+    elif isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("http:"):
+        told += "; a hub with --tls-cert is named with --hub https://NAME:PORT"
+    return HubAway(told)
+
+
 def _refused(url: str, status: int, text: str) -> OperationRefused | HubAway:
     """Return what an answer that is none means: a hub says why, anything else is no hub."""
     try:
         document = json.loads(text)
         code = f" [{document['code']}]" if "code" in document else ""
-        return OperationRefused(f"the hub refused{code}: {document['detail']}")
+        hint = "; commands read theirs from FOGLINE_TOKEN" if status == 401 else ""
+        return OperationRefused(f"the hub refused{code}: {document['detail']}{hint}")
     except (ValueError, KeyError, TypeError):
         if status == 404:  # a hub says which of its things there is not
             return HubAway(

@@ -21,6 +21,7 @@ from cloud_hub.hub import Hub
 from fogline_protocol.release import Parent
 from fogline_protocol.v1 import fleet_pb2 as pb
 from tests.cloud_hub.console import workshop
+from tests.protos.raw_peer import made_pair
 
 
 @pytest.fixture
@@ -221,6 +222,20 @@ async def test_a_hub_that_is_away_is_named(tmp_path: Path) -> None:
     assert "the hub at http://127.0.0.1:1 cannot be reached" in told
 
 
+async def test_a_hub_with_tls_is_reached_where_the_command_is_told_how(tmp_path: Path) -> None:
+    chain, key = made_pair(tmp_path)
+    config = HubConfig(
+        data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off", threads=1,
+        tls_cert=chain, tls_key=key,
+    )  # fmt: skip
+    async with Hub(config) as hub:
+        asked = ("release", "list", "--hub")
+        told = said(await fogline(*asked, f"http://{hub.http_address}"), 7)
+        assert "a hub with --tls-cert is named with --hub https://NAME:PORT" in told
+        told = said(await fogline(*asked, f"https://{hub.http_address}"), 7)
+        assert "name its PEM file in SSL_CERT_FILE" in told
+
+
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "hub", "ftp://x", "http://", "://"])
 def test_a_hub_is_named_by_its_url(tmp_path: Path, url: str) -> None:
     with pytest.raises(ConfigRefused, match="is not http://HOST:PORT"):
@@ -235,7 +250,12 @@ def test_a_hub_is_named_by_its_url(tmp_path: Path, url: str) -> None:
         (404, b"404: Not Found", 7, "is no fogline hub"),
         (502, b"<html>bad gateway", 6, "the hub answered 502: <html>bad gateway"),
         (500, b"[1]", 6, "the hub answered 500: [1]"),
-        (401, b'{"detail": "who are you?"}', 6, "the hub refused: who are you?"),
+        (
+            401,
+            b'{"detail": "who?"}',
+            6,
+            "the hub refused: who?; commands read theirs from FOGLINE_TOKEN",
+        ),
     ],
 )
 async def test_a_stranger_in_the_hubs_place_is_recognized(
