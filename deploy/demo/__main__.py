@@ -113,7 +113,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--once", action="store_true", help="end after the summary")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--data", type=Path, help="keep data and logs here [default: temporary]")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.report is not None and not options.report.absolute().parent.is_dir():
+        parser.error(f"--report: there is no folder {options.report.parent}")
+    return options
 
 
 async def _demo(options: argparse.Namespace) -> bool:
