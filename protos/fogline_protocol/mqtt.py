@@ -182,6 +182,7 @@ class MqttClient:
         self._standing = asyncio.Event()
         self.dropped_messages = 0  # unacknowledged ones that came faster than they were taken
         self.last_fault = ""  # why the last connection, or attempt at one, ended
+        self._told = ""  # the fault that the log has, since the last connection
 
     def __repr__(self) -> str:
         state = "connected" if self._wire is not None else f"not connected ({self.last_fault})"
@@ -210,13 +211,16 @@ class MqttClient:
             while True:
                 await self._attempt()
                 wait_s = self._backoff.next_wait_s()
-                log.info(
+                # A device that is away for a week does not fill its disk with the same words.
+                log.log(
+                    logging.DEBUG if self.last_fault == self._told else logging.INFO,
                     "mqtt: %s at %s: %s; next attempt in %.1f s",
                     self._options.client_id,
                     self._options.address,
                     self.last_fault,
                     wait_s,
                 )
+                self._told = self.last_fault
                 await self._wait(wait_s)
         finally:
             for spooled in self._spool:
@@ -335,6 +339,9 @@ class MqttClient:
     def _begin(self, wire: Wire, connected: Connected) -> None:
         self._wire = wire
         self._standing.set()
+        if self._told:
+            log.info("mqtt: %s at %s: connected", self._options.client_id, self._options.address)
+            self._told = ""
         if self._connections.full():
             self._connections.get_nowait()  # it has ended before anybody looked
         self._connections.put_nowait(connected)

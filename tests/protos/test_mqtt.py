@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import logging
 import math
 import socket
 from dataclasses import replace
@@ -342,6 +343,26 @@ async def test_a_broker_that_appears_late_gets_what_was_published_before(tmp_pat
         async with broker(tmp_path, port=address.port):
             await early
             assert (await anext(mqtt.messages())).payload == b"early"
+
+
+@needs_mosquitto
+async def test_the_log_has_an_outage_once_and_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fogline_protocol.mqtt")
+    address = nowhere()
+    mqtt = MqttClient(options(address, "a", "x"))
+    async with beside(mqtt.connect()):
+        await eventually(lambda: mqtt.connection >= 4)
+        async with broker(tmp_path, port=address.port):
+            await mqtt.connected()
+        await eventually(lambda: not mqtt.is_connected)
+        await eventually(lambda: "refused" in mqtt.last_fault)
+        await eventually(lambda: mqtt.connection >= 8)
+    told = [record.getMessage().split(": ")[2].partition(";")[0] for record in caplog.records]
+    refused = "[Errno 111] Connection refused"
+    assert told[:2] == [refused, "connected"]
+    assert told.count(refused) == 2
 
 
 @needs_mosquitto
