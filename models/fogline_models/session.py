@@ -82,8 +82,8 @@ class Session:
             for part in parts
             for node in part.get_nodes()
         )
-        self._inputs = sorted(given.name for given in self._session.get_inputs())
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._inputs = sorted(given.name for given in self._session.get_inputs())
 
     def rows(self, wanted: int) -> int:
         """Return how many rows go into one run: ``wanted``, unless the file fixes them."""
@@ -105,11 +105,6 @@ class Session:
         """
         if self.mixes_rows and self.rows(0) == 0:
             rows_at_once = 1
-        if sorted(inputs) != self._inputs:
-            raise BadInput(
-                f"{self._model}: it takes the inputs {', '.join(self._inputs) or 'none'}, "
-                f"given are {', '.join(sorted(inputs)) or 'none'}"
-            )
         total = max((len(array) for array in inputs.values() if array.ndim), default=1)
         if total <= rows_at_once:  # also where an input has no rows, because no batch varies
             return dict(zip(self._outputs, self._run(inputs), strict=True))
@@ -123,6 +118,11 @@ class Session:
         }
 
     def _run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        if sorted(inputs) != self._inputs:
+            raise BadInput(
+                f"{self._model}: it takes the inputs {', '.join(self._inputs) or 'none'}, "
+                f"given are {', '.join(sorted(inputs)) or 'none'}"
+            )
         try:
             outputs: Sequence[Array] = self._session.run(self._outputs, inputs)
         except self._refusals as error:
