@@ -85,7 +85,6 @@ class Registry:
             versions.append((str(release.number), place / variant.path))
             most = min(most, variant.max_rows or most)
         newest = releases[-1].bundle
-        decisive = newest.score.output if newest.score is not None else newest.outputs[0].name
         return ModelFiles(
             folder,
             Wanted(
@@ -94,7 +93,7 @@ class Registry:
                 versions=VersionPolicy(specific=tuple(int(number) for number, _ in versions)),
             ),
             versions,
-            {decisive: newest.labels} if newest.labels else {},
+            {newest.decisive_output: newest.labels} if newest.labels else {},
         )
 
 

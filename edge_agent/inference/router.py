@@ -280,7 +280,8 @@ class Router:
     def model_config(self, name: str, version: str) -> ModelConfig:
         """Return how a model is served on this device."""
         bundle = self._find(name, version).release.bundle
-        return ModelConfig(name, bundle.max_batch, bundle.inputs, bundle.outputs)
+        labels = {bundle.decisive_output: bundle.labels} if bundle.labels else {}
+        return ModelConfig(name, bundle.max_batch, bundle.inputs, bundle.outputs, labels=labels)
 
     def model_statistics(self, name: str, version: str) -> Sequence[ModelStatistics]:
         """Return what this device has run of a model, of all models if ``name`` is empty.

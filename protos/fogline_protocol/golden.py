@@ -119,7 +119,6 @@ def judge(
     """
     worst = 0.0
     agreement = 1.0
-    decisive = bundle.score.output if bundle.score is not None else bundle.outputs[0].name
     for spec in bundle.outputs:
         want = golden.outputs[spec.name]
         try:
@@ -131,7 +130,7 @@ def judge(
             found = problem or f"expected shape {list(want.shape)}, got {list(got.shape)}"
             raise Deviates(f"output {spec.name!r}: {found}")
         worst = max(worst, _distance(want, got))
-        if spec.name == decisive and golden.max_batch and want.size > len(want):
+        if spec.name == bundle.decisive_output and golden.max_batch and want.size > len(want):
             agreement = _agreement(bundle, golden, want, got)
     figures = {"max_abs_error": worst, "agreement": agreement}
     what = "tokens" if bundle.score is not None and bundle.score.per_token else "rows"

@@ -130,6 +130,11 @@ class Bundle:
     pre_processing: tuple[Processing, ...] = ()
     post_processing: tuple[Processing, ...] = ()
 
+    @property
+    def decisive_output(self) -> str:
+        """The output that holds the answer, and that ``labels`` are of."""
+        return self.score.output if self.score is not None else self.outputs[0].name
+
     def variant(self, name: str) -> Variant:
         """Return the variant called ``name``.
 

@@ -13,6 +13,7 @@ from edge_agent.inference.policy import Decision
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
 from edge_agent.runtime.release import Release, load
+from fogline_protocol import doors
 from fogline_protocol.client import Client
 from fogline_protocol.errors import (
     BadRequest,
@@ -442,6 +443,17 @@ async def test_a_mask_of_other_tokens_is_refused_with_both_shapes(tagger: Releas
             await r.router.infer(InferRequest("tagger", given), None)
         fits = InferRequest("tagger", tokens([TOKEN_SURE]))
         assert said(await r.router.infer(fits, None)) == "edge certified confident"
+
+
+async def test_the_best_classes_carry_the_labels_of_the_release() -> None:
+    async with routed(None, load(bundles.DIGITS)) as r:
+        image = np.zeros((2, 1, 8, 8), np.float32)
+        request = InferRequest("digits", {"image": image}, classification={"logits": 2})
+        ranked = (await doors.answer(r.router, request, None)).outputs["logits"]
+        plain = (await r.router.infer(InferRequest("digits", {"image": image}), None)).outputs
+    best = int(plain["logits"][0].argmax())
+    assert ranked.shape == (2, 2)
+    assert ranked[0, 0] == f"{plain['logits'][0, best]:f}:{best}:{best}".encode()
 
 
 async def test_a_model_without_rows_is_decided_as_one(
