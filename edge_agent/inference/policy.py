@@ -11,6 +11,9 @@ failed.
     degraded      a local answer although escalation was due; the reason says what prevented it
     uncertified   a local answer that no certificate speaks about (no pairing, or private)
 
+A certificate speaks of inputs like those it was calibrated on, and the workshop calibrates on
+finite numbers only. So a row with a NaN or an infinity in it is not covered, whatever its score.
+
 Two rules carry the guarantee (escalation.md 5). *Stricter is always safe*: the device may
 escalate at any ``operating`` threshold above the certified one. *The line between certified
 and degraded is the certified threshold*, not the operating one: a row between the two that
@@ -19,7 +22,7 @@ could not be escalated is still covered.
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +62,7 @@ class Reason(enum.StrEnum):
     LINK = "link"  # here: the hub is not reached, or the attempt failed
     DEADLINE = "deadline"  # here: too little time is left for a round trip
     NO_CERTIFICATE = "no-certificate"  # nothing is certified on this device now
+    INPUT = "input"  # it holds a NaN or an infinity, of which no certificate speaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +98,18 @@ class Situation(NamedTuple):
     round_trip_s: float  # estimate; 0 while nothing is known
 
 
-def decide(score: float, terms: Terms, situation: Situation) -> Decision:
-    """Return what happens to a row with this score; NaN if it has none."""
+def decide(score: float, terms: Terms, situation: Situation, *, finite: bool = True) -> Decision:
+    """Return what happens to a row with this score, NaN if it has none, and with this input."""
     if not terms.paired:
         if situation.mode is Mode.HUB_ONLY and not situation.private:
             return _ASKED_HUB_ONLY
         return _NOTHING_TO_ESCALATE_TO
-    covered = score > terms.certified
+    covered = finite and score > terms.certified
+    # Told instead of the obstacle, because there the application can do something about it.
+    broken = terms.has_certificate and not finite
     if situation.private:
-        return _PRIVATE if covered else _DEGRADED[Reason.PRIVACY]
-    why = _why_escalate(score, terms, situation.mode)
+        return _PRIVATE if covered else _DEGRADED[Reason.INPUT if broken else Reason.PRIVACY]
+    why = _why_escalate(score, terms, situation.mode, finite)
     if why is None:
         return _CONFIDENT
     obstacle = _obstacle(situation)
@@ -111,28 +117,30 @@ def decide(score: float, terms: Terms, situation: Situation) -> Decision:
         return _HUB[why]
     if covered:
         return _COVERED[obstacle]
+    if broken:
+        return _DEGRADED[Reason.INPUT]
     return _DEGRADED[obstacle if terms.has_certificate else Reason.NO_CERTIFICATE]
 
 
-def decide_rows(scores: Sequence[float], terms: Terms, situation: Situation) -> list[Decision]:
-    """Return ``decide`` for every row: ``[n] -> n``.
+def decide_rows(
+    scores: Sequence[float],
+    terms: Terms,
+    situation: Situation,
+    not_finite: Collection[int] = (),
+) -> list[Decision]:
+    """Return ``decide`` for every row: ``[n] -> n``; ``not_finite`` are the rows with such input.
 
-    The score matters only by its side of the two thresholds, so no more than three
+    The score matters only by its side of the two thresholds, so no more than four
     decisions are made however many rows there are.
     """
     if len(scores) == 1:
-        return [decide(scores[0], terms, situation)]
-    if not terms.has_certificate:
-        return [decide(math.nan, terms, situation)] * len(scores)
-    certified = terms.certified
-    operating = max(certified, terms.operating)
-    sure = decide(math.inf, terms, situation) if operating < math.inf else None
-    between = decide(operating, terms, situation)
-    unsure = decide(certified, terms, situation)
-    return [
-        sure if sure is not None and score > operating else between if score > certified else unsure
-        for score in scores
-    ]
+        return [decide(scores[0], terms, situation, finite=not not_finite)]
+    decisions = _by_score(scores, terms, situation)
+    if not_finite:
+        broken = decide(math.nan, terms, situation, finite=False)
+        for row in not_finite:
+            decisions[row] = broken
+    return decisions
 
 
 def hub_leg_s(time_left_s: float) -> float:
@@ -147,13 +155,29 @@ def worst(decisions: Sequence[Decision]) -> Decision:
     return max(decisions, key=lambda decision: _RANK[decision.quality])
 
 
-def _why_escalate(score: float, terms: Terms, mode: Mode) -> Reason | None:
+def _by_score(scores: Sequence[float], terms: Terms, situation: Situation) -> list[Decision]:
+    if not terms.has_certificate:
+        return [decide(math.nan, terms, situation)] * len(scores)
+    certified = terms.certified
+    operating = max(certified, terms.operating)
+    sure = decide(math.inf, terms, situation) if operating < math.inf else None
+    between = decide(operating, terms, situation)
+    unsure = decide(certified, terms, situation)
+    return [
+        sure if sure is not None and score > operating else between if score > certified else unsure
+        for score in scores
+    ]
+
+
+def _why_escalate(score: float, terms: Terms, mode: Mode, finite: bool) -> Reason | None:
     if mode is Mode.HUB_ONLY:
         return Reason.MODE
     if mode is Mode.PREFER_HUB:
         return Reason.PREFERRED
     if not terms.has_certificate:
         return Reason.NO_CERTIFICATE
+    if not finite:
+        return Reason.INPUT
     # Written so that a score that is not a number escalates.
     if not (score > terms.certified and score > terms.operating):
         return Reason.UNCERTAIN

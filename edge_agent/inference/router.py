@@ -34,6 +34,7 @@ from edge_agent.inference.rows import (
     cannot_merge,
     count_rows,
     merge,
+    not_finite,
     per_row,
     select,
     tier_of,
@@ -372,10 +373,13 @@ class Router:
             time_left_s,
             0.0 if uplink is None else uplink.round_trip_s,
         )
-        decisions = policy.decide_rows(scores, terms, situation)
+        # Only where there is somebody to ask do inputs that are not numbers change anything.
+        broken = not_finite(inputs, rows, batched=bundle.max_batch > 0) if terms.paired else ()
+        decisions = policy.decide_rows(scores, terms, situation, broken)
         escalated = [row for row, decision in enumerate(decisions) if decision.escalate]
         said = None
-        if scored is not None and self._may_keep(bundle.model, options):
+        # From a broken input there is nothing to learn.
+        if scored is not None and not broken and self._may_keep(bundle.model, options):
             audited = self._audits.choose(decisions, situation)
             if escalated or audited:
                 said = self._said(served, scored, scores, decisions, options.source)
@@ -383,7 +387,7 @@ class Router:
                 self._audit(served, request, said, audited)
         if escalated:
             outputs = await self._escalate(
-                served, request, outputs, scores, decisions, escalated, situation, said
+                served, request, outputs, scores, broken, decisions, escalated, situation, said
             )
         elif uplink is not None and any(d.reason is Reason.DEADLINE for d in decisions):
             uplink.refresh()
@@ -413,6 +417,7 @@ class Router:
         request: InferRequest,
         local: dict[str, Array],
         scores: Sequence[float],
+        broken: Collection[int],
         decisions: list[Decision],
         rows: Sequence[int],
         situation: Situation,
@@ -445,7 +450,10 @@ class Router:
                 situation.mode, situation.private, False, situation.time_left_s, 0.0
             )
             fallback = policy.decide_rows(
-                [scores[row] for row in group], served.terms_now(), without_hub
+                [scores[row] for row in group],
+                served.terms_now(),
+                without_hub,
+                [place for place, row in enumerate(group) if row in broken],
             )
             for row, decision in zip(group, fallback, strict=True):
                 decisions[row] = decision

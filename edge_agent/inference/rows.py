@@ -1,6 +1,6 @@
 """Rows of a request: counted, chosen for the hub, and merged with what it answers. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,23 @@ def count_rows(inputs: Mapping[str, Array]) -> int:
         each = {name: len(array) for name, array in inputs.items()}
         raise BadRequest(f"the inputs differ in their number of rows: {each}")
     return counts.pop()
+
+
+def not_finite(inputs: Mapping[str, Array], total: int, *, batched: bool) -> Collection[int]:
+    """Return those of the ``total`` rows that hold a NaN or an infinity."""
+    found: set[int] = set()
+    for array in inputs.values():
+        if array.dtype.kind != "f":
+            continue
+        finite = np.isfinite(array)
+        # Counting takes a third of the time of `all` for one small row, and no more for a picture.
+        if np.count_nonzero(finite) == finite.size:
+            continue
+        if not batched:
+            return range(total)
+        broken = np.logical_not(finite.reshape(total, -1).all(axis=1))
+        found.update(np.flatnonzero(broken).tolist())
+    return found
 
 
 def select(inputs: Mapping[str, Array], rows: Sequence[int], total: int) -> Mapping[str, Array]:

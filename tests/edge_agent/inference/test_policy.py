@@ -89,6 +89,40 @@ def test_the_table_of_decisions(score: float, terms: Terms, at: Situation, expec
     assert f"{'hub' if found.escalate else 'edge'} {found.quality} {found.reason}" == expected
 
 
+@pytest.mark.parametrize(
+    ("terms", "at", "expected"),
+    [
+        (CERTIFIED, FINE, "hub hub input"),
+        (CERTIFIED, situation(link_up=False), "edge degraded input"),
+        (CERTIFIED, situation(time_left_s=0.1), "edge degraded input"),
+        (CERTIFIED, situation(mode=Mode.EDGE_ONLY), "edge degraded input"),
+        (CERTIFIED, situation(private=True), "edge degraded input"),
+        (CERTIFIED, situation(mode=Mode.PREFER_HUB), "hub hub preferred"),
+        (CERTIFIED, situation(mode=Mode.HUB_ONLY), "hub hub mode"),
+        # where nothing is certified anyway, it makes no difference
+        (NO_CERTIFICATE, FINE, "hub hub no-certificate"),
+        (NO_CERTIFICATE, situation(link_up=False), "edge degraded no-certificate"),
+        (NO_CERTIFICATE, situation(private=True), "edge degraded privacy"),
+        (UNPAIRED, FINE, "edge uncertified no-certificate"),
+    ],
+)
+def test_the_table_of_decisions_about_input_that_is_not_finite(
+    terms: Terms, at: Situation, expected: str
+) -> None:
+    found = decide(1.0, terms, at, finite=False)
+    assert f"{'hub' if found.escalate else 'edge'} {found.quality} {found.reason}" == expected
+
+
+@given(scores, all_terms, situations)
+def test_no_score_makes_up_for_input_that_is_not_finite(
+    score: float, terms: Terms, at: Situation
+) -> None:
+    found = decide(score, terms, at, finite=False)
+    assert found.quality is not Quality.CERTIFIED
+    if decide(score, terms, at).escalate:
+        assert found.escalate
+
+
 @given(scores, all_terms, situations)
 def test_a_private_row_never_escalates(score: float, terms: Terms, at: Situation) -> None:
     assert not decide(score, terms, at._replace(private=True)).escalate
@@ -146,11 +180,14 @@ def test_losing_the_link_never_escalates_and_never_invents_a_certificate(
         assert without.quality is decide(score, terms, at).quality
 
 
-@given(st.lists(scores, max_size=20), all_terms, situations)
+@given(st.lists(st.tuples(scores, st.booleans()), max_size=20), all_terms, situations)
 def test_many_rows_are_decided_like_each_alone(
-    some: Sequence[float], terms: Terms, at: Situation
+    some: Sequence[tuple[float, bool]], terms: Terms, at: Situation
 ) -> None:
-    assert decide_rows(some, terms, at) == [decide(score, terms, at) for score in some]
+    broken = {row for row, (_, finite) in enumerate(some) if not finite}
+    assert decide_rows([score for score, _ in some], terms, at, broken) == [
+        decide(score, terms, at, finite=finite) for score, finite in some
+    ]
 
 
 @given(st.floats(0, 1e6))

@@ -328,6 +328,54 @@ async def test_while_the_hub_wants_a_pause_requests_are_answered_here(
         assert 29 < (refused.value.retry_after_s or 0) <= 30
 
 
+NAN: Array = np.array([[5, 0, np.nan]], np.float32)
+INFINITE: Array = np.array([[5, -np.inf, 0]], np.float32)
+
+
+async def test_input_that_is_not_finite_is_never_certified_and_costs_only_its_own_row(
+    hub: FakeHub, door: Serving, release: Release
+) -> None:
+    async with routed(door.address, release) as r:
+        response = await r.ask(SURE, NAN, SURE, INFINITE, UNSURE, per_row=True)
+        assert response.outputs["fogline.tier"].tolist() == [
+            b"edge", b"hub", b"edge", b"hub", b"hub",
+        ]  # fmt: skip
+        assert r.noted.seen[-1][3] == [
+            "edge certified confident", "hub hub input", "edge certified confident",
+            "hub hub input", "hub hub uncertain",
+        ]  # fmt: skip
+        await door.stop()
+        hub_rows = hub.rows_asked
+        response = await r.ask(SURE, UNSURE, NAN, NAN, per_row=True)
+        assert r.noted.seen[-1][3] == [
+            "edge certified confident", "edge degraded link",
+            "edge degraded input", "edge degraded input",
+        ]  # fmt: skip
+        assert hub.rows_asked == hub_rows
+        assert said(await r.ask(NAN, private=True)) == "edge degraded input"
+
+
+async def test_a_model_that_quantizes_its_input_away_does_not_make_it_certain(
+    tmp_path: Path,
+) -> None:
+    """8 bits know no NaN: the model answers as if nothing were wrong, and with a high score."""
+    async with routed(None, load(bundles.make(tmp_path / "mixes", onnx="mixes.onnx").path)) as r:
+        for x in (NAN, INFINITE):
+            response = await r.ask(x)
+            assert said(response) == "edge degraded input"
+        assert said(await r.ask(SURE)) == "edge certified confident"
+
+
+async def test_a_broken_input_is_no_example(hub: FakeHub, door: Serving, release: Release) -> None:
+    hub.keeps = True
+    async with routed(door.address, release, device="kiosk") as r:
+        await r.ask(UNSURE, keep=True)  # now the hub has said that it keeps
+        await r.ask(NAN, UNSURE, keep=True)
+        assert hub.kept == []
+        await r.ask(UNSURE, keep=True)
+        assert len(hub.kept) == 1
+
+
 async def test_a_new_hub_model_voids_the_certificate_until_the_old_one_is_back(
     hub: FakeHub, door: Serving, release: Release, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,7 +443,7 @@ async def test_a_model_without_a_pair_answers_uncertified(
     assert not hub.requests
 
 
-TOKEN_SURE, TOKEN_UNSURE, PADDING = [5, 0, 0], [0.1, 0, 0], [np.nan, 0, np.inf]
+TOKEN_SURE, TOKEN_UNSURE, PADDING = [5, 0, 0], [0.1, 0, 0], [0, 0, 0]
 
 
 def tokens(*texts: Sequence[Sequence[float]], length: int = 4) -> dict[str, Array]:
