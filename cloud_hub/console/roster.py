@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from cloud_hub.console.api import BadParameter
+from cloud_hub.console.views import link_text
 from cloud_hub.fleet.controller import Controller, Twin, falls_back
 from cloud_hub.fleet.devices import Devices
 
@@ -103,7 +104,7 @@ class Line:
     first_seen: float | None
     agent_version: str
     hardware_class: str
-    link: str
+    link: str  # as people read it; empty: unknown
     rss_bytes: int
     managed: bool  # it has reported through the broker, so releases can be wanted of it
     standing: str
@@ -285,17 +286,18 @@ class Roster:
         lines = []
         for name in seen.keys() | self._twins.keys():
             device = seen.get(name)
+            online = device is not None and self._devices.online(device, now)
             twin, models = self._twins.get(name, (None, ()))
             lines.append(
                 Line(
                     name=name,
-                    online=device is not None and self._devices.online(device, now),
+                    online=online,
                     since=self._devices.since(device, now) if device else None,
                     last_seen=device.last_seen if device else twin.reported_at if twin else None,
                     first_seen=device.first_seen if device else None,
                     agent_version=device.agent_version if device else "",
                     hardware_class=device.hardware_class if device else "",
-                    link=device.link if device else "",
+                    link=link_text(device.link, online=online) if device else "",
                     rss_bytes=device.rss_bytes if device else 0,
                     managed=twin is not None,
                     standing=twin.standing if twin else "idle",

@@ -14,6 +14,8 @@ from cloud_hub.insight.history import DeviceLine, Overview
 
 DEVICES_SHOWN = 50  # rows that a browser repaints every second without effort
 REASONS_SHOWN = 3
+# What devices tell of their link are a breaker's states; to people an open link is one that works.
+_LINKS: Mapping[str, str] = {"closed": "works", "open": "down", "half-open": "down"}
 
 
 class Model(Protocol):
@@ -257,6 +259,14 @@ def _spoken(text: str) -> str:
     return "no request" if text == figures.NOTHING else text
 
 
+def link_text(state: str, *, online: bool) -> str:
+    """Return how the way to the hub is on a device whose breaker is in ``state``.
+
+    Empty where nobody knows: of a device that is offline, the last word is an old one.
+    """
+    return _LINKS.get(state, "") if online else ""
+
+
 def _device_row(line: DeviceLine, now: float) -> Row:
     state = "online" if line.online else "offline"
     return Row(
@@ -269,7 +279,7 @@ def _device_row(line: DeviceLine, now: float) -> Row:
             "requests": Cell(f"{figures.rate(line.requests_per_s)}/s"),
             "share_edge": Cell(figures.percent(line.share_edge)),
             "degraded": Cell(figures.percent(line.share_degraded)),
-            "link": Cell(line.link or figures.NOTHING),
+            "link": Cell(link_text(line.link, online=line.online) or figures.NOTHING),
             "memory": Cell(
                 str(figures.size(line.rss_bytes)) if line.rss_bytes else figures.NOTHING
             ),

@@ -25,7 +25,7 @@ class Device:
     last_seen: float
     agent_version: str
     hardware_class: str
-    link: str
+    link: str  # its breaker's state: closed, open, half-open; empty: unknown
     rss_bytes: int
 
 

@@ -45,7 +45,7 @@ def device(name: str, *, online: bool = True, last_seen: float = NOW - 1) -> Dev
         last_seen=last_seen,
         hardware_class="x86_64-avx2/cpu/onnxruntime-1.32",
         agent_version="0.1.0",
-        link="up" if online else "down",
+        link="closed",
         rss_bytes=84_000_000,
         requests_per_s=12.5,
         rows=600,

@@ -48,7 +48,7 @@ def line(name: str, **changes: Any) -> Line:
         "first_seen": NOW - 6000,
         "agent_version": "0.1.0",
         "hardware_class": "x86_64/cpu",
-        "link": "closed",
+        "link": "works",
         "rss_bytes": 1,
         "managed": True,
         "standing": "current",
@@ -429,6 +429,17 @@ async def test_a_device_shows_what_is_wanted_what_runs_and_why_it_failed(
         assert said in text, said
     assert "7,0" not in text  # too long ago
     assert names(await page(session, f"{stage.url}/devices?update=failed")) == ["kiosk"]
+
+
+async def test_a_link_is_told_in_words_and_only_of_devices_that_are_there(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("gate")
+    await stage.join("gone", online=False)
+    listed = await page(session, f"{stage.url}/devices")
+    assert re.findall(r'data-cell="link">([^<]*)<', listed)[:2] == ["works", figures.NOTHING]
+    assert "link works" in await page(session, f"{stage.url}/devices/gate")
+    assert names(await page(session, f"{stage.url}/devices?q=works")) == ["gate"]
 
 
 async def test_a_device_says_what_the_certificate_promises_under_which_it_answers(

@@ -57,6 +57,25 @@ def test_devices_that_are_offline_come_first() -> None:
     assert rows[0].cells["last_seen"].at.endswith("Z")
 
 
+@pytest.mark.parametrize(
+    ("state", "online", "said"),
+    [
+        ("closed", True, "works"),
+        ("open", True, "down"),
+        ("half-open", True, "down"),
+        ("", True, NOTHING),
+        ("<b>", True, NOTHING),
+        ("closed", False, NOTHING),
+    ],
+)
+def test_a_link_is_told_in_words_and_only_of_devices_that_are_there(
+    state: str, online: bool, said: str
+) -> None:
+    line = replace(device("camera", online=online), link=state)
+    (row,) = views.overview(replace(busy(), devices=[line]), [], now=NOW).tables["devices"]
+    assert row.cells["link"].text == said
+
+
 def test_a_large_fleet_is_shown_in_part_and_the_page_says_so() -> None:
     devices = [device(f"d{i:04}") for i in range(1000)]
     page = views.overview(replace(busy(), devices=devices, agents_seen=1000), [], now=NOW)
