@@ -6,10 +6,11 @@ in their own process, and the tests all use ``Agent``.
 Start                                             Stop
   1 lock the data directory                         readiness turns false
   2 load what was committed last, or the bundles    gRPC, HTTP: no new calls, those in flight finish
-  3 uplink, fleet link: connect in the background   telemetry: one last report; fleet link
-  4 telemetry                                       uplink
-  5 gRPC doors: loopback, Unix socket               engines
-  6 HTTP door                                       the lock goes with the process
+    given by hand, once they passed their self-test telemetry: one last report; fleet link
+  3 uplink, fleet link: connect in the background   uplink
+  4 telemetry                                       engines
+  5 gRPC doors: loopback, Unix socket               the lock goes with the process
+  6 HTTP door
   7 endpoints.json names them all
 
 Nothing on the way of the start waits for the network.
@@ -43,7 +44,8 @@ from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed
 from edge_agent.runtime import providers
-from edge_agent.runtime import release as releases
+from edge_agent.update.by_hand import ByHand
+from edge_agent.update.selftest import ChildSelfTest
 from fogline_protocol import door_memory, grpc_service, grpc_transport, rest_service
 from fogline_protocol.client import Client, Credentials
 from fogline_protocol.door_memory import Memory
@@ -98,7 +100,7 @@ class Agent:
 
         Raises:
             StartRefused: the data directory, a port or the socket is in use.
-            ReleaseRefused: a bundle is not intact or cannot run here.
+            ReleaseRefused: a bundle is not intact, cannot run here or fails its self-test.
         """
         try:
             await self._start()
@@ -131,12 +133,11 @@ class Agent:
         self._parts.enter_context(_locked(config.data))
         self._parts.callback(self.router.close)
         if self.uplink is None:
+            by_hand = ByHand(
+                config.data, ChildSelfTest(), provider=config.provider, threads=config.threads
+            )
             for path in config.bundle:
-                self.router.install(
-                    await asyncio.to_thread(
-                        releases.load, path, provider=config.provider, threads=config.threads
-                    )
-                )
+                self.router.install(await by_hand.load(path))
         else:
             managed = self._manage(self.uplink)
             await managed.restore()

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +146,8 @@ def run(config_file: Path | None, **flags: Any) -> None:
 def doctor(config_file: Path | None, **flags: Any) -> None:
     """Say what this device can run and promise; exit with 1 when something is wrong.
 
-    Checks the execution providers by running something on them, each bundle and its
-    certificate on this hardware, and whether the hub answers. Starts no door.
+    Checks the execution providers by running something on them, runs each bundle's self-test,
+    and checks its certificate on this hardware and whether the hub answers. Starts no door.
     """
     found_wrong = False
 
@@ -243,6 +243,8 @@ async def _examine(config: AgentConfig) -> bool:
     from edge_agent.errors import ReleaseRefused
     from edge_agent.runtime import providers
     from edge_agent.runtime import release as releases
+    from edge_agent.update import by_hand
+    from edge_agent.update.selftest import ChildSelfTest
 
     well = True
 
@@ -265,13 +267,16 @@ async def _examine(config: AgentConfig) -> bool:
         say(True, "hardware", providers.hardware_class(name))
     for path in config.bundle:
         try:
+            directory, choice = await asyncio.to_thread(by_hand.read, path, config.provider)
+            figures = await by_hand.prove(directory, choice, ChildSelfTest())
             release = await asyncio.to_thread(
-                releases.load, path, provider=config.provider, threads=config.threads
+                releases.load_intact, directory, threads=config.threads, choice=choice
             )
         except ReleaseRefused as error:
             say(False, "bundle", str(error))
             continue
         say(True, "bundle", f"{release.label} in {path} is intact and runs here")
+        say(True, "self-test", _passed(release, figures))
         certificate = release.choice.certificate
         needs_one = release.bundle.escalates_to is not None
         if certificate is None:
@@ -294,6 +299,20 @@ async def _examine(config: AgentConfig) -> bool:
     else:
         say(True, "hub", "none given (--hub HOST:PORT)")
     return well
+
+
+def _passed(release: "Release", figures: Mapping[str, float]) -> str:
+    """Return the figures of a self-test beside what was allowed."""
+    choice = release.choice
+    bundle = release.bundle
+    tolerance = bundle.self_test.tolerances[choice.variant.name].on(choice.provider)
+    return (
+        f"{choice.variant.name} on {choice.provider}: {figures['rows']:.0f} golden rows, largest "
+        f"error {figures['max_abs_error']:.2g} (allowed {tolerance.max_abs_error:.2g}), "
+        f"{figures['agreement']:.1%} get the reference's answer (required "
+        f"{tolerance.min_agreement:.1%}), {figures['run_p95_ms']:.1f} ms a run at p95, "
+        f"{figures['peak_bytes'] / (1 << 20):.0f} MiB at most"
+    )
 
 
 async def _hub_answers(config: AgentConfig) -> tuple[bool, str, str]:

@@ -31,6 +31,7 @@ from edge_agent.runtime import providers
 from edge_agent.runtime import release as releases
 from edge_agent.runtime.release import Release
 from edge_agent.update import slots
+from edge_agent.update.by_hand import ByHand
 from edge_agent.update.disk import DiskFault, DiskFull
 from edge_agent.update.download import Downloader, HubFiles
 from edge_agent.update.fetch import HubReleases
@@ -120,8 +121,8 @@ class Managed:
         """Serve what was committed last; the bundles given by hand answer where there is none.
 
         Raises:
-            ReleaseRefused: a bundle given by hand is not intact or cannot run here, and no
-                release was committed that could serve instead.
+            ReleaseRefused: a bundle given by hand is not intact, cannot run here or fails its
+                self-test, and no release was committed that could serve instead.
             StartRefused: the data directory cannot be read.
         """
         try:
@@ -445,6 +446,9 @@ class _Serving:
     def __init__(self, config: AgentConfig, router: Router) -> None:
         self._config = config
         self._router = router
+        self._given = ByHand(
+            config.data, ChildSelfTest(), provider=config.provider, threads=config.threads
+        )
         self._by_hand: dict[str, Path] = {}
         self.fallen_back: dict[str, str] = {}  # by model: why its committed release is not served
 
@@ -452,11 +456,12 @@ class _Serving:
         """Load the bundles of the configuration; they stay the way back of their models.
 
         Raises:
-            ReleaseRefused: one is not intact or cannot run here, and ``except_for`` is empty.
+            ReleaseRefused: one is not intact, cannot run here or fails its self-test, and
+                ``except_for`` is empty.
         """
         for path in self._config.bundle:
             try:
-                loaded = await self._load(functools.partial(releases.load, path))
+                loaded = await self._given.load(path)
             except ReleaseRefused as error:
                 if not except_for:
                     raise
@@ -473,16 +478,12 @@ class _Serving:
     async def activate(self, model: str, bundle: BundleDirectory | None) -> None:
         """See ``Serving.activate`` in ``surroundings.py``."""
         if bundle is not None:
-            number = slots.release_number(bundle.path)
-            load = functools.partial(releases.load_intact, bundle, number=number)
+            self._router.install(await self._load(bundle))
+            self.fallen_back.pop(model, None)
         elif model in self._by_hand:
-            load = functools.partial(releases.load, self._by_hand[model])
+            self._router.install(await self._given.load(self._by_hand[model]))
         else:
             self._router.remove(model)
-            return
-        self._router.install(await self._load(load))
-        if bundle is not None:
-            self.fallen_back.pop(model, None)
 
     async def fall_back(self, model: str, why: str) -> None:
         """Answer ``model`` with what was given by hand, or not at all, and remember why.
@@ -508,9 +509,14 @@ class _Serving:
         serving = self._router.serving(model)
         return 0 if serving is None else serving.engine.faults
 
-    async def _load(self, load: Callable[..., Release]) -> Release:
-        config = self._config
-        return await asyncio.to_thread(load, provider=config.provider, threads=config.threads)
+    async def _load(self, bundle: BundleDirectory) -> Release:
+        return await asyncio.to_thread(
+            releases.load_intact,
+            bundle,
+            provider=self._config.provider,
+            threads=self._config.threads,
+            number=slots.release_number(bundle.path),
+        )
 
 
 def _serving(release: Release) -> twin.Serving:

@@ -62,6 +62,11 @@ def hardware_class(provider: str) -> str:
     return hardware.hardware_class(provider, RUNTIME, onnxruntime.__version__)
 
 
+def runtime_version() -> str:
+    """Return the whole version of the runtime; a hardware class names only what kernels change by."""
+    return str(onnxruntime.__version__)
+
+
 def strict_session(
     model: Path | bytes, provider: str, threads: int
 ) -> onnxruntime.InferenceSession:

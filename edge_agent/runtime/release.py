@@ -1,7 +1,8 @@
 """A release that is loaded and may be served: bundle, engine, certificate, score.
 
 ``load`` is the way from a directory to something that answers. It blocks for as long as
-ONNX Runtime needs; call it in a thread while another release is being served.
+ONNX Runtime needs; call it in a thread while another release is being served. Whether the
+answers are right is for the self-test to say, before: ``update/by_hand.py``, ``update/machine.py``.
 """
 
 import datetime
@@ -46,6 +47,18 @@ class Release:
         return str(self.number or 1)
 
 
+def read(path: Path) -> BundleDirectory:
+    """Return the verified bundle in ``path``.
+
+    Raises:
+        ReleaseRefused: it is not intact; the text says why.
+    """
+    try:
+        return protocol.read(path)
+    except protocol.BundleRefused as error:
+        raise ReleaseRefused(f"bundle {path}: {error}") from None
+
+
 def load(path: Path, *, provider: str = "", threads: int = 0, number: int = 0) -> Release:
     """Read and verify the bundle in ``path``, choose its variant for this device, load it.
 
@@ -54,22 +67,23 @@ def load(path: Path, *, provider: str = "", threads: int = 0, number: int = 0) -
     Raises:
         ReleaseRefused: the bundle is not intact or cannot run here; the text says why.
     """
-    try:
-        directory = protocol.read(path)
-    except protocol.BundleRefused as error:
-        raise ReleaseRefused(f"bundle {path}: {error}") from None
-    return load_intact(directory, provider=provider, threads=threads, number=number)
+    return load_intact(read(path), provider=provider, threads=threads, number=number)
 
 
 def load_intact(
-    directory: BundleDirectory, *, provider: str = "", threads: int = 0, number: int = 0
+    directory: BundleDirectory,
+    *,
+    provider: str = "",
+    threads: int = 0,
+    number: int = 0,
+    choice: Choice | None = None,
 ) -> Release:
-    """Load a bundle that has been read already.
+    """Load a bundle that has been read already: ``choice``, or what would be chosen now.
 
     Raises:
         ReleaseRefused: it cannot run here; the text says why.
     """
-    choice = choose(directory, provider)
+    choice = choice or choose(directory, provider)
     bundle = directory.bundle
     score = None
     if bundle.score is not None:

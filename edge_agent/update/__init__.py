@@ -7,6 +7,7 @@
     slots.py          what is on the disk, and the order of fsyncs that survives a cut anywhere
     disk.py           the few operations on files that this order is made of
     selftest.py       golden inputs on the real provider, in a child process with limits
+    by_hand.py        releases that a person gives to this device: tested, too, before they serve
     fetch.py          what this device needs of a release: joins the two below
     trust.py          what the hub has signed (TUF)
     download.py       blocks over HTTP, resumed and checked

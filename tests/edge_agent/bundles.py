@@ -64,15 +64,14 @@ def make(
     processors: Mapping[str, tuple[str, ...]] | None = None,
     score: Score = MAX_SOFTMAX,
     max_rows: int = 0,
+    factor: float = 2.0,
 ) -> BundleDirectory:
-    """Write a bundle to ``path`` and read it back."""
+    """Write a bundle to ``path`` and read it back; with another ``factor`` it fails its self-test."""
     path.mkdir(parents=True)
     files: dict[str, File] = {}
     for name in variants:
         shutil.copyfile(DATA / onnx, path / f"{name}.onnx")
         files[f"{name}.onnx"] = _file(path / f"{name}.onnx")
-    (path / "selftest.npz").write_bytes(b"golden")
-    files["selftest.npz"] = _file(path / "selftest.npz")
     batch = (-1,) if max_batch else ()
     tensor = ("BYTES", (-1, 1)) if onnx == "text.onnx" else ("FP32", (*batch, 3))
     names = ("s", "t") if onnx == "text.onnx" else ("x", "logits")
@@ -80,6 +79,8 @@ def make(
     if onnx == "tokens.onnx":
         tensor = ("FP32", (-1, -1, 3))
         masks = (TensorSpec("attention_mask", "INT64", (-1, -1)),)
+    np.savez(path / "selftest.npz", **golden(onnx, factor))
+    files["selftest.npz"] = _file(path / "selftest.npz")
     bundle = Bundle(
         model=model,
         version=version,
@@ -107,6 +108,20 @@ def make(
     if certified and paired and scored:
         add_certificate(directory)
     return read(path)
+
+
+def golden(onnx: str, factor: float) -> dict[str, Array]:
+    """Return a self-test's vectors: what a model answers that multiplies by ``factor``."""
+    if onnx == "text.onnx":
+        words = np.array([[b"one"], [b"two"]])
+        return {"input.s": words, "output.t": words}
+    x = SURE[0] if onnx == "double_one.onnx" else np.concatenate([SURE, UNSURE])
+    if onnx == "tokens.onnx":
+        x = x[np.newaxis]
+        masks = {"input.attention_mask": np.ones(x.shape[:2], np.int64)}
+    else:
+        masks = {}
+    return {"input.x": x, "output.logits": x * np.float32(factor), **masks}
 
 
 def certificate(directory: BundleDirectory, variant: str = "", **changes: object) -> Certificate:

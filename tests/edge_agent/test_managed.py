@@ -563,6 +563,15 @@ async def test_a_broken_bundle_given_by_hand_stops_a_start_only_if_nothing_else_
         assert (await answer(router))[1] == "double@2.0.0"
 
 
+async def test_a_bundle_given_by_hand_that_answers_wrongly_does_not_answer(tmp_path: Path) -> None:
+    bundles.make(tmp_path / "hand", factor=-1.0)
+    options = config(tmp_path, "127.0.0.1:9", bundle=(tmp_path / "hand",))
+    async with made(options) as (part, router):
+        with pytest.raises(ReleaseRefused, match="failed its self-test"):
+            await part.restore()
+        assert router.serving("double") is None
+
+
 async def test_a_data_directory_that_cannot_be_read_refuses_the_start(tmp_path: Path) -> None:
     options = config(tmp_path, "127.0.0.1:9")
     async with made(options) as (part, _):

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,6 +202,25 @@ def test_each_kind_of_trouble_has_its_sentence_and_its_exit_code(tmp_path: Path)
 
 
 @pytest.mark.system
+def test_a_release_that_is_wrong_is_not_served_and_doctor_says_why(tmp_path: Path) -> None:
+    broken = ("--bundle", str(bundles.DIGITS.parent / "broken" / "digits-1.2.0"))
+    found = ran("run", "--data", str(tmp_path / "data"), *broken)
+    assert found.returncode == 4
+    (said,) = found.stderr.splitlines()
+    assert re.fullmatch(
+        r"fogline-agent: bundle .*digits-1\.2\.0: \S+ failed its self-test on CPUExecutionProvider: "
+        r"outputs stray from the reference by up to .* \[self-test/deviation\]",
+        said,
+    )
+    assert "is ready" not in found.stdout
+    found = ran("doctor", *broken)
+    assert found.returncode == 1
+    assert "WRONG  bundle    bundle " in found.stdout
+    assert "[self-test/deviation]" in found.stdout
+    assert "is intact and runs here" not in found.stdout
+
+
+@pytest.mark.system
 async def test_a_port_in_use_ends_the_start_with_its_own_code(digits: Process) -> None:
     digits.start()
     endpoints = await digits.ready()
@@ -229,6 +249,10 @@ async def test_doctor_names_what_is_wrong(tmp_path: Path, hub: FakeHub, door: Se
     assert "CPUExecutionProvider runs" in found.stdout
     assert "double@1.0.0" in found.stdout
     assert "certified for " in found.stdout
+    assert (
+        "ok     self-test fp32 on CPUExecutionProvider: 2 golden rows, largest error 0 "
+        "(allowed 0.1), 100.0% get the reference's answer (required 90.0%), "
+    ) in found.stdout
     assert f"{door.address} answers" in found.stdout
     assert "WRONG" not in found.stdout
 

@@ -205,6 +205,7 @@ def test_what_is_missing_is_refused_by_name(doubler: BundleDirectory, variant, s
             "expected datatype FP32, got FP64",
         ),
         ({"input.x": np.array([[1, "two"]], object)}, "pickle|Object arrays"),
+        ({"input.x": np.zeros((2, 3), complex)}, "no Open Inference datatype"),
     ],
 )
 def test_vectors_that_do_not_fit_are_refused(doubler, arrays, sentence) -> None:
@@ -212,6 +213,21 @@ def test_vectors_that_do_not_fit_are_refused(doubler, arrays, sentence) -> None:
     np.savez(path, **arrays)
     with pytest.raises(VectorsUnusable, match=sentence):
         GoldenVectors.read(doubler.bundle, path)
+
+
+def test_texts_are_vectors_too(doubler: BundleDirectory) -> None:
+    spec = TensorSpec("s", "BYTES", (-1, 1))
+    bundle = replace(doubler.bundle, inputs=(spec,), outputs=(spec,))
+    path = doubler.file("selftest.npz")
+    words = np.array([["\N{GREEK SMALL LETTER MU}".encode()], [b""]])
+    np.savez(path, **{"input.s": words, "output.s": words})
+    vectors = GoldenVectors.read(bundle, path)
+    assert vectors.inputs["s"].tolist() == words.tolist()
+    assert vectors.inputs["s"].dtype == object
+    exact = Tolerance(0.0, 1.0)
+    judge(bundle, vectors, [{"s": words.astype(object)}], exact)
+    with pytest.raises(Deviates):
+        judge(bundle, vectors, [{"s": words[::-1].astype(object)}], exact)
 
 
 def test_vectors_damaged_at_any_byte_are_refused_or_read_as_something(doubler) -> None:
