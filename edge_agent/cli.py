@@ -196,14 +196,19 @@ def _screen(agent: "Agent") -> str:
     for release in releases:
         lines += _described(release)
     if not releases:
-        lines.append("  models    none: give --bundle DIR, a directory that the workshop built")
+        none = "none so far: the hub brings them, or" if config.hub else "none:"
+        lines.append(f"  models    {none} give --bundle DIR, a directory that the workshop built")
     if not config.hub:
         lines.append("  hub       none: uncertain answers stay here and are marked degraded")
     else:
         how = "over TLS" if config.hub_uses_tls else "on this machine, not encrypted"
         lines.append(f"  hub       {config.hub}, {how}")
     for entry in config.keep:
-        lines.append(f"  keep      the hub may keep what escalates of {entry}, to learn from it")
+        served = agent.router.serving(entry.partition("/")[0]) is not None
+        unserved = "" if served else " (not served here now)"
+        lines.append(
+            f"  keep      the hub may keep what escalates of {entry}{unserved}, to learn from it"
+        )
     if config.private:
         lines.append("  private   nothing that applications send leaves this device")
     return "\n".join(lines)

@@ -128,6 +128,8 @@ class AgentConfig:
                 raise ConfigRefused(f"hub: {error}") from None
             if port == 0:
                 raise ConfigRefused("hub: port 0 is nobody's address; give the hub's gRPC port")
+        elif self.keep:
+            raise ConfigRefused("keep: there is no hub to keep anything; give hub HOST:PORT")
         for option in ("hub_ca", "hub_token_file", "hub_root"):
             path = getattr(self, option)
             if path is not None and not path.is_file():

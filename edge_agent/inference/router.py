@@ -13,6 +13,7 @@ requests, and the old engine is closed when its last request is done.
 """
 
 import asyncio
+import difflib
 import logging
 import math
 import time
@@ -210,6 +211,7 @@ class Router:
         self._options = Options(private=private)
         self._device = device
         self._keep = frozenset(keep)
+        self._keep_watched = False
         self._audits = audits or Audits(rate=0.0)
         self._keeping: dict[str, bool] = {}  # by hub model: whether it says it keeps its examples
         self._served: dict[str, _Served] = {}
@@ -223,12 +225,23 @@ class Router:
         if old is not None:
             old.retire()
         log.info("serving %s: %s", release.label, release.choice.why)
+        if old is None:
+            self._note_idle_keeps()
 
     def remove(self, model: str) -> None:
         """Serve ``model`` no longer; requests in flight finish."""
         old = self._served.pop(model, None)
         if old is not None:
             old.retire()
+            self._note_idle_keeps()
+
+    def watch_keep(self) -> None:
+        """Warn of consent to keep models that are not served, now and when other ones are served.
+
+        Called once all that a start brings is installed: a model may also be on its way.
+        """
+        self._keep_watched = True
+        self._note_idle_keeps()
 
     def serving(self, model: str) -> Release | None:
         """Return the release that answers ``model`` now."""
@@ -241,6 +254,7 @@ class Router:
 
     def close(self) -> None:
         """Retire every release."""
+        self._keep_watched = False
         self._audits.close()
         for model in list(self._served):
             self.remove(model)
@@ -568,6 +582,21 @@ class Router:
             reasons=[d.reason.value if d.escalate else AUDIT for d in decisions],
             sources=[source] * rows,
         )
+
+    def _note_idle_keeps(self) -> None:
+        if not self._keep_watched:
+            return
+        for entry in sorted(self._keep):
+            model = entry.partition("/")[0]
+            if model not in self._served:
+                near = difflib.get_close_matches(model, self._served, 1)
+                log.warning(
+                    "keep %s: this device serves no model %s, only %s%s",
+                    entry,
+                    model,
+                    ", ".join(sorted(self._served)) or "none so far",
+                    f"; did you mean {near[0]}?" if near else "",
+                )
 
     def _note_refusal(self, model: str, text: str) -> None:
         if self._hub_refusals.get(model) != text:

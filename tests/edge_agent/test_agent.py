@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
-from edge_agent import Agent, AgentConfig, InferRequest
+from edge_agent import Agent, AgentConfig, InferRequest, cli
 from edge_agent.errors import ConfigRefused, ReleaseRefused, StartRefused
 from fogline_protocol import grpcio_door
 from fogline_protocol.client import Client
@@ -404,3 +404,17 @@ async def test_several_models_are_served_side_by_side(tmp_path: Path) -> None:
         assert response.outputs["logits"].shape == (3, 10)
         with pytest.raises(BadRequest):
             await agent.infer(InferRequest("double", {"image": image}))
+
+
+async def test_a_start_says_where_models_come_from_and_what_is_kept_of_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: dict[str, Any] = {"grpc": "off", "http": "off", "unix": "off", "bundle": ()}
+    async with Agent(config(tmp_path, **closed)) as agent:
+        assert "models    none: give --bundle DIR" in cli._screen(agent)
+    told = config(tmp_path, **closed, hub="127.0.0.1:9", keep=("digit",))
+    async with Agent(told) as agent:
+        screen = cli._screen(agent)
+    assert "models    none so far: the hub brings them, or give --bundle DIR" in screen
+    assert "what escalates of digit (not served here now), to learn" in screen
+    assert "keep digit: this device serves no model digit, only none so far" in caplog.text

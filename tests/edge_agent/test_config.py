@@ -34,6 +34,7 @@ def test_every_kind_of_option_can_come_from_the_environment() -> None:
         "FOGLINE_AGENT_DRAIN_S": "0.5",
         "FOGLINE_AGENT_DATA": "/data",
         "FOGLINE_AGENT_KEEP": "digits, faces/door 3",
+        "FOGLINE_AGENT_HUB": "127.0.0.1:8001",
     }
     found = load({}, environment, None)
     assert found.keep == ("digits", "faces/door 3")
@@ -68,6 +69,7 @@ def test_every_kind_of_option_can_come_from_the_environment() -> None:
         ('keep = ["Digits"]', "keep: expected MODEL or MODEL/SOURCE"),
         ("keep = [1]", r"keep in .*: expected a list of texts, got \[1\]"),
         ('keep = "digits"\nprivate = true', "keep: this agent is private"),
+        ('keep = "digits"', "keep: there is no hub to keep anything; give hub HOST:PORT"),
         ("threads = ", "agent.toml: Invalid value"),
     ],
 )

@@ -166,3 +166,32 @@ async def test_a_model_without_rows_is_one_example(
     (kept,) = hub.kept
     assert kept.outputs["logits"].tolist() == [pytest.approx((UNSURE[0] * 2).tolist())]
     assert (len(kept.scores), kept.reasons) == (1, ["uncertain"])
+
+
+async def test_consent_for_a_model_that_is_not_served_is_noticed_when_the_set_of_models_changes(
+    release: Release, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned() -> list[str]:
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        caplog.clear()
+        return said
+
+    async with routed(None, keep=["duoble/cam", "other"]) as r:
+        r.router.watch_keep()
+        assert warned() == [
+            "keep duoble/cam: this device serves no model duoble, only none so far",
+            "keep other: this device serves no model other, only none so far",
+        ]
+        r.router.install(release)
+        assert warned() == [
+            "keep duoble/cam: this device serves no model duoble, only double; "
+            "did you mean double?",
+            "keep other: this device serves no model other, only double",
+        ]
+        r.router.install(load(bundles.make(tmp_path / "next", version="2.0.0").path))
+        assert warned() == []  # another release of the same models
+        r.router.install(load(bundles.make(tmp_path / "other", model="other").path))
+        assert len(warned()) == 1
+        r.router.remove("other")
+        assert len(warned()) == 2
+    assert warned() == []  # models that go because the agent stops are no news
