@@ -416,10 +416,26 @@ class Machine:
         with contextlib.suppress(DiskFull, DiskFault):  # deleted with the next release then
             await self._clear_up(why)
         if why is not None:
-            _log.info("update step ended", model=self.model, code=why.code, sentence=why.sentence)
+            self._log_end(why)
         await self._around.tell()
         if was.life.state is State.ROLLING_BACK and event is Event.FAILED:
             await asyncio.sleep(min(1.0, self._around.timings.retry_s))
+
+    def _log_end(self, why: StepEnded) -> None:
+        p = self._pointer
+        serves = "what served before" if p.committed is None else p.committed.version
+        told = _log.bind(model=self.model, code=why.code, sentence=why.sentence, serves=serves)
+        if p.candidate is not None:
+            told = told.bind(release=p.candidate.release, version=p.candidate.version)
+        match p.life.state:
+            case State.REJECTED:
+                told.error("release refused")
+            case State.ROLLING_BACK:
+                told.error("release is taken back")
+            case _ if why.event is Event.INTERRUPTED:
+                told.info("update is interrupted and goes on when it can")
+            case _:
+                told.warning("update failed and is tried again", attempt=p.life.failures)
 
     def _after(self, event: Event, why: StepEnded | None) -> Pointer:
         p = self._pointer

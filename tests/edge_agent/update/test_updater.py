@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from edge_agent.errors import ReleaseRefused
 from edge_agent.update.disk import DiskFull, LocalDisk
@@ -237,6 +238,30 @@ async def test_a_candidate_with_wrong_outputs_is_refused_at_once_and_never_serve
     assert report.figures["agreement"] < 1.0
     assert device.serving.history == ["1.0.0"]
     assert wrong.slot not in device.slots()
+
+
+async def test_who_looks_for_why_a_release_does_not_serve_finds_it_in_the_log(
+    device, shelf
+) -> None:
+    await install(device, shelf.put(1, "1.0.0"), 1)
+    device.self_test.failures = [StepFailed("self-test/memory", "too much")]
+    with capture_logs() as logs:
+        async with device.on() as updater:
+            await updater.apply(desired(2, shelf.put(2, "2.0.0", factor=WRONG)))
+            await device.reports.until(phase("rejected"))
+            device.serving.answers_wrongly = True
+            await updater.apply(desired(3, shelf.put(3, "3.0.0")))
+            await device.reports.until(phase("rolled-back"))
+    told = [
+        (line["log_level"], line["event"], line["code"], line["version"], line["serves"])
+        for line in logs
+        if "code" in line
+    ]
+    assert told == [
+        ("warning", "update failed and is tried again", "self-test/memory", "2.0.0", "1.0.0"),
+        ("error", "release refused", "self-test/deviation", "2.0.0", "1.0.0"),
+        *[("error", "release is taken back", "trial/deviation", "3.0.0", "1.0.0")] * 3,
+    ]
 
 
 async def test_a_quarantine_outlives_a_restart_and_ends_with_a_newer_generation(
