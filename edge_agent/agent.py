@@ -141,7 +141,7 @@ class Agent:
         else:
             managed = self._manage(self.uplink)
             await managed.restore()
-            self.router.watch_keep()
+            self.router.watch_consent()
             await self._parts.enter_async_context(self.uplink)
             following = asyncio.create_task(managed.run(), name="managed")
             self._parts.push_async_callback(_ended, following)

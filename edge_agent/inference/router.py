@@ -13,7 +13,6 @@ requests, and the old engine is closed when its last request is done.
 """
 
 import asyncio
-import difflib
 import logging
 import math
 import time
@@ -27,6 +26,7 @@ import numpy as np
 from edge_agent.errors import HubLate, HubRefused, HubUnavailable
 from edge_agent.inference import policy
 from edge_agent.inference.audits import Audits
+from edge_agent.inference.consent import Consent
 from edge_agent.inference.local import run_here
 from edge_agent.inference.parameters import MODE, PRIVATE, Options, forwarded, read_options
 from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situation, Terms
@@ -210,8 +210,8 @@ class Router:
         self._in_flight = 0
         self._options = Options(private=private)
         self._device = device
-        self._keep = frozenset(keep)
-        self._keep_watched = False
+        self._consent = Consent(keep)
+        self._consent_watched = False
         self._audits = audits or Audits(rate=0.0)
         self._keeping: dict[str, bool] = {}  # by hub model: whether it says it keeps its examples
         self._served: dict[str, _Served] = {}
@@ -226,22 +226,22 @@ class Router:
             old.retire()
         log.info("serving %s: %s", release.label, release.choice.why)
         if old is None:
-            self._note_idle_keeps()
+            self._note_idle_consent()
 
     def remove(self, model: str) -> None:
         """Serve ``model`` no longer; requests in flight finish."""
         old = self._served.pop(model, None)
         if old is not None:
             old.retire()
-            self._note_idle_keeps()
+            self._note_idle_consent()
 
-    def watch_keep(self) -> None:
+    def watch_consent(self) -> None:
         """Warn of consent to keep models that are not served, now and when other ones are served.
 
         Called once all that a start brings is installed: a model may also be on its way.
         """
-        self._keep_watched = True
-        self._note_idle_keeps()
+        self._consent_watched = True
+        self._note_idle_consent()
 
     def serving(self, model: str) -> Release | None:
         """Return the release that answers ``model`` now."""
@@ -254,7 +254,7 @@ class Router:
 
     def close(self) -> None:
         """Retire every release."""
-        self._keep_watched = False
+        self._consent_watched = False
         self._audits.close()
         for model in list(self._served):
             self.remove(model)
@@ -393,7 +393,7 @@ class Router:
         escalated = [row for row, decision in enumerate(decisions) if decision.escalate]
         said = None
         # From a broken input there is nothing to learn.
-        if scored is not None and not broken and self._may_keep(bundle.model, options):
+        if scored is not None and not broken and self._consent.covers(bundle.model, options):
             audited = self._audits.choose(decisions, situation)
             if escalated or audited:
                 said = self._said(served, scored, scores, decisions, options.source)
@@ -549,15 +549,6 @@ class Router:
         self._hub_refusals.pop(question.model, None)
         return answer
 
-    def _may_keep(self, model: str, options: Options) -> bool:
-        """Return whether somebody consents to the hub keeping a request, and nobody objects."""
-        if options.private:
-            return False
-        if options.keep is not None:
-            return options.keep
-        keep = self._keep
-        return bool(keep) and (model in keep or f"{model}/{options.source}" in keep)
-
     def _said(
         self,
         served: _Served,
@@ -583,20 +574,10 @@ class Router:
             sources=[source] * rows,
         )
 
-    def _note_idle_keeps(self) -> None:
-        if not self._keep_watched:
-            return
-        for entry in sorted(self._keep):
-            model = entry.partition("/")[0]
-            if model not in self._served:
-                near = difflib.get_close_matches(model, self._served, 1)
-                log.warning(
-                    "keep %s: this device serves no model %s, only %s%s",
-                    entry,
-                    model,
-                    ", ".join(sorted(self._served)) or "none so far",
-                    f"; did you mean {near[0]}?" if near else "",
-                )
+    def _note_idle_consent(self) -> None:
+        if self._consent_watched:
+            for sentence in self._consent.idle(self._served):
+                log.warning(sentence)
 
     def _note_refusal(self, model: str, text: str) -> None:
         if self._hub_refusals.get(model) != text:

@@ -1,4 +1,4 @@
-"""Rows of a request: counted, chosen for the hub, and merged with what it answers. Pure."""
+"""Rows of a request: counted, looked at, chosen for the hub, merged with what it answers. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
 

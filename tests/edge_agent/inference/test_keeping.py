@@ -177,7 +177,7 @@ async def test_consent_for_a_model_that_is_not_served_is_noticed_when_the_set_of
         return said
 
     async with routed(None, keep=["duoble/cam", "other"]) as r:
-        r.router.watch_keep()
+        r.router.watch_consent()
         assert warned() == [
             "keep duoble/cam: this device serves no model duoble, only none so far",
             "keep other: this device serves no model other, only none so far",
