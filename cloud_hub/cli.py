@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import click
 
@@ -550,6 +551,106 @@ def release_show(config_file: Path | None, data: Path | None, hub: str | None, n
         path = f"/api/v1/releases/{model}/{number or '0'}"
         found = await operate.call(_url(config_file, data, hub), "GET", path)
         operate.echo(found, True, iter(()))
+
+    _run(work)
+
+
+@main.group()
+def certificate() -> None:
+    """Certificates: what a local answer of a release may cost in quality, signed by this hub.
+
+    They can be issued for a release that is out, replaced and withdrawn; its devices follow at
+    once, without an update.
+    """
+
+
+@certificate.command("list")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.argument("name", metavar="[MODEL[@NUMBER]]", default="")
+def certificate_list(
+    config_file: Path | None, data: Path | None, hub: str | None, as_json: bool, name: str
+) -> None:
+    """List certificates, also withdrawn ones, the latest first."""
+    from cloud_hub import operate
+
+    model, _, number = name.partition("@")
+    given = {"model": model, "release": number}
+
+    async def work() -> None:
+        url = _url(config_file, data, hub)
+        params = [(key, value) for key, value in given.items() if value]
+        found = await operate.call(url, "GET", "/api/v1/certificates", params=params)
+        operate.echo(found, as_json, operate.certificate_lines(found, time.time()))
+
+    _run(work)
+
+
+@certificate.command("issue")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.argument("name", metavar="MODEL@NUMBER")
+@click.argument(
+    "files",
+    metavar="FILE...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+)
+def certificate_issue(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    name: str,
+    files: tuple[Path, ...],
+) -> None:
+    """Attach certificates to a release that is out: FILEs that `fogline-models certify` wrote.
+
+    Certify on a machine of the hardware class that devices have. Of several for one variant and
+    hardware class devices take the one certified last. One that was withdrawn holds again.
+    """
+    from cloud_hub import operate
+
+    async def work() -> None:
+        made = await operate.issue(_url(config_file, data, hub), name, files)
+        operate.echo(made, as_json, operate.change_lines(made, time.time()))
+
+    _run(work)
+
+
+@certificate.command("withdraw")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.option("--reason", required=True, help="Why, for people who ask later.")
+@click.argument("name", metavar="MODEL@NUMBER")
+@click.argument("id")
+def certificate_withdraw(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    reason: str,
+    name: str,
+    id: str,
+) -> None:
+    """Take certificate ID back: devices answer under the next one that holds, or escalate.
+
+    Devices that are away follow when they return. `fogline certificate list` shows the ids.
+    """
+    from cloud_hub import operate
+
+    async def work() -> None:
+        path = f"{operate.named_release(name)}/certificates/{quote(id, safe='')}/withdrawal"
+        url = _url(config_file, data, hub)
+        found = await operate.call(url, "POST", path, body={"reason": reason})
+        operate.echo(found, as_json, operate.change_lines([found], time.time()))
 
     _run(work)
 

@@ -1,4 +1,4 @@
-"""The operator's commands: ``fogline release``, ``device`` and ``data``, over the hub's API.
+"""The operator's commands: ``fogline release``, ``certificate``, ``device`` and ``data``, over the hub's API.
 
 They find the hub through DATA/endpoints.json on its own machine, or by ``--hub URL``. A token is
 read from $FOGLINE_TOKEN, authorities that the system does not know from $SSL_CERT_FILE (OpenSSL's).
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import click
@@ -253,6 +253,70 @@ def _descent(one: dict[str, Any]) -> str:
     if children:
         said.append(f"parent of {', '.join(children)}")
     return ", ".join(said)
+
+
+def named_release(text: str) -> str:
+    """Return the path of the release ``MODEL@NUMBER`` or ``MODEL@VERSION`` below the API.
+
+    Raises:
+        OperationRefused: it does not say which.
+    """
+    model, _, number = text.partition("@")
+    if not model or not number:
+        raise OperationRefused(
+            f"{text!r} is no release: say MODEL@NUMBER; `fogline release list` shows them"
+        )
+    return f"/api/v1/releases/{quote(model, safe='')}/{quote(number, safe='')}"
+
+
+async def issue(url: str, name: str, files: Sequence[Path]) -> list[Any]:
+    """Attach the certificates in ``files`` to the release ``name``, one by one, and return them.
+
+    Raises:
+        OperationRefused: one of them was refused, by name; those before it are issued.
+        HubAway: see ``call``.
+    """
+    path = f"{named_release(name)}/certificates"
+    made = []
+    for file in files:
+        try:
+            with file.open("rb") as document:
+                made.append(await call(url, "POST", path, data=document))
+        except OSError as error:
+            raise OperationRefused(f"{file}: {error.strerror or error}") from None
+        except OperationRefused as error:
+            before = f" ({len(made)} before it are issued)" if made else ""
+            raise OperationRefused(f"{file}: {error}{before}") from None
+    return made
+
+
+def certificate_lines(certificates: list[dict[str, Any]], now: float) -> Iterator[str]:
+    """Return certificates as a table."""
+    if not certificates:
+        yield (
+            "no certificate: `fogline-models certify` makes one on a machine of the hardware class "
+            "that it is for, and `fogline certificate issue MODEL@NUMBER FILE` attaches it"
+        )
+    for one in certificates:
+        expires = datetime.datetime.fromisoformat(one["expires_at"])
+        state = (
+            "withdrawn"
+            if one["withdrawn"]
+            else "expired"
+            if expires.timestamp() <= now
+            else f"until {expires:%Y-%m-%d}"
+        )
+        line = f"{one['id']}  {one['release']:<16} {one['variant']:<10} {state:<17} {one['hardware_class']}"
+        yield f"{line}  {one['reason']}" if one["reason"] else line
+
+
+def change_lines(changes: list[dict[str, Any]], now: float) -> Iterator[str]:
+    """Return certificates that were issued or withdrawn, and who is told."""
+    for one in changes:
+        yield from certificate_lines([one], now)
+        told = one["devices"]
+        names = ", ".join(told[:8]) + (f" and {len(told) - 8:,} more" if len(told) > 8 else "")
+        yield f"  told: {names or 'no device'}"
 
 
 def device_lines(devices: list[dict[str, Any]]) -> Iterator[str]:

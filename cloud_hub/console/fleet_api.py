@@ -5,6 +5,9 @@
                                         the number may be a version, and 0 is the newest
     GET  /releases/{model}/{number}/report.html     the workshop's page, if one came with it
     POST /releases[?force=1]            a bundle as a tar stream becomes a release
+    GET  /certificates[?model=&release=]            all, the latest attached first; also withdrawn ones
+    POST /releases/{model}/{number}/certificates    a certificate as the workshop wrote it is issued
+    POST /releases/{model}/{number}/certificates/{id}/withdrawal    {"reason": "..."}: it holds no more
     GET  /devices                       all, what is wanted of them and what they say
     GET  /devices/{name}                one, with its latest changes of phase
     POST /deployments                   {"release": "digits@2", "devices": ["kiosk"] or null for all}
@@ -27,6 +30,7 @@ from google.protobuf import json_format
 from cloud_hub.console import access, report_page
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet import lineage, upload, workshop_report
+from cloud_hub.fleet.certificates import LONGEST_REASON, CertificateRefused, Change, Issued
 from cloud_hub.fleet.controller import (
     Event,
     TooMuchWanted,
@@ -39,13 +43,21 @@ from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.releases import Release, ReleaseRefused
 from cloud_hub.fleet.trust import KeyMissing
 from cloud_hub.fleet.upload import UploadRefused
+from fogline_protocol import certificate as documents
+from fogline_protocol.documents import DocumentError
 from fogline_protocol.release import MODEL_NAME
 
 MAX_UPLOAD_BYTES = 8 << 30
 MAX_BODY_BYTES = 1 << 20
 UPLOADING = "uploading"  # folder below the scratch folder, emptied at every start
 
-_STATUS = {"release/unknown": 404, "bundle/version-taken": 409}
+_RELEASE = "/api/v1/releases/{model}/{number}"
+_STATUS = {
+    "release/unknown": 404,
+    "bundle/version-taken": 409,
+    "certificate/unknown": 404,
+    "certificate/too-many": 409,
+}
 
 
 class FleetApi:
@@ -67,8 +79,11 @@ class FleetApi:
         return [
             ("GET", "/api/v1/releases", _telling(self.releases)),
             ("POST", "/api/v1/releases", _telling(self.push)),
-            ("GET", "/api/v1/releases/{model}/{number}", _telling(self.release)),
-            ("GET", "/api/v1/releases/{model}/{number}/report.html", _telling(self.report)),
+            ("GET", _RELEASE, _telling(self.release)),
+            ("GET", f"{_RELEASE}/report.html", _telling(self.report)),
+            ("GET", "/api/v1/certificates", _telling(self.certificates)),
+            ("POST", f"{_RELEASE}/certificates", _telling(self.issue)),
+            ("POST", f"{_RELEASE}/certificates/{{id}}/withdrawal", _telling(self.withdraw)),
             ("GET", "/api/v1/devices", _telling(self.devices)),
             ("GET", "/api/v1/devices/{name}", _telling(self.device)),
             ("POST", "/api/v1/deployments", _telling(self.deploy)),
@@ -81,21 +96,14 @@ class FleetApi:
 
     async def release(self, request: web.Request) -> web.Response:
         """Answer with one release in full."""
-        found = await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
+        found = await self._named(request)
         issued = await self._fleet.certificates.list(found.model, found.number)
         running = (await self._fleet.controller.running(found.model)).get(found.number)
         return web.json_response(
             {
                 **_line(found, await self._fleet.releases.list(found.model)),
                 "bundle": json.loads(found.bundle.to_json()),
-                "certificates": [
-                    {
-                        **json.loads(one.certificate.to_json()),
-                        "id": one.certificate.id,
-                        "withdrawn": one.withdrawn_at is not None,
-                    }
-                    for one in issued
-                ],
+                "certificates": [_certificate(one) for one in issued],
                 "report": dict(await self._fleet.releases.report(found)),
                 "report_html": f"{request.path.rpartition('/')[0]}/{found.number}/report.html"
                 if self._fleet.releases.has_report_page(found)
@@ -112,7 +120,7 @@ class FleetApi:
 
     async def report(self, request: web.Request) -> web.StreamResponse:
         """Answer with the workshop's page of one release."""
-        found = await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
+        found = await self._named(request)
         page = await self._fleet.releases.report_page(found)
         if not page:
             return _problem(404, "report/none", f"no report.html came with {_name(found)}")
@@ -140,6 +148,47 @@ class FleetApi:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         known = await self._fleet.releases.list(found.model)
         return web.json_response({**_line(found, known), "notes": list(notes)}, status=201)
+
+    async def certificates(self, request: web.Request) -> web.Response:
+        """Answer with every certificate, of one model or of one release."""
+        given = dict(request.query)
+        model, which = given.pop("model", None), given.pop("release", None)
+        if given or len(request.query) != len(set(request.query)) or (which and not model):
+            return access.problem(400, "expected at most ?model=MODEL&release=NUMBER")
+        found = await self._release(f"{model}@{which or '0'}") if model is not None else None
+        issued = await self._fleet.certificates.list(
+            found.model if found else None, found.number if found and which else None
+        )
+        return web.json_response([_certificate(one) for one in issued])
+
+    async def issue(self, request: web.Request) -> web.Response:
+        """Attach a certificate to a release that is out, and tell its devices."""
+        found = await self._named(request)
+        document = await _body(request, MAX_BODY_BYTES)
+        if document is None:
+            return _problem(
+                413, "certificate/too-large", f"a certificate has at most {MAX_BODY_BYTES} bytes"
+            )
+        try:
+            certificate = documents.parse(document)
+        except DocumentError as error:
+            raise CertificateRefused("certificate/malformed", str(error)) from None
+        change = await self._fleet.certificates.issue(found.model, found.number, certificate)
+        return web.json_response(_change(change), status=201)
+
+    async def withdraw(self, request: web.Request) -> web.Response:
+        """Take a certificate back, and tell the devices of its release."""
+        body = await _json(request)
+        reason = body.pop("reason", None)
+        if body or not isinstance(reason, str) or not 0 < len(reason.strip()) <= LONGEST_REASON:
+            return access.problem(
+                400, f'expected {{"reason": "TEXT"}} of 1 to {LONGEST_REASON} characters'
+            )
+        found = await self._named(request)
+        change = await self._fleet.certificates.withdraw(
+            found.model, found.number, request.match_info["id"], reason=reason.strip()
+        )
+        return web.json_response(_change(change), status=202)
 
     async def devices(self, _request: web.Request) -> web.Response:
         """Answer with every device."""
@@ -171,6 +220,10 @@ class FleetApi:
         found = await self._release(body["release"])
         names = await self._fleet.controller.want(devices, found.model, found.number)
         return web.json_response({"release": _name(found), "devices": list(names)}, status=202)
+
+    async def _named(self, request: web.Request) -> Release:
+        """Return the release that the path names."""
+        return await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
 
     async def _release(self, text: str) -> Release:
         """Return the release ``MODEL@NUMBER`` or ``MODEL@VERSION``, of ``MODEL`` the newest."""
@@ -214,6 +267,8 @@ def _telling(handler: access.Handler) -> access.Handler:
             return await handler(request)
         except ReleaseRefused as error:
             return _problem(_STATUS.get(error.code, 422), error.code, error.sentence, error.figures)
+        except CertificateRefused as error:
+            return _problem(_STATUS.get(error.code, 422), error.code, error.sentence)
         except UploadRefused as error:
             return _problem(422, "bundle/refused", str(error))
         except UnknownDevice as error:
@@ -252,14 +307,19 @@ def _unpack(archive: Path, into: Path) -> Path:
         return upload.unpack(file, into)
 
 
-async def _json(request: web.Request) -> dict[str, Any]:
+async def _body(request: web.Request, limit_bytes: int) -> bytes | None:
+    """Return what was sent, or None if it is more than that."""
     body = bytearray()
     async for chunk in request.content.iter_chunked(1 << 16):
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            return {}
+        if len(body) > limit_bytes:
+            return None
+    return bytes(body)
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
     try:
-        document = json.loads(body)
+        document = json.loads(await _body(request, MAX_BODY_BYTES) or b"")
     except (ValueError, RecursionError):
         document = None
     return document if isinstance(document, dict) else {}
@@ -292,6 +352,22 @@ def _line(found: Release, known: Sequence[Release]) -> dict[str, Any]:
         "children": [_name(child) for child in line.children],
         "self_test": {variant: dict(figures) for variant, figures in found.self_test.items()},
     }
+
+
+def _certificate(one: Issued) -> dict[str, Any]:
+    return {
+        **json.loads(one.certificate.to_json()),
+        "id": one.id,
+        "release": f"{one.certificate.model}@{one.release}",
+        "attached_at": one.attached_at,
+        "withdrawn": one.withdrawn_at is not None,
+        "withdrawn_at": one.withdrawn_at,
+        "reason": one.reason,
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {**_certificate(change.issued), "devices": list(change.devices)}
 
 
 def _event(event: Event) -> dict[str, Any]:

@@ -7,17 +7,25 @@ workshop; here it is only asked whether it speaks of this release at all.
 The table is what the hub believes and the signed metadata follows it. An issue is signed first
 and then believed, a withdrawal is believed first and then no longer signed: wherever the power
 goes, no device is sent to a certificate that is not signed, and ``reconcile`` finishes the rest.
+
+What is believed and what devices are told change in one transaction, so a hub that is killed
+right after it has changed its mind tells them when it returns.
+
+Replacing is issuing: of several certificates for one variant on one hardware class a device takes
+the one that was issued last, by the document's own date, as long as that one holds.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Row
 
+from cloud_hub.fleet.controller import TooMuchWanted
 from cloud_hub.fleet.trust import Repository
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
@@ -25,6 +33,10 @@ from fogline_protocol import certificate as documents
 from fogline_protocol import release, release_index
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import Bundle
+from fogline_protocol.release_index import MAX_CERTIFICATES
+
+LONGEST_REASON = 500  # characters
+_ID = re.compile("[0-9a-f]{16}")
 
 
 class CertificateRefused(Exception):
@@ -53,22 +65,59 @@ class Issued:
         return release_index.certificate_target(self.certificate.model, self.release, self.id)
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A certificate as it stands now, and the devices that are told so; none if nothing changed."""
+
+    issued: Issued
+    devices: Sequence[str]
+
+
+class Wishes(Protocol):
+    """What is wanted of devices, as far as certificates are part of it."""
+
+    def restate(
+        self, connection: Connection, model: str, number: int, *, at_any_size: bool = False
+    ) -> Sequence[str]:
+        """Have every device of a release told anew, inside a transaction; return their names.
+
+        Raises:
+            TooMuchWanted: one of them could not be told; not with ``at_any_size``.
+        """
+        ...
+
+    def restated(self) -> None:
+        """Note that the transaction was committed."""
+        ...
+
+
 class Certificates:
     """The certificates of all releases."""
 
     def __init__(
-        self, store: Store, repository: Repository, *, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        repository: Repository,
+        wishes: Wishes,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._repository = repository
+        self._wishes = wishes
         self._clock = clock
         self._changing = asyncio.Lock()  # a withdrawal must not overtake the issue it undoes
 
-    async def issue(self, model: str, number: int, certificate: Certificate) -> Issued:
-        """Attach a certificate to a release and sign it. One that was withdrawn holds again.
+    async def issue(self, model: str, number: int, certificate: Certificate) -> Change:
+        """Attach a certificate to a release, sign it and tell the devices of that release.
+
+        One that was withdrawn holds again. One that holds already changes nothing.
 
         Raises:
-            CertificateRefused: there is no such release, or the certificate is not about it.
+            CertificateRefused: there is no such release, the certificate is not about it, or too
+                many hold for it already.
+            TooMuchWanted: with it, a device could not be told any more what is wanted of it.
+            KeyMissing: the hub cannot sign.
             StoreFailed: the database cannot take it; nothing refers to it.
         """
         bundle, hub = await self._store.read(lambda c: _bundles(c, model, number))
@@ -79,35 +128,60 @@ class Certificates:
                 "certificate/other", f"certificate {certificate.id}: {problem}"
             )
         target = release_index.certificate_target(model, number, certificate.id)
+
+        def believe(connection: Connection) -> Sequence[str]:
+            if not attach(connection, model, number, certificate, now):
+                return ()
+            if (holding := len(named(connection, model, number, now))) > MAX_CERTIFICATES:
+                raise CertificateRefused(
+                    "certificate/too-many",
+                    f"{holding} certificates would hold for {model}@{number}, a device takes at most "
+                    f"{MAX_CERTIFICATES}: withdraw those of variants or hardware that nobody runs",
+                )
+            return self._wishes.restate(connection, model, number)
+
         async with self._changing:
             await asyncio.to_thread(
                 self._repository.publish, {target: certificate.to_json()}, now=now
             )
-            await self._store.write(lambda c: attach(c, model, number, certificate, now))
-            return await self.show(model, number, certificate.id)
+            try:
+                devices = await self._store.write(believe)
+            except (CertificateRefused, TooMuchWanted):
+                await asyncio.to_thread(self._repository.publish, {}, [target], now=now)
+                raise
+            self._wishes.restated()
+            return Change(await self.show(model, number, certificate.id), devices)
 
-    async def withdraw(self, model: str, number: int, id: str, *, reason: str) -> Issued:
-        """Take a certificate back: devices that ask find it gone. Doing it again changes nothing.
+    async def withdraw(self, model: str, number: int, id: str, *, reason: str) -> Change:
+        """Take a certificate back and tell the devices of its release.
 
-        Devices that use it stop when they are told another desired state; that is the caller's.
+        Those that ask find it gone. Doing it again changes nothing.
 
         Raises:
             CertificateRefused: it was never attached to this release.
+            KeyMissing: the hub cannot sign; devices are told all the same.
             StoreFailed: the database cannot take it; it still holds.
         """
+        now = self._clock()
+        told = "".join(c if c.isprintable() else " " for c in reason)[:LONGEST_REASON]
+
+        def disbelieve(connection: Connection) -> Sequence[str]:
+            connection.execute(
+                schema.certificate.update()
+                .where(*_is(model, number, id))
+                .values(withdrawn_at=now, reason=told)
+            )
+            # Nothing stands in the way of a withdrawal: what is wanted gets smaller by it.
+            return self._wishes.restate(connection, model, number, at_any_size=True)
+
         async with self._changing:
             found = await self.show(model, number, id)
+            devices: Sequence[str] = ()
             if found.withdrawn_at is None:
-                now = self._clock()
-                await self._store.write(
-                    lambda c: c.execute(
-                        schema.certificate.update()
-                        .where(*_is(model, number, id))
-                        .values(withdrawn_at=now, reason=reason[:500])
-                    )
-                )
-            await asyncio.to_thread(self._repository.publish, {}, [found.target], now=self._clock())
-            return await self.show(model, number, id)
+                devices = await self._store.write(disbelieve)
+                self._wishes.restated()
+            await asyncio.to_thread(self._repository.publish, {}, [found.target], now=now)
+            return Change(await self.show(model, number, id), devices)
 
     async def list(self, model: str | None = None, number: int | None = None) -> Sequence[Issued]:
         """Return certificates, withdrawn ones included, the latest first."""
@@ -130,23 +204,15 @@ class Certificates:
         Raises:
             CertificateRefused: it was never attached to this release.
         """
-        row = await self._store.read(
-            lambda c: c.execute(schema.certificate.select().where(*_is(model, number, id))).first()
-        )
+        query = schema.certificate.select().where(*_is(model, number, id))
+        # Not every database takes any text for an id.
+        named = _ID.fullmatch(id) is not None
+        row = await self._store.read(lambda c: c.execute(query).first()) if named else None
         if row is None:
             raise CertificateRefused(
                 "certificate/unknown", f"release {number} of {model} has no certificate {id!r}"
             )
         return _issued(row)
-
-    async def targets(self, model: str, number: int) -> tuple[str, ...]:
-        """Return what to name next to a release in the desired state: what holds now."""
-        now = self._clock()
-        return tuple(
-            issued.target
-            for issued in await self.list(model, number)
-            if issued.withdrawn_at is None and issued.certificate.expires_at.timestamp() > now
-        )
 
     async def reconcile(self) -> None:
         """Sign what the table holds and nothing that was withdrawn. Call it once at every start."""
@@ -187,14 +253,16 @@ def objection(
 
 def attach(
     connection: Connection, model: str, number: int, certificate: Certificate, now: float
-) -> None:
-    """Insert the row of a signed certificate, or make a withdrawn one hold again."""
-    changed = connection.execute(
-        schema.certificate.update()
-        .where(*_is(model, number, certificate.id))
-        .values(withdrawn_at=None, reason="")
-    )
-    if changed.rowcount == 0:
+) -> bool:
+    """Insert the row of a signed certificate, or make a withdrawn one hold again.
+
+    Returns:
+        Whether it did not hold before.
+    """
+    known = connection.execute(
+        sa.select(schema.certificate.c.withdrawn_at).where(*_is(model, number, certificate.id))
+    ).first()
+    if known is None:
         connection.execute(
             schema.certificate.insert().values(
                 model=model,
@@ -210,6 +278,36 @@ def attach(
                 reason="",
             )
         )
+    elif known.withdrawn_at is not None:
+        connection.execute(
+            schema.certificate.update()
+            .where(*_is(model, number, certificate.id))
+            .values(withdrawn_at=None, reason="")
+        )
+    return known is None or known.withdrawn_at is not None
+
+
+def named(connection: Connection, model: str, number: int, now: float) -> tuple[str, ...]:
+    """Return the targets that a desired state names next to a release.
+
+    Those that hold now, the latest issued first, without the ones that no device would ever take:
+    another was issued later for the same variant and hardware class, and holds as long.
+    """
+    c = schema.certificate.c
+    latest_first = connection.execute(
+        sa.select(c.id, c.variant, c.hardware_class, c.expires_at)
+        .where(c.model == model, c.release == number)
+        .where(c.withdrawn_at.is_(None), c.expires_at > now)
+        .order_by(c.issued_at.desc(), c.id)
+    )
+    covered_until: dict[tuple[str, str], float] = {}
+    found = []
+    for row in latest_first:
+        place = row.variant, row.hardware_class
+        if row.expires_at > covered_until.get(place, 0.0):
+            covered_until[place] = row.expires_at
+            found.append(release_index.certificate_target(model, number, row.id))
+    return tuple(found)
 
 
 def _bundles(connection: Connection, model: str, number: int) -> tuple[Bundle, Bundle | None]:

@@ -225,9 +225,48 @@ class Controller:
             return names
 
         names = await self._store.write(write)
+        self.restated()
+        return names
+
+    def restate(
+        self, connection: Connection, model: str, number: int, *, at_any_size: bool = False
+    ) -> Sequence[str]:
+        """Have every device told anew that wants a release or says that it runs it.
+
+        For whoever changes what goes with a release, inside the transaction that changes it; see
+        ``Wishes`` in ``certificates.py``. A device that runs what is not wanted of it any more
+        hears of the change as well: it may never arrive at what is.
+
+        Raises:
+            TooMuchWanted: one of them could not be told any more what is wanted; not with
+                ``at_any_size``.
+        """
+        names = []
+        describe = functools.cache(functools.partial(self._wanted, connection))
+        query = select(twin.c.device, twin.c.desired, twin.c.generation, twin.c.reported)
+        for row in connection.execute(query.order_by(twin.c.device)).all():
+            desired = json.loads(row.desired)
+            if desired.get(model) != number and not _runs(row.reported, model, number):
+                continue
+            document = self._document(row.generation + 1, desired, describe)
+            size = 0 if at_any_size else len(documents.canonical(document))
+            if size > MAX_DESIRED_BYTES:
+                raise TooMuchWanted(
+                    f"the desired state of {row.device} would take {size} bytes, at most "
+                    f"{MAX_DESIRED_BYTES} are possible: it already names {len(desired)} models"
+                )
+            connection.execute(
+                update(twin)
+                .where(twin.c.device == row.device)
+                .values(generation=row.generation + 1)
+            )
+            names.append(row.device)
+        return names
+
+    def restated(self) -> None:
+        """Publish what was restated: that transaction was committed."""
         self.revision += 1
         self._due.set()
-        return names
 
     # What devices say --------------------------------------------------------------------
 
@@ -514,6 +553,13 @@ def _row(connection: Connection, device: str) -> Row[Any]:
         connection.execute(insert(twin).values(device=device))
         row = connection.execute(query).one()
     return row
+
+
+def _runs(reported: bytes, model: str, number: int) -> bool:
+    return any(
+        one.model == model and one.active_release == number
+        for one in pb.Reported.FromString(reported).models
+    )
 
 
 def _moment(state: pb.DeviceState) -> tuple[int, int, bool]:

@@ -1,7 +1,8 @@
 """The model story on the hub, joined: releases, trust, desired states, and the way to devices.
 
     release push → releases (check, try, number, sign) ─┐
-    device set   → controller (desired, generation) ────┴→ link → broker → devices
+    device set   → controller (desired, generation) ────┼→ link → broker → devices
+    certificate issue, withdraw → certificates (sign) ──┘
     devices      → link → controller (reported, counts) → console
 
 Serving inference never depends on any of it: a broker that is missing or dies is said, waited
@@ -20,7 +21,7 @@ import structlog
 from aiohttp import web
 from sqlalchemy import Connection, select
 
-from cloud_hub.fleet import artifacts, reports
+from cloud_hub.fleet import artifacts, certificates, reports
 from cloud_hub.fleet.artifacts import Blobs
 from cloud_hub.fleet.certificates import Certificates
 from cloud_hub.fleet.controller import Controller, WantedRelease
@@ -36,6 +37,7 @@ from cloud_hub.store.store import Store
 from fogline_protocol import release_index
 from fogline_protocol.errors import BadRequest
 from fogline_protocol.mqtt import Backoff, BrokerAddress
+from fogline_protocol.release_index import MAX_CERTIFICATES
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -68,13 +70,13 @@ class Fleet:
             reports=ReportPages(data / "reports"),
             load=load,
         )
-        self.certificates = Certificates(store, self._repository)
         self.controller = Controller(
             store,
             wanted=_wanted,
             telemetry=_checked(telemetry),
             seen=lambda state: None if state.online else devices.left(state.device),
         )
+        self.certificates = Certificates(store, self._repository, self.controller)
         self._mosquitto: Mosquitto | None = None
         self._link: HubLink | None = None
         self.broker = ""  # its address as a URL; empty: there is none
@@ -181,22 +183,16 @@ def _checked(take: Telemetry) -> Telemetry:
 
 def _wanted(connection: Connection, model: str, number: int) -> WantedRelease | None:
     """Describe an accepted release as a desired state names it: with what is certified now."""
-    r, c = schema.release.c, schema.certificate.c
+    r = schema.release.c
     row = connection.execute(
         select(r.version).where(r.model == model, r.number == number)
     ).one_or_none()
     if row is None:
         return None
-    certified = connection.execute(
-        select(c.id)
-        .where(c.model == model, c.release == number)
-        .where(c.withdrawn_at.is_(None), c.expires_at > time.time())
-        .order_by(c.id)
-    ).scalars()
     return WantedRelease(
         model,
         number,
         row.version,
         release_index.index_target(model, number),
-        tuple(release_index.certificate_target(model, number, id) for id in certified),
+        sorted(certificates.named(connection, model, number, time.time())[:MAX_CERTIFICATES]),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from fogline_protocol import documents
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.release import MODEL_NAME
+from fogline_protocol.release_index import MAX_CERTIFICATES
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 SCHEMA = 1
@@ -23,7 +24,6 @@ MAX_DESIRED_BYTES = 4 << 10
 # would make the device deaf to every later one.
 MAX_COUNTER = 1 << 53
 MAX_RELEASES = 32
-MAX_CERTIFICATES = 16
 _MAX_VERSION = 64
 _MAX_TARGET = 512
 _MAX_SENTENCE = 500

@@ -23,6 +23,7 @@ BLOCK_BYTES = 1 << 20  # 2 GB make 2,048 blocks and an index of 140 KB
 MIN_BLOCK_BYTES = 1 << 12
 MAX_BLOCK_BYTES = 1 << 24  # a reader holds one block in memory
 MAX_FILES = 4096
+MAX_CERTIFICATES = 16  # of one release that a device is told of at a time
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _INDEX_TARGET = re.compile(rf"({release.MODEL_NAME.pattern})/([1-9][0-9]{{0,15}})/index\.json")

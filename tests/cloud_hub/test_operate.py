@@ -1,9 +1,10 @@
-"""``fogline release`` and ``fogline device`` against a real hub in this process."""
+"""``fogline release``, ``certificate`` and ``device`` against a real hub in this process."""
 
 import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cloud_hub.config import HubConfig
 from cloud_hub.errors import ConfigRefused
 from cloud_hub.fleet.link import Arrival
 from cloud_hub.hub import Hub
+from fogline_protocol import release
 from fogline_protocol.release import Parent
 from fogline_protocol.v1 import fleet_pb2 as pb
 from tests.cloud_hub.console import workshop
@@ -176,6 +178,68 @@ async def test_devices_are_listed_shown_and_told_what_is_wanted(hub: Hub, bundle
     assert "the hub refused [device/unknown]: no device 'z'" in unknown
     unknown = await fogline("device", "set", "z", "--release", "digits-hub@1", *at)
     assert "no device 'z'" in said(unknown, 6)
+
+
+async def test_certificates_are_issued_listed_and_withdrawn(
+    hub: Hub, bundles: Path, tmp_path: Path
+) -> None:
+    at = ("--data", hub.config.data)
+    none = said(await fogline("certificate", "list", *at), 0)
+    assert "`fogline-models certify` makes one on a machine of the hardware class" in none
+    await hub.fleet.releases.accept(bundles / "digits-hub-1.0.0")
+    await hub.fleet.releases.accept(bundles / "digits-1.0.0")
+    await tell(hub, birth("kiosk"))
+    await hub.fleet.controller.want(["kiosk"], "digits", 1)
+    (known, *_) = release.read(bundles / "digits-1.0.0").certificates
+    made = [replace(known, hardware_class=name) for name in ("arm", "riscv")]
+    files = [tmp_path / f"{one.hardware_class}.json" for one in made]
+    for one, file in zip(made, files, strict=True):
+        file.write_bytes(one.to_json())
+    issued = said(await fogline("certificate", "issue", "digits@1", *files, *at), 0).splitlines()
+    day = f"{known.expires_at:%Y-%m-%d}"
+    assert [line.split() for line in issued] == [
+        [made[0].id, "digits@1", known.variant, "until", day, "arm"], ["told:", "kiosk"],
+        [made[1].id, "digits@1", known.variant, "until", day, "riscv"], ["told:", "kiosk"],
+    ]  # fmt: skip
+    withdraw = ("certificate", "withdraw", "digits@1", made[0].id, "--reason", "a drift")
+    gone = said(await fogline(*withdraw, *at), 0).splitlines()
+    assert gone[0].endswith("  arm  a drift")
+    assert gone[1] == "  told: kiosk"
+    again = json.loads(said(await fogline(*withdraw, "--json", *at), 0))
+    assert (again["withdrawn"], again["devices"]) == (True, [])
+    for name in ((), ("digits",), ("digits@1",)):
+        listed = said(await fogline("certificate", "list", *name, *at), 0).splitlines()
+        assert [line.split()[3] for line in listed[:2]] in (
+            ["withdrawn", "until"], ["until", "withdrawn"],
+        )  # fmt: skip
+    shown = said(await fogline("certificate", "list", "digits@1", "--json", *at), 0)
+    assert {one["reason"] for one in json.loads(shown)} == {"", "a drift"}
+
+
+async def test_a_certificate_that_is_refused_is_named_with_its_file(
+    hub: Hub, bundles: Path, tmp_path: Path
+) -> None:
+    at = ("--data", hub.config.data)
+    await hub.fleet.releases.accept(bundles / "digits-hub-1.0.0")
+    await hub.fleet.releases.accept(bundles / "digits-1.0.0")
+    (known, *_) = release.read(bundles / "digits-1.0.0").certificates
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_bytes(replace(known, hardware_class="arm").to_json())
+    bad.write_bytes(replace(known, version="3.0.0").to_json())
+    told = said(await fogline("certificate", "issue", "digits@1", good, bad, *at), 6)
+    assert f"{bad}: the hub refused [certificate/other]" in told
+    assert "it speaks of digits 3.0.0, the release is digits 1.0.0 (1 before it are issued)" in told
+    bad.write_bytes(b"no certificate")
+    told = said(await fogline("certificate", "issue", "digits@1", bad, *at), 6)
+    assert f"{bad}: the hub refused [certificate/malformed]" in told
+    for name in ("digits", "@1", "digits@"):
+        told = said(await fogline("certificate", "issue", name, good, *at), 6)
+        assert f"{name!r} is no release: say MODEL@NUMBER" in told
+    told = said(await fogline("certificate", "issue", "digits/x@1?y", good, *at), 6)
+    assert "the hub refused [release/unknown]: there is no release 'digits/x@1?y'" in told
+    gone = ("certificate", "withdraw", "digits@1", "f" * 16, "--reason", "x")
+    assert "[certificate/unknown]" in said(await fogline(*gone, *at), 6)
+    assert "Missing option '--reason'" in said(await fogline(*gone[:-2], *at), 2)
 
 
 def test_what_an_older_hub_tells_of_a_device_is_shown_all_the_same() -> None:

@@ -12,10 +12,12 @@ from sqlalchemy import Connection, delete, insert, select, text, update
 
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.callers import NO_LIMITS, CallerLimits
+from cloud_hub.fleet.certificates import CertificateRefused, Certificates, named
 from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, Running, WantedRelease
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.identity import Identity
 from cloud_hub.fleet.link import Arrival, Document
+from cloud_hub.fleet.trust import Repository
 from cloud_hub.insight.example_files import ExampleFiles
 from cloud_hub.insight.example_rows import Selection
 from cloud_hub.insight.examples import Bounds, Examples
@@ -24,6 +26,7 @@ from cloud_hub.metrics import Metrics
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol.v1 import fleet_pb2 as pb
+from tests.cloud_hub.fleet import test_certificates
 from tests.examples import numbered, numbers_of, offer, read, settled
 
 NOW = 1_790_000_000.0
@@ -416,3 +419,35 @@ class StoreContract:
             now += 100
             await examples.tidy()
             assert await examples.summary(None) == []
+
+    async def test_a_certificate_and_what_devices_are_told_of_it_change_together(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        def wanted(connection: Connection, model: str, number: int) -> WantedRelease:
+            targets = named(connection, model, number, test_certificates.NOW)
+            return WantedRelease(model, number, "1.0.0", "i", targets)
+
+        await store.write(test_certificates.insert_releases)
+        controller = Controller(store, wanted=wanted, telemetry=print, seen=lambda state: None)
+        now = test_certificates.NOW
+        repository = Repository(tmp_path, now=now, disk=test_certificates.QuickDisk())
+        certificates = Certificates(store, repository, controller, clock=lambda: now)
+        births = [pb.DeviceState(schema=1, device=n, online=True, boot=1) for n in ("a", "b")]
+        await controller.commit([Arrival("default", one.device, one) for one in births])
+        await controller.want(["a"], "digits", 2)
+        good = test_certificates.GOOD
+
+        async def generations() -> list[int]:
+            return [one.generation for one in await controller.twins()]
+
+        assert (await certificates.issue("digits", 2, good)).devices == ["a"]
+        assert await generations() == [2, 0]
+        assert (await certificates.issue("digits", 2, good)).devices == ()
+        gone = await certificates.withdraw("digits", 2, good.id, reason="drift: \u00e9\0\ud800")
+        assert (gone.devices, gone.issued.reason) == (["a"], "drift: \u00e9  ")
+        assert await generations() == [3, 0]
+        assert (await certificates.issue("digits", 2, good)).devices == ["a"]
+        for stranger in ("\0", "\ud800", "f" * 16):
+            with pytest.raises(CertificateRefused, match="has no certificate"):
+                await certificates.withdraw("digits", 2, stranger, reason="x")
+        assert await generations() == [4, 0]

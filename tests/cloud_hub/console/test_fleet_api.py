@@ -9,6 +9,7 @@ import shutil
 import socket
 import tarfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from cloud_hub.config import HubConfig
 from cloud_hub.fleet import upload
 from cloud_hub.fleet.link import Arrival
 from cloud_hub.hub import Hub
+from fogline_protocol import release
+from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import Parent
 from fogline_protocol.v1 import fleet_pb2 as pb
 from tests.cloud_hub.console import workshop
@@ -355,3 +358,99 @@ async def test_a_disk_without_room_is_named(
     status, code, said = await refused(session, "POST", "/releases", data=packed(hub_bundle))
     assert (status, code) == (507, "hub/disk")
     assert "the hub's disk" in said
+
+
+@pytest.fixture
+async def edge(hub: Hub, hub_bundle: Path, digits: Path) -> Certificate:
+    """A hub with digits@1 in the field, and a certificate of it for another hardware class."""
+    await hub.fleet.releases.accept(hub_bundle)
+    bundle = digits / "bundles" / "digits-1.0.0"
+    await hub.fleet.releases.accept(bundle)
+    await report_as(hub, "a", "b")
+    await hub.fleet.controller.want(["a"], "digits", 1)
+    (known, *_) = release.read(bundle).certificates
+    return replace(known, hardware_class="aarch64/CPUExecutionProvider/onnxruntime-1.32")
+
+
+async def test_a_certificate_is_issued_listed_and_withdrawn(
+    session: aiohttp.ClientSession, hub: Hub, edge: Certificate
+) -> None:
+    async def generations() -> list[int]:
+        return [one["generation"] for one in (await ask(session, "GET", "/devices")).document]
+
+    known = (await ask(session, "GET", "/certificates")).document
+    path = "/releases/digits/1.0.0/certificates"
+    made = await ask(session, "POST", path, data=edge.to_json())
+    assert (made.status, made.document["id"]) == (201, edge.id)
+    assert made.document["release"] == "digits@1"
+    assert (made.document["devices"], await generations()) == (["a"], [2, 0])
+    again = await ask(session, "POST", path, data=edge.to_json())
+    assert (again.status, again.document) == (201, {**made.document, "devices": []})
+    del made.document["devices"]
+    for query in ("", "?model=digits", "?model=digits&release=1", "?model=digits&release=1.0.0"):
+        listed = (await ask(session, "GET", f"/certificates{query}")).document
+        assert listed == [made.document, *known], query
+    assert (await ask(session, "GET", "/certificates?model=digits-hub")).document == []
+    gone = await ask(
+        session, "POST", f"{path}/{edge.id}/withdrawal", json={"reason": " found drift\n"}
+    )
+    assert (gone.status, gone.document["withdrawn"]) == (202, True)
+    assert (gone.document["reason"], gone.document["devices"]) == ("found drift", ["a"])
+    assert await generations() == [3, 0]
+    shown = (await ask(session, "GET", "/releases/digits/1")).document["certificates"]
+    assert [(one["id"], one["withdrawn"]) for one in shown[:1]] == [(edge.id, True)]
+
+
+async def test_what_is_no_certificate_of_a_release_is_refused_and_changes_nothing(
+    session: aiohttp.ClientSession, hub: Hub, edge: Certificate
+) -> None:
+    good = edge.to_json()
+    other = replace(edge, version="9.0.0").to_json()
+    for path, body, wanted, said in (
+        ("digits/1", b"", (422, "certificate/malformed"), "certificate"),
+        ("digits/1", b"[]", (422, "certificate/malformed"), "expected a JSON object"),
+        ("digits/1", b"{}", (422, "certificate/malformed"), "schema 0"),
+        ("digits/1", b"\xff", (422, "certificate/malformed"), "certificate"),
+        ("digits/1", b"[" * 100_000, (422, "certificate/malformed"), "certificate"),
+        ("digits/1", good[:-2], (422, "certificate/malformed"), "certificate"),
+        ("digits/1", b" " * (2 << 20), (413, "certificate/too-large"), "at most 1048576 bytes"),
+        ("digits/1", other, (422, "certificate/other"), "it speaks of digits 9.0.0"),
+        ("digits-hub/1", good, (422, "certificate/other"), "the release is digits-hub 1.0.0"),
+        ("digits/2", good, (404, "release/unknown"), "there are: digits@1"),
+        ("x%00/1", good, (404, "release/unknown"), "there are: none"),
+    ):
+        sent = io.BytesIO(body)
+        answer = await refused(session, "POST", f"/releases/{path}/certificates", data=sent)
+        assert (*answer[:2], said in answer[2]) == (*wanted, True), (path, body[:40], answer)
+    base = "/releases/digits/1/certificates"
+    for id, body, status, said in (
+        ("f" * 16, b'{"reason": "x"}', 404, "digits has no certificate"),
+        ("%00", b'{"reason": "x"}', 404, "digits has no certificate"),
+        (edge.id, b"", 400, 'expected {"reason": "TEXT"}'),
+        (edge.id, b'{"reason": " "}', 400, 'expected {"reason": "TEXT"}'),
+        (edge.id, b'{"reason": 1}', 400, 'expected {"reason": "TEXT"}'),
+        (edge.id, b'{"reason": "x", "more": 1}', 400, 'expected {"reason": "TEXT"}'),
+        (edge.id, json.dumps({"reason": "x" * 501}).encode(), 400, "of 1 to 500 characters"),
+    ):
+        answer = await refused(session, "POST", f"{base}/{id}/withdrawal", data=body)
+        assert (answer[0], said in answer[2]) == (status, True), answer
+    for query in ("?release=1", "?models=digits", "?model=digits&model=digits-hub"):
+        status, _, said = await refused(session, "GET", f"/certificates{query}")
+        assert (status, said) == (400, "expected at most ?model=MODEL&release=NUMBER")
+    status, code, _ = await refused(session, "GET", "/certificates?model=digits&release=7")
+    assert (status, code) == (404, "release/unknown")
+    for one in (await ask(session, "GET", "/devices")).document:
+        assert one["generation"] == (1 if one["name"] == "a" else 0)
+
+
+async def test_a_page_of_another_site_issues_and_withdraws_nothing(
+    session: aiohttp.ClientSession, edge: Certificate
+) -> None:
+    headers = {"Origin": "https://evil.example"}
+    base = "/releases/digits/1/certificates"
+    for path in (base, f"{base}/{edge.id}/withdrawal"):
+        answer = await ask(session, "POST", path, data=edge.to_json(), headers=headers)
+        assert answer.status == 403
+    assert edge.id not in [
+        one["id"] for one in (await ask(session, "GET", "/certificates")).document
+    ]

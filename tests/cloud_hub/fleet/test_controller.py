@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, select, update
 
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.controller import (
@@ -424,6 +425,49 @@ async def test_more_than_fits_into_one_document_is_refused_when_it_is_wanted(hub
     async with publishing(hub, broker) as task:
         await until(hub.store, [], task)
     assert len(documents.canonical(broker.retained["a"])) <= MAX_DESIRED_BYTES
+
+
+async def test_whoever_wants_a_release_or_runs_it_is_told_anew(hub: Hub, store: Store) -> None:
+    await hub.tell(*map(birth, ("wants", "runs", "both", "other", "idle")))
+    await hub.controller.want(["wants", "both"], "digits", 2)
+    await hub.controller.want(["runs", "other"], "digits", 3)
+    active = {"runs": 2, "both": 2, "other": 1, "idle": 0}
+    await hub.tell(
+        *(report(name, models=[standing(active_release=n)]) for name, n in active.items())
+    )
+    broker = Broker()
+    async with publishing(hub, broker) as task:
+        await until(store, [], task)
+        revision = hub.controller.revision
+        told = await store.write(lambda c: hub.controller.restate(c, "digits", 2))
+        assert told == ["both", "runs", "wants"]
+        hub.controller.restated()
+        await until(store, [], task)
+    generations = {one.device: one.generation for one in await hub.controller.twins()}
+    assert generations == {"wants": 2, "runs": 2, "both": 2, "other": 1, "idle": 0}
+    assert {name: given[-1] for name, given in broker.given.items()} == {
+        "wants": 2, "runs": 2, "both": 2, "other": 1,
+    }  # fmt: skip
+    # It is wanted as before.
+    assert [one.release for one in broker.retained["runs"].releases] == [3]
+    assert hub.controller.revision > revision
+
+
+async def test_a_device_without_room_for_more_is_told_anew_only_if_it_must_be(
+    hub: Hub, store: Store
+) -> None:
+    await hub.tell(birth())
+    with contextlib.suppress(TooMuchWanted):
+        for number in range(100):
+            await hub.controller.want(None, f"model-{number}", 1)
+    full = {f"model-{n}": 1 for n in range(number)} | {"one": 1, "more": 1, "digits": 1}
+    await store.write(lambda c: c.execute(update(schema.twin).values(desired=json.dumps(full))))
+    before = await hub.twin()
+    with pytest.raises(TooMuchWanted, match=f"at most {MAX_DESIRED_BYTES} are possible"):
+        await store.write(lambda c: hub.controller.restate(c, "digits", 1))
+    assert (await hub.twin()).generation == before.generation
+    await store.write(lambda c: hub.controller.restate(c, "digits", 1, at_any_size=True))
+    assert (await hub.twin()).generation == before.generation + 1
 
 
 # What goes out
