@@ -14,9 +14,10 @@ after a restart of the agent, while the router goes on answering.
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
@@ -39,13 +40,15 @@ from edge_agent.update.lifecycle import StepInterrupted
 from edge_agent.update.machine import ModelReport
 from edge_agent.update.selftest import ChildSelfTest
 from edge_agent.update.slots import Desired, Target
-from edge_agent.update.surroundings import Progress, Timings
+from edge_agent.update.surroundings import Place, Progress, Timings
 from edge_agent.update.trust import Trust
 from edge_agent.update.updater import DesiredRefused, Updater
 from fogline_protocol.errors import InferenceError
 from fogline_protocol.mqtt import Backoff
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.tensors import Array
+
+T = TypeVar("T")
 
 ASK_TIMEOUT_S = 5.0
 
@@ -413,13 +416,22 @@ class _Fetch:
 
     def __init__(self) -> None:
         self.releases: HubReleases | None = None
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def fetch(self, target: Target, into: Path, progress: Progress) -> None:
         """See ``Fetch.fetch`` in ``surroundings.py``."""
+        await self._unless_moved(lambda hub: hub.fetch(target, into, progress))
+
+    async def certificates(self, targets: Collection[str]) -> Mapping[str, bytes]:
+        """See ``Fetch.certificates`` in ``surroundings.py``."""
+        if not targets:
+            return {}  # so a withdrawal is followed wherever the hub's files are
+        return await self._unless_moved(lambda hub: hub.certificates(targets))
+
+    async def _unless_moved(self, work: Callable[[HubReleases], Coroutine[Any, Any, T]]) -> T:
         if self.releases is None:
             raise StepInterrupted("download/no-hub", "the hub has not said yet where its files are")
-        step = asyncio.create_task(self.releases.fetch(target, into, progress))
+        step = asyncio.create_task(work(self.releases))
         self._running.add(step)
         try:
             await asyncio.wait({step})
@@ -429,7 +441,7 @@ class _Fetch:
             self._running.discard(step)
         if step.cancelled():
             raise StepInterrupted("download/moved", "the hub's files have moved meanwhile")
-        step.result()
+        return step.result()
 
     async def leave(self) -> None:
         """Fetch nothing from the hub that was; return when nothing uses its parts any more."""
@@ -484,6 +496,22 @@ class _Serving:
             self._router.install(await self._given.load(self._by_hand[model]))
         else:
             self._router.remove(model)
+
+    def place(self, model: str) -> Place | None:
+        """See ``Serving.place`` in ``surroundings.py``."""
+        serving = self._router.serving(model)
+        if serving is None:
+            return None
+        return Place(serving.number, serving.choice.variant.name, serving.choice.provider)
+
+    def certify(self, model: str, bundle: BundleDirectory) -> None:
+        """See ``Serving.certify`` in ``surroundings.py``."""
+        serving = self._router.serving(model)
+        assert serving is not None, "only what serves can be certified: our bug"
+        certified = releases.certified(serving, bundle)
+        same = certified.choice.certificate == serving.choice.certificate
+        if not same or bundle != serving.directory:
+            self._router.certify(certified)
 
     async def fall_back(self, model: str, why: str) -> None:
         """Answer ``model`` with what was given by hand, or not at all, and remember why.

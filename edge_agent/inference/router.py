@@ -9,7 +9,8 @@ are decided one by one; those that escalate leave in one request, and take their
 answer back. One deadline covers both legs.
 
 The router holds the releases in service in one place; ``install`` replaces one between two
-requests, and the old engine is closed when its last request is done.
+requests, and the old engine is closed when its last request is done. ``certify`` replaces the
+certificate alone: what is in flight ends under the one it began with, on the same engine.
 """
 
 import asyncio
@@ -41,6 +42,7 @@ from edge_agent.inference.rows import (
     tier_of,
 )
 from edge_agent.inference.uplink import Answer, Question, Uplink
+from edge_agent.runtime.engine import Engine
 from edge_agent.runtime.release import Release
 from fogline_protocol import inference
 from fogline_protocol.errors import (
@@ -85,32 +87,60 @@ class Observer(Protocol):
         ...
 
 
+class _Lease:
+    """Who uses an engine; the last one of a retired release closes it."""
+
+    __slots__ = ("_engine", "_retired", "_users")
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._users = 0
+        self._retired = False
+
+    def enter(self) -> None:
+        """Count a request in."""
+        self._users += 1
+
+    def leave(self) -> None:
+        """Count a request out."""
+        self._users -= 1
+        if self._retired and self._users == 0:
+            self._engine.close()
+
+    def retire(self) -> None:
+        """Take no new requests; those in flight finish on the old engine."""
+        self._retired = True
+        if self._users == 0:
+            self._engine.close()
+
+
 class _Served:
-    """One release in service, and what changes about it while it is."""
+    """One release in service under one certificate, and what changes about it while it is."""
 
     __slots__ = (
         "certificate_id",
         "edge_sha256",
         "expires_at",
         "label",
+        "lease",
         "output_names",
         "release",
-        "retired",
         "statistics",
         "terms",
         "uncertified",
-        "users",
         "version",
         "voided_by",
     )
 
-    def __init__(self, release: Release) -> None:
+    def __init__(self, release: Release, before: "_Served | None" = None) -> None:
+        """Serve ``release``; ``before`` is the same one under another certificate."""
         certificate = release.choice.certificate
         paired = release.bundle.escalates_to is not None and release.score is not None
         self.release = release
         self.label = release.label
         self.version = release.version
         self.edge_sha256 = release.directory.variant_sha256(release.choice.variant)
+        self.lease = _Lease(release.engine)
         self.statistics = ModelStatistics(release.bundle.model, release.version)
         self.output_names = [spec.name for spec in release.bundle.outputs]
         self.uncertified = Terms(paired)
@@ -122,8 +152,10 @@ class _Served:
             self.certificate_id = certificate.id  # computed once: it hashes the document
             self.expires_at = certificate.expires_at.timestamp()
         self.voided_by = ""  # the digest of a hub model that the certificate does not speak of
-        self.users = 0
-        self.retired = False
+        if before is not None:
+            self.lease, self.statistics = before.lease, before.statistics
+            if certificate is not None and before.voided_by != certificate.hub_sha256:
+                self.voided_by = before.voided_by
 
     def terms_now(self) -> Terms:
         """Return what local answers may claim at this moment."""
@@ -164,18 +196,6 @@ class _Served:
             )
         else:
             log.info("certificate %s of %s holds again", self.certificate_id, self.release.label)
-
-    def leave(self) -> None:
-        """Count a request out; the last one of a retired release closes its engine."""
-        self.users -= 1
-        if self.retired and self.users == 0:
-            self.release.engine.close()
-
-    def retire(self) -> None:
-        """Take no new requests; those in flight finish on the old engine."""
-        self.retired = True
-        if self.users == 0:
-            self.release.engine.close()
 
 
 class Router:
@@ -223,16 +243,24 @@ class Router:
         old = self._served.get(release.bundle.model)
         self._served[release.bundle.model] = _Served(release)
         if old is not None:
-            old.retire()
+            old.lease.retire()
         log.info("serving %s: %s", release.label, release.choice.why)
         if old is None:
             self._note_idle_consent()
+
+    def certify(self, release: Release) -> None:
+        """Serve what is served already under another certificate, from the next request on."""
+        old = self._served.get(release.bundle.model)
+        assert old is not None, "nothing of this model is served: our bug"
+        assert old.release.engine is release.engine, "another engine serves: our bug"
+        self._served[release.bundle.model] = _Served(release, old)
+        log.info("serving %s: %s", release.label, release.choice.why)
 
     def remove(self, model: str) -> None:
         """Serve ``model`` no longer; requests in flight finish."""
         old = self._served.pop(model, None)
         if old is not None:
-            old.retire()
+            old.lease.retire()
             self._note_idle_consent()
 
     def watch_consent(self) -> None:
@@ -331,7 +359,7 @@ class Router:
             if options.mode is Mode.HUB_ONLY:
                 return await self._pass_through(request, options, started, deadline)
             served = self._find(request.model, request.version)
-            served.users += 1
+            served.lease.enter()
             outcome = served.statistics.fail  # until there is an answer
             try:
                 response = await self._answer(served, request, options, started, deadline)
@@ -339,7 +367,7 @@ class Router:
                 return response
             finally:
                 outcome.add(round((time.monotonic() - started) * 1e9))
-                served.leave()
+                served.lease.leave()
         finally:
             self._in_flight -= 1
 

@@ -7,7 +7,7 @@ answers are right is for the self-test to say, before: ``update/by_hand.py``, ``
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_agent.errors import ReleaseRefused
@@ -102,6 +102,16 @@ def load_intact(
         threads=threads,
     )
     return Release(directory, choice, engine, number, score)
+
+
+def certified(release: Release, directory: BundleDirectory) -> Release:
+    """Return what is loaded already, under the certificates of ``directory``: the same files.
+
+    The engine is shared, so only one of the two is served at a time.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    choice = variants.under(directory, release.choice, providers.hardware_class, now)
+    return replace(release, directory=directory, choice=choice)
 
 
 def choose(directory: BundleDirectory, provider: str = "") -> Choice:

@@ -38,7 +38,7 @@ def choose(
     """Return the best of what the bundle offers for the providers in ``usable``.
 
     Args:
-        directory: the bundle.
+        directory: the bundle; variants that are not present in it are left aside.
         usable: providers that run here.
         hardware_class: of this device on a provider.
         now: decides which certificates hold.
@@ -66,6 +66,9 @@ def choose(
             if provider in broken:
                 objections.append(f"{place}: {broken[provider]}")
                 continue
+            if directory.present is not None and variant.name not in directory.present:
+                objections.append(f"{place}: its artifact is not on this device")
+                continue
             here = hardware_class(provider)
             certificate, why_not = _valid_certificate(directory, variant, here, now)
             aside = "; ".join(objections)
@@ -83,6 +86,20 @@ def choose(
             f"on {processor}{': ' * bool(objections)}{'; '.join(objections)}"
         )
     return replace(fallback, why="; ".join(objections))
+
+
+def under(
+    directory: BundleDirectory,
+    choice: Choice,
+    hardware_class: Callable[[str], str],
+    now: datetime.datetime,
+) -> Choice:
+    """Return the same variant on the same provider under what is certified of it now."""
+    here = hardware_class(choice.provider)
+    certificate, why_not = _valid_certificate(directory, choice.variant, here, now)
+    place = f"{choice.variant.name} on {choice.provider}"
+    why = f"{place}: {why_not}" if certificate is None else f"{place}: certified for {here}"
+    return replace(choice, certificate=certificate, why=why)
 
 
 def _valid_certificate(

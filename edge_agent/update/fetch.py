@@ -8,7 +8,7 @@ choice is made between the two.
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from edge_agent.errors import ReleaseRefused
@@ -16,10 +16,10 @@ from edge_agent.runtime.variants import Choice
 from edge_agent.update.blocks import LocalBlocks, Transferred
 from edge_agent.update.download import Downloader
 from edge_agent.update.lifecycle import StepRefused
-from edge_agent.update.slots import Target
+from edge_agent.update.slots import Target, certificate_id
 from edge_agent.update.surroundings import Progress
 from edge_agent.update.trust import Trust
-from fogline_protocol import certificate, documents, release
+from fogline_protocol import certificate, release
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.release import CERTIFICATES, ROOT, Bundle, BundleDirectory
 from fogline_protocol.release_index import ReleaseIndex
@@ -60,12 +60,7 @@ class HubReleases:
                 f"{target.index_target} is signed as {found[0]} {found[2]} (release {found[1]}), the "
                 f"hub wants {wanted[0]} {wanted[2]} (release {wanted[1]})",
             )
-        certificates = {
-            f"{CERTIFICATES}/{documents.sha256(data)[:16]}.json": data
-            for data in [
-                await self._trust.certificate_document(path) for path in target.certificate_targets
-            ]
-        }
+        certificates = await self.certificates(target.certificate_targets)
         near = LocalBlocks(self._near, index.block_bytes)
         await self._downloader.fetch(index, [ROOT], into, lambda done, total: None, near)
         bundle = _bundle(into, index)
@@ -81,12 +76,19 @@ class HubReleases:
             raise StepRefused("download/no-variant", str(error)) from None
         names = bundle.files_for({variant}) | {ROOT}
         self.last = await self._downloader.fetch(index, names, into, progress, near)
-        work = asyncio.ensure_future(asyncio.to_thread(_finish, into, names, certificates))
+        beside = {f"{CERTIFICATES}/{id}.json": data for id, data in certificates.items()}
+        work = asyncio.ensure_future(asyncio.to_thread(_finish, into, names, beside))
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
             await asyncio.wait([work])  # whoever cancelled may remove the folder next
             raise
+
+    async def certificates(self, targets: Collection[str]) -> Mapping[str, bytes]:
+        """See ``Fetch.certificates`` in ``surroundings.py``."""
+        return {
+            certificate_id(path): await self._trust.certificate_document(path) for path in targets
+        }
 
 
 def _bundle(into: Path, index: ReleaseIndex) -> Bundle:

@@ -32,6 +32,10 @@ ROLLED_BACK if it did. A candidate that is certain to fail again (``REFUSED``: w
 graph that does not load) is rejected at once. ``INTERRUPTED`` (the hub cannot be reached) is
 nobody's fault and never counts, so an outage of any length ends in the wanted release.
 
+Where only certificates differ from what serves, there is nothing to test: once they are fetched
+the candidate *is* what serves (``RENEWED``, from FETCHING straight to IDLE). Another variant that
+they make the better choice takes the whole way.
+
 So a restart during TRIAL or PROBATION rolls back at once and still leaves further attempts:
 the device serves what is known to be good while it finds out, and one power cut does not cost
 it the release.
@@ -66,6 +70,7 @@ class Event(enum.StrEnum):
 
     WANTED = "wanted"  # an attempt is due
     DONE = "done"
+    RENEWED = "renewed"  # the candidate is the committed release under other certificates
     FAILED = "failed"  # another attempt may go better
     REFUSED = "refused"  # the same bytes would fail again
     INTERRUPTED = "interrupted"  # the outside world is away
@@ -81,6 +86,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
     },
     State.FETCHING: {
         Event.DONE: State.VERIFYING,
+        Event.RENEWED: State.IDLE,
         Event.FAILED: State.WAITING,
         Event.REFUSED: State.REJECTED,
         Event.INTERRUPTED: State.WAITING,

@@ -10,6 +10,11 @@ the state names, so that a restart knows what was under way. The rules it keeps:
 * A step forward that the disk did not take is a failure. A step back is taken even so: the disk
   then still names an earlier step, whose ``BOOTED`` row leads back as well.
 
+Certificates are lighter than releases. One that the hub names no more is not answered under from
+the moment its wish is accepted, whatever state this is in: ``restrict``. Others are fetched by
+themselves, and if what serves stays the best choice under them, nothing is loaded and nothing is
+tested: ``_renewed``.
+
 A commit does not ask whether the hub can be reached: a model cannot break the network, and a
 device that is often offline must be able to finish what it has begun.
 """
@@ -37,10 +42,13 @@ from edge_agent.update.lifecycle import (
     StepInterrupted,
     StepRefused,
 )
-from edge_agent.update.slots import Pointer, Target
-from edge_agent.update.surroundings import Surroundings
+from edge_agent.update.slots import Pointer, Target, certificate_id
+from edge_agent.update.surroundings import Place, Surroundings
+from fogline_protocol import certificate, release
+from fogline_protocol.certificate import Certificate
+from fogline_protocol.documents import DocumentError
 from fogline_protocol.golden import Deviates, GoldenVectors, VectorsUnusable, judge
-from fogline_protocol.release import BundleDirectory, BundleRefused
+from fogline_protocol.release import Bundle, BundleDirectory, BundleRefused
 
 _log = structlog.get_logger()
 
@@ -86,6 +94,7 @@ class Machine:
         self._pointer = pointer
         self._committed = committed
         self._candidate: tuple[BundleDirectory, Choice] | None = None  # verified, in its slot
+        self._renewal: BundleDirectory | None = None  # the committed release, in its new slot
         self._woken = asyncio.Event()
         self._retry_now = True  # the pause between attempts ended with the restart
         self._interruptions = 0  # in a row
@@ -97,7 +106,19 @@ class Machine:
 
     def wake(self) -> None:
         """Look at the desired state again."""
+        self.restrict()
         self._woken.set()
+
+    def restrict(self) -> None:
+        """Answer under no certificate that the desired state names no more."""
+        active, place = self._pointer.active, self._around.serving.place(self.model)
+        serves = self._committed
+        if self._pointer.life.state in SERVING_CANDIDATE:
+            serves = self._candidate and self._candidate[0]
+        if active is None or serves is None or place is None or place.release != active.release:
+            return  # it is being loaded, and restricted then
+        # Also where none is missing: one may be named again before its slot was renewed.
+        self._around.serving.certify(self.model, holding(serves, active, self._wish()))
 
     def nudge(self) -> None:
         """End a pause that waits for the hub."""
@@ -191,9 +212,9 @@ class Machine:
         step = asyncio.create_task(self._perform(state), name=f"{STAGES[state]} {self.model}")
         try:
             while not step.done():
-                if self._is_newer():
-                    if self._wish() != self._pointer.candidate:
-                        return Event.SUPERSEDED, None
+                if self._is_newer() and self._supersedes(state):
+                    return Event.SUPERSEDED, None
+                if self._is_newer() and self._wish() == self._pointer.candidate:
                     await self._adopt_generation()
                     continue
                 woken = asyncio.create_task(self._woken.wait())
@@ -205,6 +226,16 @@ class Machine:
             if not step.done():
                 step.cancel()
                 await asyncio.wait({step})
+
+    def _supersedes(self, state: State) -> bool:
+        """Return whether the newer wish ends what is under way.
+
+        Other certificates do not, once the files are here: they follow after the commit.
+        """
+        wish, candidate = self._wish(), self._wanted()
+        if state is State.FETCHING or wish is None:
+            return wish != candidate
+        return not wish.is_of_the_release_of(candidate)
 
     async def _sleep(self, seconds: float | None) -> None:
         with contextlib.suppress(TimeoutError):
@@ -238,11 +269,11 @@ class Machine:
                 await self._around.one_self_test.acquire()
             try:
                 async with asyncio.timeout(deadline_s) as deadline:
-                    await step()
+                    event = await step()
             finally:
                 if state is State.TESTING:
                     self._around.one_self_test.release()
-            return Event.DONE, None
+            return event or Event.DONE, None
         except StepEnded as error:
             ended = error
         except (DiskFull, DiskFault) as error:
@@ -266,7 +297,7 @@ class Machine:
             ended = StepFailed(ended.code, ended.sentence, ended.figures)
         return ended.event, ended
 
-    def _step(self, state: State) -> tuple[Callable[[], Awaitable[None]], float]:
+    def _step(self, state: State) -> tuple[Callable[[], Awaitable[Event | None]], float]:
         timings = self._around.timings
         match state:
             case State.FETCHING:
@@ -288,11 +319,14 @@ class Machine:
             case _:
                 assert_never(state)
 
-    async def _fetch(self) -> None:
+    async def _fetch(self) -> Event | None:
         target = self._wanted()
         slots = self._around.slots
+        self._renewal = await self._renewed(target)
+        if self._renewal is not None:
+            return Event.RENEWED
         if await self._around.on_disk(slots.is_sealed, target):
-            return  # an earlier attempt, or a release that this device had before
+            return None  # an earlier attempt, or a release that this device had before
         into = self._around.root / await self._around.on_disk(slots.stage, target)
 
         def progress(done: int, total: int) -> None:
@@ -300,6 +334,43 @@ class Machine:
 
         await self._around.fetch.fetch(target, into, progress)
         self._interruptions = 0
+        return None
+
+    async def _renewed(self, target: Target) -> BundleDirectory | None:
+        """Return what serves in the slot of ``target``, if it only needs other certificates.
+
+        None: it is not of that release, or another variant of it is the better choice under them.
+        """
+        around, held, serves = self._around, self._pointer.committed, self._committed
+        if held is None or serves is None or not target.is_of_the_release_of(held):
+            return None
+        slot = around.slots.folder(target)
+        sealed = await around.on_disk(around.slots.is_sealed, target)
+        if sealed:
+            try:
+                there = await around.on_disk(release.read, around.root / slot, variants=())
+            except BundleRefused:
+                return None  # which is said, and made good, when it is verified
+            known, fetched = {c.id: c for c in there.certificates}, {}
+        else:
+            known = {c.id: c for c in serves.certificates}
+            missing = [p for p in target.certificate_targets if certificate_id(p) not in known]
+            fetched = dict(await around.fetch.certificates(missing))
+            known |= {id: _certificate(data, serves.bundle) for id, data in fetched.items()}
+        if not target.certificate_ids <= known.keys():
+            return None
+        named = tuple(known[id] for id in sorted(target.certificate_ids))
+        renewed = replace(serves, path=around.root / slot, certificates=named)
+        try:
+            choice = around.choose(replace(renewed, present=None))
+        except ReleaseRefused:
+            return None
+        place = Place(target.release, choice.variant.name, choice.provider)
+        if place != around.serving.place(self.model):
+            return None
+        if not sealed:
+            await around.on_disk(around.slots.renew, held, target, fetched)
+        return renewed
 
     async def _verify(self) -> None:
         self._candidate = await self._around.on_disk(self._verify_and_seal, self._wanted())
@@ -347,7 +418,8 @@ class Machine:
             )
         except VectorsUnusable as error:
             raise StepFailed("trial/vectors", str(error)) from None
-        await serving.activate(self.model, bundle)
+        await serving.activate(self.model, holding(bundle, self._wanted(), self._wish()))
+        self.restrict()  # what was withdrawn while it was loaded
         answers = [
             await serving.run(self.model, inputs) for inputs in golden.batches(choice.variant)
         ]
@@ -376,7 +448,10 @@ class Machine:
             await asyncio.sleep(min(left, timings.watch_s))
 
     async def _roll_back(self) -> None:
-        await self._around.serving.activate(self.model, self._committed)
+        serves, held = self._committed, self._pointer.committed
+        if serves is not None and held is not None:
+            serves = holding(serves, held, self._wish())
+        await self._around.serving.activate(self.model, serves)
 
     def _wanted(self) -> Target:
         candidate = self._pointer.candidate
@@ -392,7 +467,7 @@ class Machine:
     async def _enter(self, event: Event, why: StepEnded | None) -> None:
         """Make the state after ``event`` durable, clear up behind it, and report it."""
         was = self._pointer
-        forward = event is Event.WANTED or (
+        forward = event in (Event.WANTED, Event.RENEWED) or (
             event is Event.DONE and was.life.state is not State.ROLLING_BACK
         )
         now = self._after(event, why)
@@ -409,6 +484,10 @@ class Machine:
             self._interruptions += 1
         if event is Event.DONE and was.life.state is State.PROBATION:
             self._committed = self._verified()[0]
+        if event is Event.RENEWED:
+            assert self._renewal is not None, "what was renewed was found before: our bug"
+            self._committed, self._renewal = self._renewal, None
+            self.restrict()
         if now.life.state in RESTING:
             self._candidate = None
             self._interruptions = 0
@@ -464,6 +543,10 @@ class Machine:
                 code="",
                 sentence="",
             )
+        if event is Event.RENEWED:
+            target = self._wanted()
+            before = p.before if p.before is None or p.before.slot != target.slot else None
+            return replace(p, life=life, committed=target, before=before, candidate=None)
         if life.state is State.IDLE:
             return replace(p, life=life, candidate=None, code="", sentence="", figures={})
         if why is None:
@@ -491,6 +574,37 @@ class Machine:
             await self._around.on_disk(slots.put, self._pointer)
         if full or p.life.state is State.IDLE:
             await self._around.on_disk(slots.collect, self.model)
+
+
+def holding(bundle: BundleDirectory, target: Target, wish: Target | None) -> BundleDirectory:
+    """Return ``bundle``, which is ``target``, without the certificates that are not wanted any more.
+
+    An accepted wish is durable. So what it does not name any more is not answered under from then
+    on, also after a restart and without a network. Of another release it says nothing.
+    """
+    if wish is None or not wish.is_of_the_release_of(target):
+        return bundle
+    named = wish.certificate_ids
+    return replace(bundle, certificates=tuple(c for c in bundle.certificates if c.id in named))
+
+
+def _certificate(data: bytes, bundle: Bundle) -> Certificate:
+    """Return the certificate in a signed document.
+
+    Raises:
+        StepRefused: it is none, or not of this bundle.
+    """
+    try:
+        found = certificate.parse(data)
+    except DocumentError as error:
+        raise StepRefused("certificate/malformed", str(error)) from None
+    if (found.model, found.version) != (bundle.model, bundle.version):
+        raise StepRefused(
+            "certificate/other",
+            f"certificate {found.id} speaks of {found.model} {found.version}, what serves is "
+            f"{bundle.model} {bundle.version}",
+        )
+    return found
 
 
 def _disk_error(error: OSError) -> StepFailed | None:

@@ -4,6 +4,7 @@
     models/<model>/pointer.json    the one truth about a model: committed, before, candidate, state
     models/<model>/<slot>.part/    where a release is fetched; nothing in it is trusted
     models/<model>/<slot>/         a release, complete and synced: the name is the promise
+    models/<model>/<slot>.linked/  a slot of the same files under other certificates, being made
     models/<model>/<slot>.gone/    being deleted
     files/<sha256>                 hard links to the files of the slots, for the next download
 
@@ -14,6 +15,7 @@ from, so it never changes once it has its name. The order, each line durable bef
     2. rename <slot>.part to <slot>; fsync the model's folder         (``seal``)
     3. write pointer.json.tmp; fsync; rename; fsync the folder        (``put``: state trial)
     4. the same                                                       (``put``: committed)
+    (``renew`` is 1 and 2 with the files of another slot, linked into <slot>.linked.)
     5. rename what no pointer names to <slot>.gone; fsync the folder; delete    (``collect``)
 
 Always true, after any crash: the pointer can be read, the release it makes active is complete,
@@ -34,8 +36,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_agent.update.disk import Disk, DiskFault, DiskFull, folder_of, named
+from edge_agent.update.disk import Disk, DiskFault, DiskFull, Entry, folder_of, named
 from edge_agent.update.lifecycle import SERVING_CANDIDATE, Life, State
+from fogline_protocol.release import CERTIFICATES
 
 SEQUENCE_BLOCK = 1000  # sequence numbers reserved by one write; a start skips what is left of them
 DEVICE = "device.json"
@@ -67,6 +70,15 @@ class Target:
         """Name of the slot. New certificates for an old release make a new slot."""
         source = "\n".join((self.index_target, *sorted(self.certificate_targets)))
         return f"{self.release}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+    @property
+    def certificate_ids(self) -> frozenset[str]:
+        """The ids of the certificates: the names of their targets."""
+        return frozenset(certificate_id(path) for path in self.certificate_targets)
+
+    def is_of_the_release_of(self, other: "Target") -> bool:
+        """Return whether the two differ in their certificates at most."""
+        return replace(self, certificate_targets=()) == replace(other, certificate_targets=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +279,40 @@ class Slots:
                     # Not synced: an index that a crash may forget costs a download.
                     self._disk.link(f"{slot}/{name}", f"{FILES}/{sha256}")
 
+    def renew(self, old: Target, new: Target, certificates: Mapping[str, bytes]) -> None:
+        """Make the slot of ``new``: the files of ``old``, which is sealed, under other certificates.
+
+        Files are linked, so it costs neither room nor time. A certificate that ``new`` names is one
+        of ``certificates`` (id -> document), or ``old`` has it.
+
+        Raises:
+            DiskFull: there is no room; the slot does not exist.
+            DiskFault: the disk failed; the slot does not exist, or is complete.
+        """
+        home = f"{MODELS}/{new.model}"
+        source, slot = self.folder(old), self.folder(new)
+        with named():
+            names = self._names(home)
+            if new.slot not in names:
+                made = f"{slot}.linked"
+                if f"{new.slot}.linked" in names:
+                    self._remove(made)
+                self._disk.make_folder(made)
+                for entry in self._disk.entries(source):
+                    if entry.name != CERTIFICATES:
+                        self._link(f"{source}/{entry.name}", f"{made}/{entry.name}", entry)
+                if new.certificate_targets:
+                    self._disk.make_folder(f"{made}/{CERTIFICATES}")
+                for id in new.certificate_ids:
+                    path = f"{CERTIFICATES}/{id}.json"
+                    if id in certificates:
+                        self._disk.write(f"{made}/{path}", certificates[id])
+                    else:
+                        self._disk.link(f"{source}/{path}", f"{made}/{path}")
+                self._sync_tree(made)
+                self._disk.rename(made, slot)
+            self._disk.sync(home)
+
     def discard(self, target: Target) -> None:
         """Delete what was fetched of ``target``, unless a rollback or the service needs it.
 
@@ -308,7 +354,7 @@ class Slots:
                 self._disk.sync(home)
             for name in self._names(home):
                 stem, _, kind = name.partition(".")
-                if kind == "gone" or (kind == "part" and doomed(stem, True)):
+                if kind in ("gone", "linked") or (kind == "part" and doomed(stem, True)):
                     self._remove(f"{home}/{name}")
             for entry in self._disk.entries(FILES):
                 if entry.links == 1:
@@ -384,6 +430,14 @@ class Slots:
             else:
                 self._disk.sync(path)
         self._disk.sync(folder)
+
+    def _link(self, old: str, new: str, entry: Entry) -> None:
+        if not entry.is_folder:
+            self._disk.link(old, new)
+            return
+        self._disk.make_folder(new)
+        for below in self._disk.entries(old):
+            self._link(f"{old}/{below.name}", f"{new}/{below.name}", below)
 
     def _remove(self, folder: str) -> None:
         for entry in self._disk.entries(folder):
@@ -478,6 +532,11 @@ def _pointer(model: str, document: Mapping[str, Any]) -> Pointer:
         sentence=document["sentence"],
         figures=document["figures"],
     )
+
+
+def certificate_id(target: str) -> str:
+    """Return the id of the certificate at a target path."""
+    return target.rpartition("/")[2].removesuffix(".json")
 
 
 def release_number(slot: Path) -> int:

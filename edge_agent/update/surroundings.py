@@ -5,11 +5,11 @@ imports the other side, so an update can be tested with no agent and no network.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar
 
 from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.variants import Choice
@@ -43,6 +43,14 @@ class Fetch(Protocol):
         """
         ...
 
+    async def certificates(self, targets: Collection[str]) -> Mapping[str, bytes]:
+        """Return the certificates at these target paths, as the hub signed them, by their ids.
+
+        Raises:
+            StepInterrupted, StepRefused, StepFailed, OSError: as ``fetch`` does.
+        """
+        ...
+
 
 class SelfTest(Protocol):
     """Runs golden inputs where nothing depends on it."""
@@ -59,6 +67,14 @@ class SelfTest(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where a model is answered."""
+
+    release: int  # the hub's number; 0: what the device had before
+    variant: str
+    provider: str
+
+
 class Serving(Protocol):
     """What answers requests, as far as an update is concerned."""
 
@@ -67,6 +83,17 @@ class Serving(Protocol):
 
         None stands for what the device had before the hub gave it anything. When this raises,
         or is cancelled, what served before still serves.
+        """
+        ...
+
+    def place(self, model: str) -> Place | None:
+        """Return what answers ``model`` now, and where; None: nothing does."""
+        ...
+
+    def certify(self, model: str, bundle: BundleDirectory) -> None:
+        """Answer under the certificates of ``bundle`` from the next request on.
+
+        ``bundle`` has the files of what answers; nothing is loaded and no request waits.
         """
         ...
 
@@ -119,16 +146,24 @@ class Surroundings:
             self.thread, lambda: function(*args, **kwargs)
         )
 
-    def read(self, folder: str) -> tuple[BundleDirectory, Choice]:
+    def read(
+        self, folder: str, certificates: Collection[str] | None = None
+    ) -> tuple[BundleDirectory, Choice]:
         """Read and verify the variant that this device runs of the bundle in ``folder``.
+
+        Only what was fetched of it is chosen from, by the certificates with these ids; None: by all
+        that are there.
 
         Raises:
             BundleRefused: it is not intact.
             StepRefused: no variant of it runs here.
         """
         path = self.root / folder
+        there = release.read(path, variants=())
+        here = frozenset(v.name for v in there.bundle.variants if (path / v.path).is_file())
+        held = tuple(c for c in there.certificates if certificates is None or c.id in certificates)
         try:
-            choice = self.choose(release.read(path, variants=()))
+            choice = self.choose(replace(there, present=here, certificates=held))
         except ReleaseRefused as error:
             raise StepRefused("verify/no-variant", str(error)) from None
         return release.read(path, variants={choice.variant.name}), choice

@@ -27,7 +27,7 @@ from edge_agent.update.lifecycle import (
     State,
     StepRefused,
 )
-from edge_agent.update.machine import STAGES, Machine, ModelReport
+from edge_agent.update.machine import STAGES, Machine, ModelReport, holding
 from edge_agent.update.slots import Desired, Pointer, Slots
 from edge_agent.update.surroundings import Fetch, SelfTest, Serving, Surroundings, Timings
 from fogline_protocol.release import MODEL_NAME, BundleDirectory, BundleRefused
@@ -134,8 +134,8 @@ class Updater:
                 with contextlib.suppress(DiskFull, DiskFault):
                     self._slots.put(pointer)
             self._machines[model] = Machine(self._around, pointer, bundle)
-            if bundle is not None:
-                serving[model] = bundle
+            if bundle is not None and pointer.committed is not None:
+                serving[model] = holding(bundle, pointer.committed, self._desired.target(model))
         return serving
 
     async def apply(self, desired: Desired) -> bool:
@@ -216,7 +216,12 @@ class Updater:
         """Return the bundle to serve; a damaged one gives way to the one before it."""
         while pointer.committed is not None:
             try:
-                bundle, _ = self._around.read(self._slots.folder(pointer.committed))
+                wish = self._desired.target(pointer.model)
+                same = wish is not None and wish.is_of_the_release_of(pointer.committed)
+                bundle, _ = self._around.read(
+                    self._slots.folder(pointer.committed),
+                    wish.certificate_ids if wish is not None and same else None,
+                )
             except (BundleRefused, StepRefused) as error:
                 _log.error("release damaged", model=pointer.model, why=str(error))
                 pointer = replace(

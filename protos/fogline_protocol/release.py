@@ -218,6 +218,7 @@ class BundleDirectory:
     bundle: Bundle
     sha256: str  # of the root document
     certificates: tuple[Certificate, ...] = field(default=())
+    present: frozenset[str] | None = None  # names of the variants that are here; None: all are
 
     def file(self, name: str) -> Path:
         """Return where the file ``name`` of the bundle lies."""
@@ -297,7 +298,13 @@ def read(path: Path, *, variants: Collection[str] | None = None) -> BundleDirect
                 raise BundleRefused(
                     f"{name}: SHA-256 is {found}, the root document says {want.sha256}"
                 )
-        return BundleDirectory(path, bundle, documents.sha256(data), _certificates(path, bundle))
+        return BundleDirectory(
+            path,
+            bundle,
+            documents.sha256(data),
+            _certificates(path, bundle),
+            None if variants is None else frozenset(variants),
+        )
     except DocumentError as error:
         raise BundleRefused(f"{path}: {error}") from None
     except OSError as error:

@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from edge_agent.fleet.telemetry import Telemetry
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
 from edge_agent.managed import Managed, Pauses
+from edge_agent.runtime.providers import CPU, hardware_class
 from edge_agent.update.disk import LocalDisk
 from edge_agent.update.slots import Pointer, Slots, Target
-from fogline_protocol import documents, grpcio_door
+from fogline_protocol import documents, grpcio_door, release
+from fogline_protocol.errors import Unavailable
 from fogline_protocol.inference import InferRequest
 from fogline_protocol.mqtt import BrokerAddress, MqttClient, Outgoing
 from fogline_protocol.v1 import fleet_pb2 as pb
 from tests.brokers import beside, broker, client, eventually, needs_mosquitto, options
 from tests.edge_agent import bundles
-from tests.edge_agent.bundles import SURE, rows
+from tests.edge_agent.bundles import NOW, SURE, rows
 from tests.fakes import FakeHub, Serving
 
 DESIRED = "v1/default/d/dev/desired"
@@ -334,6 +337,92 @@ async def test_what_is_wanted_is_fetched_committed_served_and_kept(
                     return str((await began.twins())[0].connected)
 
                 await until(connected, "True")
+
+
+@needs_mosquitto
+async def test_certificates_are_issued_replaced_and_withdrawn_under_a_running_release(
+    tmp_path: Path, digits: Path
+) -> None:
+    options = HubConfig(data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", threads=1)
+    async with Hub(options) as hub:
+        fleet = hub.fleet
+        await fleet.releases.accept(digits / "bundles" / "digits-hub-1.0.0")
+        await fleet.releases.accept(digits / "bundles" / "digits-1.0.0")
+        for one in await fleet.certificates.list("digits"):
+            await fleet.certificates.withdraw("digits", 1, one.id, reason="before the test")
+        device = config(tmp_path, hub.grpc_address)
+        async with managed(device) as (_, router):
+
+            async def standing() -> str:
+                known = await fleet.controller.twins()
+                return known[0].standing if known else ""
+
+            async def told() -> str:
+                (model,) = (await fleet.controller.twins())[0].reported.models
+                return str(model.serving.certificate)
+
+            def answers() -> tuple[str, object]:
+                serving = router.serving("digits")
+                assert serving is not None
+                certificate = serving.choice.certificate
+                return (certificate.id if certificate is not None else "", serving.engine)
+
+            await until(standing, "idle")
+            await fleet.controller.want(None, "digits", 1)
+            await until(standing, "current")
+            serving = router.serving("digits")
+            assert serving is not None
+            assert answers() == ("", serving.engine)
+            installed = len(await fleet.controller.events("dev"))
+            (known, *_) = release.read(digits / "bundles" / "digits-1.0.0").certificates
+            first = replace(
+                known,
+                variant=serving.choice.variant.name,
+                variant_sha256=serving.directory.variant_sha256(serving.choice.variant),
+                hardware_class=hardware_class(CPU),
+                issued_at=NOW - timedelta(days=1),
+                expires_at=NOW + timedelta(days=1),
+            )
+            second = replace(first, issued_at=NOW)
+            # What it was measured with is another machine, so it is nothing to this device.
+            other = replace(first, hardware_class="aarch64/CPUExecutionProvider/x", issued_at=NOW)
+            for change, left in (
+                (first, first.id),
+                (other, first.id),
+                (second, second.id),
+                (first.id, second.id),
+                (second.id, ""),
+                (first, first.id),
+            ):
+                if isinstance(change, str):
+                    await fleet.certificates.withdraw("digits", 1, change, reason="a test")
+                else:
+                    await fleet.certificates.issue("digits", 1, change)
+                await until(told, left)
+                await until(standing, "current")
+                assert answers() == (left, serving.engine)
+            since = len(await fleet.controller.events("dev")) - installed
+            phases = [event.phase for event in await fleet.controller.events("dev")][:since]
+            assert set(phases) == {"committed", "downloading"}
+            slots = device.data / "releases" / "models" / "digits"
+            assert len(list(slots.iterdir())) == 2
+        # It is away while the certificate goes, and starts without any hub.
+        await fleet.certificates.withdraw("digits", 1, first.id, reason="a test")
+        async with made(device, NoHub()) as (part, router):
+            await part.restore()
+            assert answers()[0] == first.id
+        async with managed(device) as (_, router):
+            await until(told, "")
+    async with made(device, NoHub()) as (part, router):
+        await part.restore()
+        assert answers()[0] == ""
+
+
+class NoHub:
+    """A way to a hub that is away."""
+
+    async def call(self, path: str, request: bytes, timeout_s: float) -> bytes:
+        raise Unavailable("nobody is there")
 
 
 async def until(value: Callable[[], Any], wanted: str) -> None:

@@ -4,6 +4,7 @@ import datetime
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from edge_agent.inference.policy import Decision
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
-from edge_agent.runtime.release import Release, load
+from edge_agent.runtime.release import Release, certified, load
 from fogline_protocol import doors
+from fogline_protocol.certificate import Certificate
 from fogline_protocol.client import Client
 from fogline_protocol.errors import (
     BadRequest,
@@ -416,6 +418,94 @@ async def test_an_expired_certificate_certifies_nothing_any_more(
         assert said(await r.ask(SURE)) == "edge certified confident"
         await until(lambda: datetime.datetime.now(datetime.UTC) > soon)
         assert said(await r.ask(SURE)) == "hub hub no-certificate"
+
+
+def under(release: Release, *certificates: Certificate) -> Release:
+    """Return what is loaded under other certificates."""
+    return certified(release, replace(release.directory, certificates=certificates))
+
+
+async def test_a_certificate_is_replaced_and_withdrawn_between_two_requests(
+    hub: FakeHub, door: Serving, release: Release
+) -> None:
+    before = release.choice.certificate
+    assert before is not None
+    stricter = bundles.certificate(release.directory, threshold=0.99999)
+    async with routed(door.address, release) as r:
+        hub.gate.clear()
+        in_flight = asyncio.create_task(r.ask(SURE, UNSURE, per_row=True))
+        await until(lambda: hub.requests)
+        assert r.router.serving("double") is release
+        r.router.certify(under(release, stricter))
+        hub.gate.set()
+        response = await r.ask(SURE)
+        assert said(response) == "hub hub uncertain"
+        assert response.parameters["fogline.certificate"] == stricter.id
+        # What was under way ends under the one that it began with.
+        response = await in_flight
+        assert response.parameters["fogline.certificate"] == before.id
+        assert response.outputs["fogline.quality"].tolist() == [b"certified", b"hub"]
+        r.router.certify(under(release))
+        response = await r.ask(SURE)
+        assert said(response) == "hub hub no-certificate"
+        assert "fogline.certificate" not in response.parameters
+        r.router.certify(under(release, before))
+        assert said(await r.ask(SURE)) == "edge certified confident"
+        assert "closed" not in repr(release.engine)
+        (statistics,) = r.router.model_statistics("double", "")
+        assert statistics.success.count == 4
+    assert "closed" in repr(release.engine)
+
+
+async def test_an_engine_is_closed_when_the_last_request_of_any_certificate_is_done(
+    hub: FakeHub, door: Serving, release: Release, tmp_path: Path
+) -> None:
+    newer = load(bundles.make(tmp_path / "newer", version="1.1.0").path, number=2)
+    async with routed(door.address, release) as r:
+        hub.gate.clear()
+        first_one = asyncio.create_task(r.ask(UNSURE))
+        await until(lambda: len(hub.requests) == 1)
+        r.router.certify(under(release))
+        r.router.install(newer)
+        assert "closed" not in repr(release.engine)
+        hub.gate.set()
+        assert (await first_one).parameters["fogline.release"] == "double@1.0.0"
+        assert "closed" in repr(release.engine)
+
+
+async def test_a_certificate_for_the_model_that_the_hub_has_now_ends_the_void(
+    hub: FakeHub, door: Serving, release: Release
+) -> None:
+    async with routed(door.address, release) as r:
+        hub.digest = "e" * 64
+        await r.ask(UNSURE)  # from here on it is known
+        assert said(await r.ask(SURE)) == "hub hub no-certificate"
+        other = bundles.certificate(release.directory, threshold=0.95)
+        r.router.certify(under(release, other))
+        assert said(await r.ask(SURE)) == "hub hub no-certificate"
+        fitting = bundles.certificate(release.directory, hub_sha256="e" * 64)
+        r.router.certify(under(release, fitting))
+        assert said(await r.ask(SURE)) == "edge certified confident"
+
+
+async def test_certifying_under_load_fails_no_request(
+    hub: FakeHub, door: Serving, release: Release
+) -> None:
+    known = [bundles.certificate(release.directory, items=400 + n) for n in range(5)]
+    async with routed(door.address, release) as r:
+        seen: list[object] = []
+
+        async def keep_asking() -> None:
+            while len(seen) < 400:
+                seen.append((await r.ask(SURE, UNSURE)).parameters.get("fogline.certificate"))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(keep_asking())
+            for index, one in enumerate(known, start=1):
+                await until(lambda index=index: len(seen) >= 60 * index)  # type: ignore[misc]
+                r.router.certify(under(release, *[one][: index % 3]))
+    assert set(seen) == {release.choice.certificate.id, None, *(known[n].id for n in (0, 1, 3, 4))}
 
 
 async def test_a_pair_without_a_certificate_escalates_everything(

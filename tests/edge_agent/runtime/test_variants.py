@@ -35,6 +35,40 @@ def test_a_certified_variant_comes_before_an_earlier_one_without(tmp_path: Path)
     assert found.why.startswith("fp32 on CPUExecutionProvider: certified for ")
 
 
+def test_a_variant_that_was_not_fetched_is_not_chosen_whatever_speaks_for_it(
+    tmp_path: Path,
+) -> None:
+    made = bundles.make(tmp_path / "b", variants=TWO, certified=False)
+    bundles.add_certificate(made, "int8")
+    (made.path / "int8.onnx").unlink()
+    found = variants.choose(
+        read(made.path, variants=("fp32",)), (CPU,), providers.hardware_class, NOW
+    )
+    assert (found.variant.name, found.certificate) == ("fp32", None)
+    assert found.aside == "int8 on CPUExecutionProvider: its artifact is not on this device"
+    assert found.meant == ("int8", CPU)
+    with pytest.raises(ReleaseRefused, match="its artifact is not on this device"):
+        variants.choose(read(made.path, variants=()), (CPU,), providers.hardware_class, NOW)
+
+
+def test_the_certificate_issued_last_that_holds_is_the_one(tmp_path: Path) -> None:
+    made = bundles.make(tmp_path / "b", variants=TWO, certified=False)
+    day = datetime.timedelta(days=1)
+    bundles.add_certificate(made, "fp32", issued_at=NOW - 3 * day)
+    last = bundles.add_certificate(made, "fp32", issued_at=NOW - day, expires_at=NOW + day)
+    bundles.add_certificate(made, "fp32", issued_at=NOW, hardware_class="elsewhere")
+    found = chosen(made.path)
+    assert found.certificate == last
+    directory = read(made.path)
+    later = variants.under(directory, found, providers.hardware_class, NOW + 2 * day)
+    assert later.certificate is not None
+    assert later.certificate.issued_at == NOW - 3 * day
+    assert later.why.startswith("fp32 on CPUExecutionProvider: certified for ")
+    never = variants.under(directory, found, providers.hardware_class, NOW + 40 * day)
+    assert (never.variant, never.provider, never.certificate) == (found.variant, CPU, None)
+    assert "does not hold: it expired at" in never.why
+
+
 def test_among_equals_the_bundles_order_decides(tmp_path: Path) -> None:
     made = bundles.make(tmp_path / "b", variants=TWO, certified=False)
     assert chosen(made.path).variant.name == "int8"

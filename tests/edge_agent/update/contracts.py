@@ -36,7 +36,7 @@ class Source:
     fetch: Fetch
     target: Target
     unknown: Target  # the hub has no such release
-    content: Mapping[str, bytes]  # what a device needs of `target`
+    content: Mapping[str, bytes]  # what a device needs of `target`, certificates included
 
     def cut(self) -> None:
         """Make the hub unreachable."""
@@ -119,6 +119,25 @@ class FetchContract:
         (tmp_path / "stranger").write_bytes(damage)
         await source.fetch.fetch(source.target, tmp_path, lambda done, total: None)
         assert files_in(tmp_path) == dict(source.content)
+
+    async def test_certificates_come_by_themselves(self, source: Source) -> None:
+        found = await source.fetch.certificates(source.target.certificate_targets)
+        assert len(found) == len(source.target.certificate_targets) > 0
+        assert {f"certificates/{id}.json": data for id, data in found.items()} == {
+            name: data for name, data in source.content.items() if name.startswith("certificates/")
+        }
+        assert await source.fetch.certificates(()) == {}
+
+    async def test_a_certificate_that_is_not_signed_is_refused(self, source: Source) -> None:
+        unknown = f"certificates/{source.target.model}/{source.target.release}/{'0' * 16}.json"
+        with pytest.raises(StepRefused) as refusal:
+            await source.fetch.certificates([unknown])
+        assert CODE.fullmatch(refusal.value.code)
+
+    async def test_a_hub_that_is_away_interrupts_certificates_too(self, source: Source) -> None:
+        source.cut()
+        with pytest.raises(StepInterrupted):
+            await source.fetch.certificates(source.target.certificate_targets)
 
 
 @dataclass(slots=True)

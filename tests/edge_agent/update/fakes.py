@@ -3,8 +3,11 @@ folder, a self-test and a service that multiply. Each passes the contract of the
 """
 
 import asyncio
+import datetime
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,13 @@ from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.variants import Choice
 from edge_agent.update.lifecycle import StepFailed, StepInterrupted, StepRefused
 from edge_agent.update.machine import ModelReport
-from edge_agent.update.slots import Target
-from edge_agent.update.surroundings import Progress
-from fogline_protocol import documents, release
+from edge_agent.update.slots import Target, certificate_id, release_number
+from edge_agent.update.surroundings import Place, Progress
+from fogline_protocol import certificate, documents, release
+from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import Deviates, GoldenVectors, judge
 from fogline_protocol.release import Bundle, BundleDirectory, File, SelfTest, Tolerance, Variant
+from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array, TensorSpec
 
 BLOCK = 64
@@ -67,10 +72,20 @@ def make_bundle(
 
 
 def choose(directory: BundleDirectory) -> Choice:
-    """Take the first variant for the CPU."""
-    for variant in directory.bundle.variants:
-        if CPU in variant.providers:
-            return Choice(variant, CPU, None, "it is the first")
+    """Take the first variant for the CPU that is certified, or else the first."""
+    here = [
+        variant
+        for variant in directory.bundle.variants
+        if CPU in variant.providers
+        and (directory.present is None or variant.name in directory.present)
+    ]
+    for variant in here:
+        certified = [c for c in directory.certificates if c.variant == variant.name]
+        if certified:
+            latest = max(certified, key=lambda c: c.issued_at)
+            return Choice(variant, CPU, latest, "it is certified")
+    if here:
+        return Choice(here[0], CPU, None, "it is the first")
     raise ReleaseRefused(f"{directory.bundle.model}: nothing runs on {CPU}")
 
 
@@ -95,6 +110,37 @@ class Shelf:
     def target(self, number: int, version: str, *, model: str = "doubler") -> Target:
         return Target(model, number, version, f"{model}/{number}/index.json")
 
+    def certify(self, target: Target, day: int, *, variant: str = "int8", **changes: str) -> str:
+        """Issue a certificate of ``target`` on some day; return its target path."""
+        made = Certificate(
+            model=target.model,
+            version=changes.get("version", target.version),
+            variant=variant,
+            variant_sha256="a" * 64,
+            hub_model="doubler-hub",
+            hub_sha256="b" * 64,
+            hardware_class="here",
+            score=Score("max_softmax", "y"),
+            alpha=0.05,
+            delta=0.05,
+            items=100,
+            scenes=100,
+            allowed_losses=1,
+            threshold=0.9,
+            escalation_rate=0.1,
+            escalation_rate_upper=0.2,
+            reference_score_quantiles=(0.5,),
+            calibration_sha256="c" * 64,
+            sampling="by hand",
+            issued_at=datetime.datetime(2026, 10, day, tzinfo=datetime.UTC),
+            expires_at=datetime.datetime(2027, 1, 1, tzinfo=datetime.UTC),
+        )
+        path = f"certificates/{target.model}/{target.release}/{made.id}.json"
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(made.to_json())
+        return path
+
 
 class CopyFetch:
     """Copies a release from a shelf, block by block, and resumes."""
@@ -104,6 +150,7 @@ class CopyFetch:
         self.reachable = True
         self.calls = 0
         self.blocks_copied = 0
+        self.certificates_asked: list[str] = []
         self.before_block: Callable[[], None] = lambda: None
         self.gate = asyncio.Event()  # closed: stops between two blocks
         self.gate.set()
@@ -120,7 +167,13 @@ class CopyFetch:
         small = ["bundle.json", "selftest.npz", "README.md"]
         for name in small:
             await self._copy(source, into, name)
-        directory = release.read(into, variants=())
+        certificates = await self.certificates(target.certificate_targets)
+        shutil.rmtree(into / "certificates", ignore_errors=True)
+        directory = replace(
+            release.read(into, variants=()),
+            present=None,
+            certificates=tuple(map(certificate.parse, certificates.values())),
+        )
         try:
             chosen = choose(directory).variant.path
         except ReleaseRefused as error:
@@ -128,8 +181,25 @@ class CopyFetch:
         await self._copy(source, into, chosen)
         wanted = {*small, chosen}
         _keep_only(into, wanted)
+        for id, data in certificates.items():
+            (into / "certificates").mkdir(exist_ok=True)
+            (into / f"certificates/{id}.json").write_bytes(data)
         total = sum((source / name).stat().st_size for name in wanted)
         progress(total, total)
+
+    async def certificates(self, targets: Collection[str]) -> Mapping[str, bytes]:
+        """Return what was certified; see ``surroundings.Fetch``."""
+        self.certificates_asked += targets
+        if targets and not self.reachable:
+            raise StepInterrupted("download/unreachable", "the hub does not answer")
+        found = {}
+        for target in targets:
+            self.before_block()
+            try:
+                found[certificate_id(target)] = (self.shelf.folder / target).read_bytes()
+            except FileNotFoundError:
+                raise StepRefused("metadata/unknown-target", f"not signed: {target}") from None
+        return found
 
     async def _copy(self, source: Path, into: Path, name: str) -> None:
         data = (source / name).read_bytes()
@@ -200,6 +270,7 @@ class FakeServing:
 
     def __init__(self) -> None:
         self.active: dict[str, BundleDirectory | None] = {}
+        self.variants: dict[str, str] = {}
         self.history: list[str | None] = []  # versions, as they were activated
         self.refusals: list[Exception] = []  # to raise, one per activation
         self.engine_faults = 0
@@ -210,7 +281,28 @@ class FakeServing:
         if self.refusals:
             raise self.refusals.pop(0)
         self.active[model] = bundle
+        if bundle is not None:
+            self.variants[model] = choose(bundle).variant.name
         self.history.append(None if bundle is None else bundle.bundle.version)
+
+    def place(self, model: str) -> Place | None:
+        """Return what is active."""
+        bundle = self.active.get(model)
+        if bundle is None:
+            return None
+        return Place(release_number(bundle.path), self.variants[model], CPU)
+
+    def certify(self, model: str, bundle: BundleDirectory) -> None:
+        """Answer under other certificates; see ``surroundings.Serving``."""
+        assert self.active[model] is not None
+        self.active[model] = bundle
+
+    def certificate(self, model: str = "doubler") -> str:
+        """Return the id of the certificate that a caller is answered under."""
+        bundle = self.active[model]
+        assert bundle is not None
+        here = [c for c in bundle.certificates if c.variant == self.variants[model]]
+        return max(here, key=lambda c: c.issued_at).id if here else ""
 
     async def run(self, model: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Answer with what is active."""
@@ -218,7 +310,7 @@ class FakeServing:
         assert bundle is not None
         if self.answers_wrongly:
             return {"y": -inputs["x"]}
-        return multiply(bundle, choose(bundle).variant.path)(inputs)
+        return multiply(bundle, bundle.bundle.variant(self.variants[model]).path)(inputs)
 
     def faults(self, model: str) -> int:
         """Return the number the test has set."""

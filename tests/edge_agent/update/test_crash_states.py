@@ -1,6 +1,7 @@
 """No power cut, at any instruction, leaves a device without a complete release.
 
-A story of three releases runs on a model of a disk. After every operation every state that a
+A story of three releases runs on a model of a disk, and one of a release that gets other
+certificates twice. After every operation every state that a
 crash could leave is enumerated, and each one must keep the invariant and lead to the release
 that is wanted. Then every fsync of the protocol is forgotten in turn, which must be noticed:
 a check that notices nothing proves nothing.
@@ -22,10 +23,17 @@ def target(release: int) -> Target:
     return Target("digits", release, f"1.{release}.0", f"digits/{release}/index.json")
 
 
+def renewal(number: int) -> Target:
+    """The first release, each time under a certificate more, and without the first in the end."""
+    certificates = [f"certificates/digits/1/{n:016x}.json" for n in range(1, number + 1)]
+    return replace(target(1), certificate_targets=tuple(certificates[number > 2 :]))
+
+
 def content(wanted: Target) -> dict[str, bytes]:
     return {
-        "bundle.json": f"root {wanted.slot}".encode(),
-        "variants/int8.onnx": f"weights {wanted.slot}".encode(),
+        "bundle.json": f"root {wanted.release}".encode(),
+        "variants/int8.onnx": f"weights {wanted.release}".encode(),
+        **{f"certificates/{id}.json": id.encode() for id in wanted.certificate_ids},
     }
 
 
@@ -33,7 +41,7 @@ def content(wanted: Target) -> dict[str, bytes]:
 class Promises:
     """What the protocol has said to be durable so far, and what a crash must therefore leave."""
 
-    committed: int = 0  # release
+    committed: int = 0  # the number of the wish
     generation: int = 0
     sequence: int = -1
 
@@ -45,13 +53,15 @@ class Violation(Exception):
 class Story:
     """What ``machine.py`` does on the disk for a release, step by step."""
 
+    targets: Callable[[int], Target] = staticmethod(target)  # by generation
+
     def __init__(self, slots: Slots, disk: ModelDisk, promises: Promises) -> None:
         self.slots, self.disk, self.promises = slots, disk, promises
 
-    def want(self, release: int) -> None:
-        if self.slots.desired.generation < release:
-            self.slots.accept(Desired(release, "epoch", (target(release),)))
-        self.promises.generation = release
+    def want(self, number: int) -> None:
+        if self.slots.desired.generation < number:
+            self.slots.accept(Desired(number, "epoch", (self.targets(number),)))
+        self.promises.generation = number
         self.promises.sequence = self.slots.next_sequence()
 
     def update(self) -> None:
@@ -65,7 +75,7 @@ class Story:
             life = life.after(Event.SUPERSEDED)
         if life.state in (State.REJECTED, State.ROLLED_BACK):
             life = Life()  # a newer generation; whether it should is the table's business
-        pointer = replace(pointer, life=life, generation=wanted.release)
+        pointer = replace(pointer, life=life, generation=self.slots.desired.generation)
         if life.state is State.IDLE and pointer.committed == wanted:
             self.put(replace(pointer, candidate=None))
             self.slots.collect("digits")
@@ -75,6 +85,12 @@ class Story:
         pointer = replace(pointer, life=life, candidate=wanted)
         assert life.state is State.FETCHING
         self.put(pointer)
+        held = pointer.committed
+        if held is not None and wanted.is_of_the_release_of(held):
+            fetched = {id: id.encode() for id in wanted.certificate_ids - held.certificate_ids}
+            self.slots.renew(held, wanted, fetched)
+            self.commit(pointer, Event.RENEWED, wanted, pointer.before)
+            return
         if not self.slots.is_sealed(wanted):
             self.fetch(wanted, self.slots.stage(wanted))
             pointer = self.advance(pointer)
@@ -84,16 +100,12 @@ class Story:
             pointer = self.advance(pointer)
         for _ in (State.TESTING, State.SHADOW, State.TRIAL, State.PROBATION):
             pointer = self.advance(pointer)
-        self.put(
-            replace(
-                pointer,
-                life=pointer.life.after(Event.DONE),
-                committed=wanted,
-                before=pointer.committed,
-                candidate=None,
-            )
-        )
-        self.promises.committed = wanted.release
+        self.commit(pointer, Event.DONE, wanted, pointer.committed)
+
+    def commit(self, pointer: Pointer, event: Event, wanted: Target, before: Target | None) -> None:
+        life = pointer.life.after(event)
+        self.put(replace(pointer, life=life, committed=wanted, before=before, candidate=None))
+        self.promises.committed = self.slots.desired.generation
         self.slots.collect("digits")
 
     def advance(self, pointer: Pointer) -> Pointer:
@@ -106,8 +118,8 @@ class Story:
 
     def fetch(self, wanted: Target, into: str) -> None:
         there = {entry.name for entry in self.disk.entries(into)}
-        if "variants" not in there:
-            self.disk.make_folder(f"{into}/variants")
+        for folder in {name.partition("/")[0] for name in content(wanted) if "/" in name} - there:
+            self.disk.make_folder(f"{into}/{folder}")
         for name, data in content(wanted).items():
             self.disk.write(f"{into}/{name}", data)
 
@@ -120,7 +132,13 @@ class Hurried(Story):
             self.slots.put(pointer)
 
 
-def check(image: Image, promises: Promises) -> Slots:
+class Renewing(Hurried):
+    """A release is committed, and then it gets other certificates."""
+
+    targets = staticmethod(renewal)
+
+
+def check(image: Image, promises: Promises, targets: Callable[[int], Target] = target) -> Slots:
     """Start on what a crash left.
 
     Raises:
@@ -133,8 +151,8 @@ def check(image: Image, promises: Promises) -> Slots:
         raise Violation(f"unreadable: {slots.damaged}")
     for entry in disk.entries(FOLDER) if "digits" in names(disk, "models") else ():
         if entry.is_folder and "." not in entry.name:
-            release = int(entry.name.partition("-")[0])
-            if not complete(disk, target(release)):
+            known = {targets(number).slot: targets(number) for number in (1, 2, 3)}
+            if not complete(disk, known[entry.name]):
                 raise Violation(f"slot {entry.name} is not complete")
     pointer = slots.pointer("digits")
     needed = [pointer.active]
@@ -145,7 +163,8 @@ def check(image: Image, promises: Promises) -> Slots:
             raise Violation(f"{pointer.life.state}: release {wanted.release} is not complete")
     if promises.committed and pointer.committed is None:
         raise Violation("no release although one was committed")
-    if pointer.committed is not None and pointer.committed.release < promises.committed:
+    later = [targets(number) for number in range(promises.committed, 4)]
+    if promises.committed and pointer.committed not in later:
         raise Violation(f"release {promises.committed} was committed, now it is older")
     if slots.desired.generation < promises.generation:
         raise Violation("an accepted generation was forgotten")
@@ -171,6 +190,7 @@ class Enumeration:
 
     def __init__(self, *, converge: bool = False) -> None:
         self.converge = converge
+        self.story: type[Story] = Story
         self.promises = Promises()
         self.checked: set[tuple[Image, int, int, int]] = set()
 
@@ -181,7 +201,7 @@ class Enumeration:
             if key not in self.checked:
                 self.checked.add(key)
                 try:
-                    check(image, p)
+                    check(image, p, self.story.targets)
                     if self.converge and p.generation:
                         self.finish(image)
                 except Violation as error:
@@ -191,12 +211,13 @@ class Enumeration:
         disk = ModelDisk.booted(image)
         slots = Slots(disk)
         slots.open()
-        story = Story(slots, disk, Promises())
+        story = self.story(slots, disk, Promises())
         wanted = max(self.promises.generation, slots.desired.generation)
         story.want(wanted)
         story.update()
         pointer = slots.pointer("digits")
-        if pointer.active != target(wanted) or not complete(disk, target(wanted)):
+        end = story.targets(wanted)
+        if pointer.active != end or not complete(disk, end):
             raise Violation(f"it ends with {pointer.active}")
         kept = {t.slot for t in (pointer.committed, pointer.before) if t is not None}
         if names(disk, FOLDER) != {"pointer.json", *kept}:
@@ -204,7 +225,7 @@ class Enumeration:
 
     def run(
         self,
-        tell: Callable[[Slots, ModelDisk, Promises], Story] = Story,
+        tell: type[Story] = Story,
         *,
         forget: Callable[[str], bool] = lambda path: False,
         releases: int = 3,
@@ -215,6 +236,7 @@ class Enumeration:
         Raises:
             Violation: one of them is not what must be there.
         """
+        self.story = tell
         self.disk = ModelDisk(after=self.after, forget=forget)
         story = tell(slots(self.disk), self.disk, self.promises)
         story.slots.open()
@@ -231,6 +253,47 @@ def test_every_crash_state_of_three_updates_keeps_the_invariant_and_converges() 
 
 def test_the_order_holds_without_the_writes_between_slot_and_trial() -> None:
     assert Enumeration(converge=True).run(Hurried) > 300
+
+
+def test_every_crash_state_of_two_renewals_keeps_the_invariant_and_converges() -> None:
+    enumeration = Enumeration(converge=True)
+    assert enumeration.run(Renewing) > 500
+    assert names(enumeration.disk, FOLDER) == {"pointer.json", renewal(3).slot}
+    # What was linked is one file.
+    assert enumeration.disk.entries("files")[0].links == 2
+
+
+def certificate_content(path: str) -> bool:
+    return ".linked/certificates/" in path
+
+
+def linked_names(path: str) -> bool:
+    return path.endswith((".linked", ".linked/variants", ".linked/certificates"))
+
+
+class NoSyncOfTheRenewedName(Slots):
+    def renew(self, old, new, certificates) -> None:
+        self._disk.forget = lambda path: path == FOLDER
+        super().renew(old, new, certificates)
+        self._disk.forget = lambda path: False
+
+
+class DeletesWhatIsRenewedFirst(Slots):
+    def renew(self, old, new, certificates) -> None:
+        super().renew(old, new, certificates)
+        self._delete("digits", lambda slot, part: slot == old.slot)
+
+
+@pytest.mark.parametrize("forget", [certificate_content, linked_names])
+def test_a_forgotten_fsync_of_a_renewal_is_noticed(forget) -> None:
+    with pytest.raises(Violation, match="not complete"):
+        Enumeration().run(Renewing, forget=forget)
+
+
+@pytest.mark.parametrize("slots", [NoSyncOfTheRenewedName, DeletesWhatIsRenewedFirst])
+def test_a_broken_order_of_a_renewal_is_noticed(slots) -> None:
+    with pytest.raises(Violation, match=r"release . is not complete"):
+        Enumeration().run(Renewing, slots=slots)
 
 
 def release_content(path: str) -> bool:

@@ -200,3 +200,16 @@ async def test_a_withdrawn_certificate_stops_the_fetch(
     target = hub.publish(digits / "bundles" / "digits-1.0.0", 1)
     hub.repository.publish({}, target.certificate_targets[:1], now=hub.now)
     assert (await refused(releases, target, into)).code == "metadata/unknown-target"
+
+
+async def test_certificates_are_fetched_by_themselves_by_their_ids(
+    hub: Hub, releases: HubReleases, digits: Path
+) -> None:
+    bundle = digits / "bundles" / "digits-1.0.0"
+    target = hub.publish(bundle, 1)
+    known = {c.id: c.to_json() for c in release.read(bundle).certificates}
+    assert await releases.certificates(target.certificate_targets) == known
+    assert await releases.certificates([]) == {}
+    hub.repository.publish({}, target.certificate_targets, now=hub.now)
+    with pytest.raises(StepEnded, match="metadata/unknown-target"):
+        await releases.certificates(target.certificate_targets)

@@ -1,7 +1,7 @@
 """The fake hub of these tests keeps the contract of a fetch."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -32,6 +32,9 @@ class TestCopyFetch(FetchContract):
     def source(self, tmp_path_factory: pytest.TempPathFactory) -> Source:
         shelf = Shelf(tmp_path_factory.mktemp("shelf"))
         target = shelf.put(1, "1.0.0")
+        path = shelf.certify(target, 1)
+        content = {f"certificates/{path.rpartition('/')[2]}": (shelf.folder / path).read_bytes()}
+        target = replace(target, certificate_targets=(path,))
         folder = shelf.folder / "doubler/1"
         needed = ("bundle.json", "selftest.npz", "README.md", "variants/int8.onnx")
         copy = CopyFetch(shelf)
@@ -39,6 +42,6 @@ class TestCopyFetch(FetchContract):
             copy,
             target,
             shelf.target(9, "9.0.0"),
-            {name: (folder / name).read_bytes() for name in needed},
+            content | {name: (folder / name).read_bytes() for name in needed},
             copy,
         )

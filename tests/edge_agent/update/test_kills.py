@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Agents:
             "release": target.release,
             "version": target.version,
             "index_target": target.index_target,
+            "certificate_targets": target.certificate_targets,
         }
         line = {
             "root": str(root),
@@ -177,6 +179,32 @@ def test_an_agent_killed_at_every_instant_of_an_update_converges(
             rows[state] += 1
     assert rows.total() >= MIN_KILLS
     assert set(rows) == set(State) - {State.REJECTED, State.ROLLED_BACK}, rows
+
+
+@pytest.mark.timeout(180)
+def test_an_agent_killed_at_every_instant_of_a_renewal_converges_without_a_test(
+    agents: Agents, shelf: Shelf, installed: Path
+) -> None:
+    bare = shelf.target(1, "1.0.0")
+    wanted = replace(bare, certificate_targets=(shelf.certify(bare, 1), shelf.certify(bare, 2)))
+    order = {"shelf": str(shelf.folder), "dies_serving": "1.0.0"}  # nothing is switched to
+    root = installed.with_name("device")
+    for instant in itertools.count(1):
+        shutil.copytree(installed, root)
+        ended = agents.run(root, 2, wanted, die_at=instant, **order)
+        if ended == KILLED:
+            dead = what_is_there(root)
+            assert dead.committed in (bare, wanted)
+            assert dead.life.state in (State.IDLE, State.FETCHING)
+            assert agents.run(root, 2, wanted, **order) == 0
+        alive = what_is_there(root)
+        assert (alive.life.state, alive.committed, alive.before) == (State.IDLE, wanted, None)
+        check_sequences(root.with_suffix(".log"))
+        shutil.rmtree(root)
+        root.with_suffix(".log").unlink()
+        if ended == 0:
+            break
+    assert instant > 30
 
 
 @pytest.mark.timeout(180)

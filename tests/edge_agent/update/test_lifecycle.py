@@ -80,6 +80,12 @@ def test_only_probation_ends_in_a_commit() -> None:
     assert done == [State.PROBATION]
 
 
+def test_only_what_was_fetched_can_turn_out_to_serve_already() -> None:
+    renewed = {state for state, events in TRANSITIONS.items() if Event.RENEWED in events}
+    assert renewed == {State.FETCHING}
+    assert Life(State.FETCHING, 2).after(Event.RENEWED) == Life()
+
+
 def test_a_candidate_that_serves_is_always_taken_back_before_anything_else() -> None:
     for state in SERVING_CANDIDATE:
         for event in set(TRANSITIONS[state]) - {Event.DONE}:

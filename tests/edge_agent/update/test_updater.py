@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from edge_agent.errors import ReleaseRefused
 from edge_agent.update.disk import DiskFull, LocalDisk
 from edge_agent.update.lifecycle import StepFailed, StepInterrupted, StepRefused
 from edge_agent.update.machine import ModelReport
-from edge_agent.update.slots import Desired, Slots, Target
+from edge_agent.update.slots import Desired, Slots, Target, certificate_id
 from edge_agent.update.surroundings import Timings
 from edge_agent.update.updater import DesiredRefused, Updater
+from fogline_protocol.release import BundleDirectory
 from tests.edge_agent.update.fakes import (
     WRONG,
     CopyFetch,
@@ -211,16 +213,189 @@ async def test_sequence_numbers_and_starts_only_grow(device, shelf) -> None:
     assert numbers == sorted(set(numbers))
 
 
-async def test_new_certificates_make_a_new_slot_and_cost_no_download_of_the_old(
-    device, shelf
+# Other certificates for what serves
+
+
+def ids(*paths: str) -> list[str]:
+    return [certificate_id(path) for path in paths]
+
+
+@pytest.fixture
+def certified(shelf: Shelf) -> Target:
+    """Release 1, under a certificate of the first day."""
+    target = shelf.put(1, "1.0.0")
+    return replace(target, certificate_targets=(shelf.certify(target, 1),))
+
+
+async def test_a_replaced_certificate_is_fetched_alone_and_taken_without_test_or_switch(
+    device, shelf, certified
 ) -> None:
-    first = shelf.put(1, "1.0.0")
-    renewed = Target("doubler", 1, "1.0.0", first.index_target, ("certificates/doubler/1/a.json",))
-    await install(device, first, 1)
-    await install(device, renewed, 2)
-    assert first.slot != renewed.slot
-    assert device.slots() == {first.slot, renewed.slot}
+    other = replace(certified, certificate_targets=(shelf.certify(certified, 2),))
+    both = replace(certified, certificate_targets=(*certified.certificate_targets,
+                                                   *other.certificate_targets))  # fmt: skip
+    await install(device, certified, 1)
+    tests, fetches = device.self_test.calls, device.fetch.calls
+    async with device.on() as updater:
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        for generation, wanted in ((2, both), (3, other)):
+            await updater.apply(desired(generation, wanted))
+            await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+            assert device.serving.certificate() == certificate_id(other.certificate_targets[0])
+            assert device.slots() == {wanted.slot}
+        assert device.reports.phases() == ["committed", "downloading"] * 2 + ["committed"]
+    assert device.serving.history == ["1.0.0"]  # the start
+    assert (device.self_test.calls, device.fetch.calls) == (tests, fetches)
+    assert device.fetch.certificates_asked == [
+        *certified.certificate_targets, *other.certificate_targets,
+    ]  # fmt: skip
     assert len(list((device.root / "files").iterdir())) == 3
+    device.fetch.reachable = False
+    async with device.on() as updater:
+        assert device.serving.certificate() == certificate_id(other.certificate_targets[0])
+        assert updater.reports()[0].previous_release == 0
+
+
+async def test_a_withdrawn_certificate_is_left_at_once_whatever_the_hub_does(
+    device, shelf, certified
+) -> None:
+    await install(device, certified, 1)
+    replaced = replace(certified, certificate_targets=(shelf.certify(certified, 2),))
+    device.fetch.reachable = False
+    async with device.on() as updater:
+        assert device.serving.certificate()
+        await updater.apply(desired(2, replaced))
+        assert device.serving.certificate() == ""
+        await device.reports.until(lambda m: m.code == "download/unreachable")
+    # The slot still holds it, the wish does not.
+    async with device.on() as updater:
+        assert device.slots() >= {certified.slot}
+        assert device.serving.certificate() == ""
+        device.fetch.reachable = True
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert ids(*replaced.certificate_targets) == [device.serving.certificate()]
+        # Nothing to fetch, so nobody is asked.
+        device.fetch.reachable = False
+        bare = replace(certified, certificate_targets=())
+        await updater.apply(desired(3, bare))
+        assert device.serving.certificate() == ""
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert device.slots() == {bare.slot}
+    assert device.serving.history == ["1.0.0"]
+
+
+async def test_a_certificate_that_is_named_again_holds_again_before_its_slot_was_renewed(
+    device, shelf, certified
+) -> None:
+    await install(device, certified, 1)
+    replaced = replace(certified, certificate_targets=(shelf.certify(certified, 2),))
+    device.fetch.reachable = False
+    async with device.on() as updater:
+        await updater.apply(desired(2, replaced))
+    async with device.on() as updater:
+        assert device.serving.certificate() == ""
+        await updater.apply(desired(3, certified))
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert device.slots() == {certified.slot}
+
+
+async def test_a_variant_that_becomes_the_better_choice_takes_the_whole_way(
+    device, shelf, certified
+) -> None:
+    bare = replace(certified, certificate_targets=())
+    await install(device, bare, 1)
+    only = (shelf.certify(certified, 2, variant="fp32"),)
+    async with device.on() as updater:
+        await updater.apply(desired(2, replace(certified, certificate_targets=only)))
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert device.serving.variants == {"doubler": "fp32"}
+        assert ids(*only) == [device.serving.certificate()]
+    assert device.serving.history == ["1.0.0", "1.0.0"]
+    assert device.self_test.calls == 2
+    # Without it, what is here goes on: the other variant is no better, and it is not here.
+    async with device.on() as updater:
+        await updater.apply(desired(3, replace(certified, certificate_targets=())))
+        assert device.serving.certificate() == ""
+    device.fetch.reachable = False
+    async with device.on():
+        assert device.serving.variants == {"doubler": "fp32"}
+        assert device.serving.certificate() == ""
+
+
+async def test_other_certificates_do_not_take_a_candidate_back(device, shelf, certified) -> None:
+    await install(device, shelf.put(9, "0.9.0"), 1)
+    device.timings = LATER
+    bare = replace(certified, certificate_targets=())
+    async with device.on() as updater:
+        await updater.apply(desired(2, certified))
+        await device.until_probation()
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        await updater.apply(desired(3, bare))
+        assert device.serving.certificate() == ""
+        await updater.apply(desired(4, certified))
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        await updater.apply(desired(5, bare))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert device.serving.history == ["0.9.0", "1.0.0"]
+    device.timings = SOON
+    async with device.on() as updater:
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert device.serving.certificate() == ""
+
+
+async def test_what_is_withdrawn_while_it_is_being_loaded_is_never_answered_under(
+    device, shelf, certified
+) -> None:
+    bare = replace(certified, certificate_targets=())
+    activate = device.serving.activate
+
+    async def slowly(model: str, bundle: BundleDirectory | None) -> None:
+        if device.updater.generation == 1:
+            assert await device.updater.apply(desired(2, bare))
+        await activate(model, bundle)
+
+    async with device.on() as updater:
+        device.serving.activate = slowly
+        await updater.apply(desired(1, certified))
+        await device.reports.until(lambda m: m.phase == "trial")
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert device.serving.certificate() == ""
+        assert device.slots() == {bare.slot}
+    assert device.serving.history == ["1.0.0"]
+
+
+async def test_a_certificate_of_something_else_is_refused_and_what_serves_goes_on(
+    device, shelf, certified
+) -> None:
+    await install(device, certified, 1)
+    wrong = (*certified.certificate_targets, shelf.certify(certified, 2, version="3.0.0"))
+    async with device.on() as updater:
+        await updater.apply(desired(2, replace(certified, certificate_targets=wrong)))
+        report = await device.reports.until(phase("rejected"))
+        assert (report.code, report.active_release) == ("certificate/other", 1)
+        assert "speaks of doubler 3.0.0, what serves is doubler 1.0.0" in report.sentence
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        assert device.slots() == {certified.slot}
+
+
+async def test_a_disk_without_room_delays_a_certificate(device, shelf, certified) -> None:
+    await install(device, certified, 1)
+    other = replace(certified, certificate_targets=(shelf.certify(certified, 2),))
+    device.timings = replace(SOON, retry_s=0.05)
+
+    def fill() -> None:
+        device.disk.full = True
+
+    device.fetch.before_block = fill
+    async with device.on() as updater:
+        await updater.apply(desired(2, other))
+        await device.reports.until(lambda m: m.code == DiskFull.code)
+        assert device.serving.certificate() == ""
+        device.fetch.before_block, device.disk.full = (lambda: None), False
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert ids(*other.certificate_targets) == [device.serving.certificate()]
+    assert device.slots() == {other.slot}
 
 
 # What the candidate does wrong

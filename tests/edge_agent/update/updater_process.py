@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from edge_agent.update.disk import LocalDisk
 from edge_agent.update.machine import ModelReport
 from edge_agent.update.selftest import ChildSelfTest
 from edge_agent.update.slots import Desired, Target
-from edge_agent.update.surroundings import Progress, Timings
+from edge_agent.update.surroundings import Place, Progress, Timings
 from edge_agent.update.updater import Updater
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.tensors import Array
@@ -127,6 +127,15 @@ class EngineServing:
         else:
             self.active[model] = loading.load_intact(bundle, threads=1)
 
+    def place(self, model: str) -> Place | None:
+        active = self.active.get(model)
+        if active is None:
+            return None
+        return Place(active.number, active.choice.variant.name, active.choice.provider)
+
+    def certify(self, model: str, bundle: BundleDirectory) -> None:
+        self.active[model] = loading.certified(self.active[model], bundle)
+
     async def run(self, model: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         active = self.active[model]
         names = [spec.name for spec in active.bundle.outputs]
@@ -150,6 +159,9 @@ class FolderFetch:
                 copy.write_bytes(path.read_bytes())
             await asyncio.sleep(0)
 
+    async def certificates(self, targets: Collection[str]) -> Mapping[str, bytes]:
+        raise AssertionError("these bundles bring their certificates")
+
 
 class Log:
     """Writes every report to a file that outlives the process, and ends it when it rests."""
@@ -171,11 +183,13 @@ async def live(order: Mapping[str, Any]) -> None:
     """Run one updater until it rests or dies."""
     instants = Instants(order["die_at"])
     root = Path(order["root"])
-    target = Target("doubler", **order["target"])
+    wish = {**order["target"]}
+    wish["certificate_targets"] = tuple(wish["certificate_targets"])
+    target = Target("doubler", **wish)
     log = Log(root.with_suffix(".log"), order["generation"])
     timings = Timings(probation_s=0.002, watch_s=0.001, retry_s=0.0, retry_max_s=0.0)
     if order["real"]:
-        target = Target("digits", **order["target"])
+        target = Target("digits", **wish)
         updater = Updater(
             root,
             fetch=FolderFetch(),
