@@ -418,8 +418,8 @@ class Machine:
             )
         except VectorsUnusable as error:
             raise StepFailed("trial/vectors", str(error)) from None
-        await serving.activate(self.model, holding(bundle, self._wanted(), self._wish()))
-        self.restrict()  # what was withdrawn while it was loaded
+        await serving.activate(self.model, bundle)
+        self.restrict()  # before the next request: something may have been withdrawn meanwhile
         answers = [
             await serving.run(self.model, inputs) for inputs in golden.batches(choice.variant)
         ]
@@ -448,10 +448,8 @@ class Machine:
             await asyncio.sleep(min(left, timings.watch_s))
 
     async def _roll_back(self) -> None:
-        serves, held = self._committed, self._pointer.committed
-        if serves is not None and held is not None:
-            serves = holding(serves, held, self._wish())
-        await self._around.serving.activate(self.model, serves)
+        await self._around.serving.activate(self.model, self._committed)
+        self.restrict()
 
     def _wanted(self) -> Target:
         candidate = self._pointer.candidate

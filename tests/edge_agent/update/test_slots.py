@@ -121,6 +121,58 @@ def test_a_sealed_slot_is_what_was_fetched() -> None:
     assert disk.read(f"files/{1:064x}") == b"weights 1"
 
 
+def renewed(disk: ModelDisk, slots: Slots, capacity: int = 1 << 40) -> Target:
+    """Seal release 1 under a certificate, and renew it with another one."""
+    old = target(1, "c/1.json", "c/2.json")
+    fetched(disk, slots, old)
+    disk.make_folder(f"{slots.stage(old)}/certificates")
+    for id in ("1", "2"):
+        disk.write(f"{slots.stage(old)}/certificates/{id}.json", id.encode())
+    slots.seal(old, {"model.onnx": f"{1:064x}"})
+    disk.capacity = capacity
+    new = target(1, "c/2.json", "c/3.json")
+    slots.renew(old, new, {"3": b"3"})
+    return new
+
+
+def test_a_renewed_slot_has_the_same_files_under_other_certificates() -> None:
+    disk = ModelDisk()
+    slots = opened(disk)
+    new = renewed(disk, slots)
+    folder = slots.folder(new)
+    assert slots.is_sealed(new)
+    assert names(disk, folder) == {"bundle.json", "model.onnx", "certificates"}
+    assert names(disk, f"{folder}/certificates") == {"2.json", "3.json"}
+    assert disk.read(f"{folder}/certificates/2.json") == b"2"
+    assert {e.name: e.links for e in disk.entries(folder)}["model.onnx"] == 3
+    bare = target(1)
+    slots.renew(new, bare, {})
+    assert names(disk, slots.folder(bare)) == {"bundle.json", "model.onnx"}
+    slots.put(Pointer("digits", committed=bare))
+    slots.collect("digits")
+    assert names(disk, HOME) == {"pointer.json", bare.slot}
+    assert disk.read(f"{slots.folder(bare)}/model.onnx") == b"weights 1"
+
+
+def test_a_renewal_that_a_full_disk_ended_is_begun_anew_or_collected() -> None:
+    disk = ModelDisk()
+    slots = opened(disk)
+    with pytest.raises(DiskFull):
+        renewed(disk, slots, capacity=0)
+    old, new = target(1, "c/1.json", "c/2.json"), target(1, "c/2.json", "c/3.json")
+    assert names(disk, HOME) == {old.slot, f"{new.slot}.linked"}
+    disk.capacity = 1 << 40
+    slots.put(Pointer("digits", committed=old))
+    slots.renew(old, new, {"3": b"3"})
+    assert names(disk, HOME) == {"pointer.json", old.slot, new.slot}
+    other = target(1, "c/4.json")
+    with pytest.raises(DiskFault):
+        slots.renew(old, other, {})  # nobody has that certificate
+    assert not slots.is_sealed(other)
+    slots.collect("digits")
+    assert names(disk, HOME) == {"pointer.json", old.slot}
+
+
 def test_an_interrupted_fetch_finds_what_it_left() -> None:
     disk = ModelDisk()
     slots = opened(disk)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from edge_agent.update.slots import Desired, Slots, Target, certificate_id
 from edge_agent.update.surroundings import Timings
 from edge_agent.update.updater import DesiredRefused, Updater
 from fogline_protocol.release import BundleDirectory
+from fogline_protocol.tensors import Array
 from tests.edge_agent.update.fakes import (
     WRONG,
     CopyFetch,
@@ -355,14 +356,35 @@ async def test_what_is_withdrawn_while_it_is_being_loaded_is_never_answered_unde
             assert await device.updater.apply(desired(2, bare))
         await activate(model, bundle)
 
+    run, under = device.serving.run, set()
+
+    async def noting(model: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        under.add(device.serving.certificate())
+        return await run(model, inputs)
+
     async with device.on() as updater:
-        device.serving.activate = slowly
+        device.serving.activate, device.serving.run = slowly, noting
         await updater.apply(desired(1, certified))
         await device.reports.until(lambda m: m.phase == "trial")
         await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
         assert device.serving.certificate() == ""
         assert device.slots() == {bare.slot}
     assert device.serving.history == ["1.0.0"]
+    assert under == {""}
+
+
+async def test_what_was_withdrawn_is_not_gone_back_to(device, shelf, certified) -> None:
+    await install(device, certified, 1)
+    device.timings = LATER
+    replaced = replace(certified, certificate_targets=(shelf.certify(certified, 2),))
+    async with device.on() as updater:
+        await updater.apply(desired(2, shelf.put(2, "2.0.0")))
+        await device.until_probation()
+        device.fetch.reachable = False
+        await updater.apply(desired(3, replaced))
+        await device.reports.until(lambda m: m.code == "download/unreachable")
+        assert device.serving.history == ["1.0.0", "2.0.0", "1.0.0"]
+        assert device.serving.certificate() == ""
 
 
 async def test_a_certificate_of_something_else_is_refused_and_what_serves_goes_on(
