@@ -1,19 +1,25 @@
 """The model story with real processes: push, want, fetch, test, switch, refuse, converge."""
 
 import asyncio
+import datetime
+import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from cloud_hub import operate
 from cloud_hub.operate import OperationRefused
 from deploy.demo.__main__ import BETTER_BUNDLE, BROKEN_BUNDLE, HUB_BUNDLE, certified_bundle
+from deploy.demo.fleet import script
 from deploy.demo.operator import Operator
 from deploy.demo.traffic import GrpcApplication, Stream
 from edge_agent.runtime.providers import CPU, hardware_class
+from fogline_protocol import release
 
 pytestmark = pytest.mark.system
 
@@ -107,6 +113,98 @@ async def test_devices_say_which_variant_answers_before_and_after_an_update(flee
         assert (serving["variant"], serving["provider"]) == ("int8-qdq", CPU)
         assert (serving["meant_variant"], serving["meant_provider"]) == ("int8-qdq", CPU)
         assert (len(serving["certificate"]), serving["aside"]) == (16, "")
+
+
+async def fogline(*words):
+    """Run the operator's real command and return what it printed."""
+    command = await asyncio.create_subprocess_exec(
+        script("fogline"), *map(str, words), stdout=asyncio.subprocess.PIPE
+    )
+    printed, _ = await command.communicate()
+    assert command.returncode == 0, printed
+    return json.loads(printed)
+
+
+async def until_answered(apps, image, quality, certificate=None):
+    """Ask until every application is answered like this; return the seconds that it took."""
+    began = time.monotonic()
+    for app in apps:
+        while True:
+            _, said = await app.ask(image, "prefer_edge")
+            if (
+                said["fogline.quality"] == quality
+                and said.get("fogline.certificate") == certificate
+            ):
+                break
+            assert time.monotonic() < began + 30, said
+            await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+async def test_a_certificate_is_withdrawn_and_issued_again_in_the_field(
+    fleet, better_bundle, traffic, tmp_path
+):
+    better = await fleet.operator.push(better_bundle)
+    here = ("--data", fleet.hub.data, "--json")
+    known = {c.id: c for c in release.read(better_bundle).certificates}
+    for id, certificate in known.items():
+        if certificate.variant != "int8-qdq":  # else devices would go over to that variant
+            await fogline("certificate", "withdraw", better, id, "--reason", "unused", *here)
+    await fleet.operator.want(better)
+    assert await fleet.operator.until_committed(better) == 2
+    first, second = fleet.apps
+    (serving,) = {m["serving"]["certificate"]
+                  for d in await fleet.operator.devices() for m in d["models"]}  # fmt: skip
+    certificate = known[serving]
+    for n in range(len(traffic)):  # until one that the device answers by itself
+        sure = traffic[n : n + 1]
+        if (await second.ask(sure, "edge_only"))[1]["fogline.quality"] == "certified":
+            break
+    await until_answered(fleet.apps, sure, "certified", certificate.id)
+    victim = fleet.agents[0]
+    async with Stream([second], traffic, 40.0) as stream:
+        gone = await fogline(
+            "certificate", "withdraw", better, certificate.id, "--reason", "drift", *here
+        )
+        assert gone["devices"] == ["first", "second"]
+        # Whether it has heard of it or not: it must not matter.
+        await victim.stop(signal.SIGKILL)
+        assert await until_answered([second], sure, "hub") < 5.0
+        withdrawn = len(stream.answers)
+        await victim.start()
+        assert await until_answered([first], sure, "hub") < 10.0
+    assert {answer.quality for answer in stream.answers[withdrawn:]} == {"hub"}
+    another = replace(certificate, issued_at=datetime.datetime.now(datetime.UTC))
+    file = tmp_path / "another.json"
+    file.write_bytes(another.to_json())
+    async with Stream(fleet.apps, traffic, 40.0) as loaded:
+        (made,) = await fogline("certificate", "issue", better, file, *here)
+        assert (made["id"], made["devices"]) == (another.id, ["first", "second"])
+        assert await until_answered(fleet.apps, sure, "certified", another.id) < 5.0
+    assert (stream.failed, loaded.failed) == (0, 0)
+    assert {answer.release for answer in stream.answers + loaded.answers} == {"digits@1.1.0"}
+    assert await fleet.operator.until_committed(better) == 2
+    for device in await fleet.operator.devices():
+        (model,) = device["models"]
+        assert model["serving"]["certificate"] == another.id
+
+
+async def test_a_hub_killed_right_after_a_withdrawal_tells_it_after_its_return(
+    fleet, better_bundle, traffic
+):
+    better = await fleet.operator.push(better_bundle)
+    await fleet.operator.want(better)
+    assert await fleet.operator.until_committed(better) == 2
+    url = f"http://{fleet.hub.endpoints['http']}"
+    path = f"/api/v1/releases/{better.replace('@', '/')}/certificates"
+    fleet_broker(fleet).kill()  # so that nothing can leave before the hub dies
+    for one in await operate.call(url, "GET", f"/api/v1/certificates?model={better.split('@')[0]}"):
+        await operate.call(url, "POST", f"{path}/{one['id']}/withdrawal", body={"reason": "drift"})
+    await fleet.hub.stop(signal.SIGKILL)
+    await fleet.hub.start()
+    await until_answered(fleet.apps, traffic[:1], "hub")
+    for device in await fleet.operator.devices():
+        assert device["models"][0]["active_release"] == "1"
 
 
 async def test_a_broker_that_dies_and_comes_back_empty_costs_nothing(fleet, better_bundle):
