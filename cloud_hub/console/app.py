@@ -4,6 +4,7 @@
     GET  /devices, ...           fleet_pages.py        people
     GET  /models, /deploy, ...   release_pages.py      people
     POST /deploy                 what is wanted        people
+    POST .../withdraw            what is certified     people
     GET  /login  POST /login     sign in               anyone
     POST /logout                 sign out              anyone
     GET  /api/v1/examples ...    examples_api.py       programs

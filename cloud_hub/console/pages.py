@@ -15,7 +15,9 @@ from cloud_hub.console.api import BadParameter, Insight
 from cloud_hub.console.assets import Assets
 from cloud_hub.console.views import Model
 from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet.certificates import CertificateRefused
 from cloud_hub.fleet.controller import TooMuchWanted, UnknownDevice, UnknownRelease
+from cloud_hub.fleet.keys import KeyMissing
 from cloud_hub.fleet.releases import ReleaseRefused
 
 WINDOWS_S = (60, 300, 900)  # the links above the figures
@@ -219,10 +221,14 @@ def readable(pages: Pages, handler: Handler) -> Handler:
             status, title, detail = 404, "No such device", str(error)
         except (UnknownRelease, ReleaseRefused) as error:
             status, title, detail = 404, "No such release", str(error)
+        except CertificateRefused as error:
+            status, title, detail = 404, "No such certificate", str(error)
         except TooMuchWanted as error:
             status, title, detail = 409, "Too much is wanted", str(error)
         except StoreFailed as error:
             status, title, detail = 503, "The hub cannot reach its data", str(error)
+        except KeyMissing as error:
+            status, title, detail = 503, "The hub cannot sign", str(error)
         detail = detail[:1].upper() + detail[1:]
         return pages.render(
             "error.html",

@@ -1,9 +1,11 @@
-"""Pages of models and releases, and the one thing that they change: what is wanted.
+"""Pages of models and releases, and what they change: what is wanted, and what is certified.
 
     GET  /models?page=                  every model with its latest releases
     GET  /models/{model}?page=          every release of one model
     GET  /models/{model}/{number}       one release
     GET  /models/{model}/{number}/report.html       the workshop's page on it, as it came
+    GET  /models/{model}/{number}/certificates/{id}/withdraw    says what that would do
+    POST /models/{model}/{number}/certificates/{id}/withdraw    does it, with a reason
     GET  /deploy?release=&to=...        says what a deployment would do, changes nothing
     POST /deploy                        wants it, and shows the devices that follow
 
@@ -19,6 +21,7 @@ from aiohttp import web
 from cloud_hub.console import (
     access,
     cards,
+    certificate_views,
     deploy_views,
     example_views,
     figures,
@@ -35,6 +38,7 @@ from cloud_hub.console.model_views import MODELS_AT_ONCE, RELEASES_AT_ONCE
 from cloud_hub.console.pages import Pages, once, read_form, readable
 from cloud_hub.console.roster import Line, Query, Roster, natural, select
 from cloud_hub.fleet import lineage
+from cloud_hub.fleet.certificates import LONGEST_REASON
 from cloud_hub.fleet.controller import UnknownRelease
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.lineage import Lineage
@@ -45,6 +49,7 @@ from fogline_protocol.release import MODEL_NAME
 LONGEST_PLAN = 4 << 20  # the names of all devices of a confirmed deployment
 CHOICES_SHOWN = 40  # devices to tick; a larger fleet is named by patterns
 LAST_PAGE = 10**6
+_CERTIFICATE = "/models/{model}/{number}/certificates/{id}"
 
 
 class ReleasePages:
@@ -75,6 +80,8 @@ class ReleasePages:
                 ("GET", "/models/{model}", self.model),
                 ("GET", "/models/{model}/{number}", self.release),
                 ("GET", "/models/{model}/{number}/report.html", self.report),
+                ("GET", f"{_CERTIFICATE}/withdraw", self.withdrawal),
+                ("POST", f"{_CERTIFICATE}/withdraw", self.withdraw),
                 ("GET", "/deploy", self.review),
                 ("POST", "/deploy", self.deploy),
             )
@@ -174,6 +181,38 @@ class ReleasePages:
                 "one beside bundle.json, and pushing that bundle again brings it.",
             )
         return report_page.response(page)
+
+    async def withdrawal(self, request: web.Request) -> web.StreamResponse:
+        """Answer with what withdrawing a certificate would do; nothing changes."""
+        found = await self._named(request)
+        certificates = self._fleet.certificates
+        one = await certificates.show(found.model, found.number, request.match_info["id"])
+        issued = await certificates.list(found.model, found.number)
+        await self._roster.refresh()
+        return self._pages.render(
+            "withdraw.html",
+            title=f"Withdraw {one.id}",
+            here="/models",
+            release=f"{found.model}@{found.number}",
+            path=f"/models/{found.model}/{found.number}",
+            plan=certificate_views.withdrawal(one, issued, self._roster.lines(), self._clock()),
+            longest=LONGEST_REASON,
+        )
+
+    async def withdraw(self, request: web.Request) -> web.StreamResponse:
+        """Withdraw a certificate, for the reason that was given when it was confirmed."""
+        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+            return access.problem(403, "this came from a page of another site")
+        reason = (await read_form(request)).get("reason", "").strip()
+        if not 0 < len(reason) <= LONGEST_REASON:
+            raise BadParameter(
+                f"A certificate is withdrawn for a reason, of 1 to {LONGEST_REASON} characters."
+            )
+        found = await self._named(request)
+        await self._fleet.certificates.withdraw(
+            found.model, found.number, request.match_info["id"], reason=reason
+        )
+        raise web.HTTPSeeOther(f"/models/{found.model}/{found.number}#certificates")
 
     async def review(self, request: web.Request) -> web.StreamResponse:
         """Answer with what a deployment would do; nothing changes."""

@@ -88,6 +88,33 @@ def test_a_fallback_leads_from_the_models_to_the_device_and_its_reason(
     expect(told).to_have_text("answers with int8-qdq on CPUExecutionProvider now")
 
 
+def test_a_certificate_is_withdrawn_for_a_reason(
+    chromium: Browser, visitor: BrowserContext, beside: Stage
+) -> None:
+    issued = beside.do(beside.fleet.certificates.list("digits", 2))
+    held = next(one for one in issued if one.certificate.variant == "int8-qdq")
+    beside.do(beside.join("kiosk", runs=2, serving=answers(certificate=held.id)))
+    path = f"{beside.url}/models/digits/2"
+    page = visitor.new_page()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        page.goto(f"{path}/certificates/{held.id}/withdraw")
+        assert page.evaluate(POOR_CONTRAST)["poor"] == []
+    for width in (320, 768, 1400):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for context in watched(chromium.new_context(java_script_enabled=False)):
+        page = context.new_page()
+        page.goto(path)
+        page.get_by_role("link", name=f"Withdraw {held.id}").click()
+        expect(page.get_by_role("heading", name=f"Withdraw {held.id}?")).to_be_visible()
+        expect(page.get_by_text("1 device answers under it now.")).to_be_visible()
+        page.get_by_label("Reason").fill("drift at the gate")
+        page.get_by_role("button", name="Withdraw").click()
+        expect(page.get_by_text("Withdrawn: drift at the gate")).to_be_visible()
+        expect(page.get_by_role("link", name=f"Withdraw {held.id}")).to_have_count(0)
+
+
 def test_a_hostile_report_runs_sends_and_fetches_nothing(
     chromium: Browser, beside: Stage, digits: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,61 @@ async def test_a_release_shows_contract_certificates_report_card_and_digests(
     assert "Forced past the hub" not in text
     assert "Forced past the hub" in await page(session, f"{stage.url}/models/digits/3")
     assert "there is nothing to certify" in await page(session, f"{stage.url}/models/digits-hub/1")
+
+
+async def generation(stage: Stage, device: str) -> int:
+    return {one.device: one.generation for one in await stage.fleet.controller.twins()}[device]
+
+
+async def test_a_certificate_is_withdrawn_after_a_look_at_what_that_means(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    issued = await stage.fleet.certificates.list("digits", 2)
+    held = next(one for one in issued if one.certificate.variant == "int8-qdq")
+    newer = replace(held.certificate, issued_at=held.certificate.issued_at + timedelta(days=1))
+    path = f"{stage.url}/models/digits/2/certificates/{held.id}/withdraw"
+    assert f'href="/models/digits/2/certificates/{held.id}/withdraw"' in await page(
+        session, f"{stage.url}/models/digits/2"
+    )
+    await stage.join("kiosk", runs=2, serving=answers(certificate=held.id))
+    await stage.join("gate", runs=2, online=False, serving=answers(certificate=held.id))
+    await stage.join("other", runs=1, serving=answers(certificate=held.id))
+    await stage.fleet.controller.want(["kiosk"], "digits", 2)
+    text = await page(session, path)
+    for said in (
+        f"Withdraw {held.id}?",
+        "2 devices answer under it now.",
+        "No other holds for int8-qdq on",
+        "escalate every request to digits-hub.",
+        "1 device of them is offline and will follow when back.",
+    ):
+        assert said in text, said
+    await stage.fleet.certificates.issue("digits", 2, newer)
+    assert f"Then {newer.id} is the latest that holds for int8-qdq on" in await page(session, path)
+    wanted = await generation(stage, "kiosk")
+    for reason in ("", " ", "x" * 501):
+        async with session.post(path, data={"reason": reason}) as response:
+            assert response.status == 400
+            assert "for a reason, of 1 to 500 characters" in await response.text()
+    async with session.post(
+        path, data={"reason": "drift"}, headers={"Sec-Fetch-Site": "cross-site"}
+    ) as response:
+        assert response.status == 403
+    assert await generation(stage, "kiosk") == wanted
+    async with session.post(path, data={"reason": " a <drift>"}, allow_redirects=False) as response:
+        assert response.status == 303
+        assert response.headers["Location"] == "/models/digits/2#certificates"
+    assert await generation(stage, "kiosk") == wanted + 1
+    text = await page(session, f"{stage.url}/models/digits/2")
+    assert "Withdrawn: a &lt;drift&gt;" in text
+    assert f"certificates/{held.id}/withdraw" not in text
+    assert "fogline certificate issue digits@2 FILE" in text
+    assert f"{held.id} is withdrawn already" in await page(session, path)
+    for stranger in ("f" * 16, "%00", "x" * 300):
+        unknown = f"{stage.url}/models/digits/2/certificates/{stranger}/withdraw"
+        assert "No such certificate" in await page(session, unknown, 404)
+        async with session.post(unknown, data={"reason": "x"}) as response:
+            assert response.status == 404
 
 
 @pytest.mark.parametrize(
