@@ -85,7 +85,7 @@ def withdrawal(
             f"No other holds for {place}: such devices use another certified variant, or "
             f"escalate every request to {mine.hub_model}."
         )
-    sentences.append("They follow within seconds; no request fails and nothing is loaded anew.")
+    sentences.append("Devices follow within seconds, and no request fails.")
     if away:
         sentences.append(
             f"{many(away, 'device')} of them {'is' if away == 1 else 'are'} offline and will "
