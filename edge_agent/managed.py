@@ -428,6 +428,10 @@ class _Fetch:
             return {}  # so a withdrawal is followed wherever the hub's files are
         return await self._unless_moved(lambda hub: hub.certificates(targets))
 
+    async def withdrawn(self, targets: Collection[str]) -> frozenset[str]:
+        """See ``Fetch.withdrawn`` in ``surroundings.py``."""
+        return await self._unless_moved(lambda hub: hub.withdrawn(targets))
+
     async def _unless_moved(self, work: Callable[[HubReleases], Coroutine[Any, Any, T]]) -> T:
         if self.releases is None:
             raise StepInterrupted("download/no-hub", "the hub has not said yet where its files are")

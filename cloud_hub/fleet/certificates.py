@@ -179,8 +179,11 @@ class Certificates:
             devices: Sequence[str] = ()
             if found.withdrawn_at is None:
                 devices = await self._store.write(disbelieve)
+            try:
+                await asyncio.to_thread(self._repository.publish, {}, [found.target], now=now)
+            finally:
+                # Last, because those that run what they are not to run any more ask when they hear.
                 self._wishes.restated()
-            await asyncio.to_thread(self._repository.publish, {}, [found.target], now=now)
             return Change(await self.show(model, number, id), devices)
 
     async def list(self, model: str | None = None, number: int | None = None) -> Sequence[Issued]:

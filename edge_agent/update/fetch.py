@@ -16,9 +16,10 @@ from edge_agent.runtime.variants import Choice
 from edge_agent.update.blocks import LocalBlocks, Transferred
 from edge_agent.update.download import Downloader
 from edge_agent.update.lifecycle import StepRefused
+from edge_agent.update.marks import MetadataRefused
 from edge_agent.update.slots import Target, certificate_id
 from edge_agent.update.surroundings import Progress
-from edge_agent.update.trust import Trust
+from edge_agent.update.trust import UNKNOWN_TARGET, Trust
 from fogline_protocol import certificate, release
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.release import CERTIFICATES, ROOT, Bundle, BundleDirectory
@@ -89,6 +90,18 @@ class HubReleases:
         return {
             certificate_id(path): await self._trust.certificate_document(path) for path in targets
         }
+
+    async def withdrawn(self, targets: Collection[str]) -> frozenset[str]:
+        """See ``Fetch.withdrawn`` in ``surroundings.py``."""
+        gone = set()
+        for path in targets:
+            try:
+                await self._trust.certificate_document(path)
+            except MetadataRefused as error:
+                if error.code != UNKNOWN_TARGET:
+                    raise
+                gone.add(certificate_id(path))
+        return frozenset(gone)
 
 
 def _bundle(into: Path, index: ReleaseIndex) -> Bundle:

@@ -13,7 +13,8 @@ the state names, so that a restart knows what was under way. The rules it keeps:
 Certificates are lighter than releases. One that the hub names no more is not answered under from
 the moment its wish is accepted, whatever state this is in: ``restrict``. Others are fetched by
 themselves, and if what serves stays the best choice under them, nothing is loaded and nothing is
-tested: ``_renewed``.
+tested: ``certificates.py``. A wish for another release says nothing of what serves meanwhile, so there
+the hub is asked whether it still signs them: ``doubt``.
 
 A commit does not ask whether the hub can be reached: a model cannot break the network, and a
 device that is often offline must be able to finish what it has begun.
@@ -30,6 +31,7 @@ import structlog
 
 from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.variants import Choice
+from edge_agent.update import certificates
 from edge_agent.update.disk import DiskFault, DiskFull
 from edge_agent.update.lifecycle import (
     RESTING,
@@ -42,13 +44,10 @@ from edge_agent.update.lifecycle import (
     StepInterrupted,
     StepRefused,
 )
-from edge_agent.update.slots import Pointer, Target, certificate_id
-from edge_agent.update.surroundings import Place, Surroundings
-from fogline_protocol import certificate, release
-from fogline_protocol.certificate import Certificate
-from fogline_protocol.documents import DocumentError
+from edge_agent.update.slots import Pointer, Target
+from edge_agent.update.surroundings import Surroundings
 from fogline_protocol.golden import Deviates, GoldenVectors, VectorsUnusable, judge
-from fogline_protocol.release import Bundle, BundleDirectory, BundleRefused
+from fogline_protocol.release import BundleDirectory, BundleRefused
 
 _log = structlog.get_logger()
 
@@ -95,7 +94,9 @@ class Machine:
         self._committed = committed
         self._candidate: tuple[BundleDirectory, Choice] | None = None  # verified, in its slot
         self._renewal: BundleDirectory | None = None  # the committed release, in its new slot
+        self._gone = around.slots.withdrawn(pointer.model)  # where no wish says otherwise
         self._woken = asyncio.Event()
+        self._doubted = asyncio.Event()
         self._retry_now = True  # the pause between attempts ended with the restart
         self._interruptions = 0  # in a row
         self._bytes = (0, 0)
@@ -108,9 +109,10 @@ class Machine:
         """Look at the desired state again."""
         self.restrict()
         self._woken.set()
+        self._doubted.set()
 
     def restrict(self) -> None:
-        """Answer under no certificate that the desired state names no more."""
+        """Answer under no certificate that the hub has taken back, as far as it is known."""
         active, place = self._pointer.active, self._around.serving.place(self.model)
         serves = self._committed
         if self._pointer.life.state in SERVING_CANDIDATE:
@@ -118,10 +120,43 @@ class Machine:
         if active is None or serves is None or place is None or place.release != active.release:
             return  # it is being loaded, and restricted then
         # Also where none is missing: one may be named again before its slot was renewed.
-        self._around.serving.certify(self.model, holding(serves, active, self._wish()))
+        held = certificates.holding(serves, active, self._wish(), self._gone)
+        self._around.serving.certify(self.model, held)
+
+    async def doubt(self) -> None:
+        """Ask the hub about certificates that no wish speaks of, until cancelled.
+
+        That are those of a release that serves although another one is wanted: one that is on its
+        way, or was refused here. The hub raises the generation when it has withdrawn one.
+        """
+        around = self._around
+        while True:
+            self._doubted.clear()
+            held, wish = self._pointer.committed, self._wish()
+            spoken_of = held is None or (wish is not None and wish.is_of_the_release_of(held))
+            if held is not None and held.certificate_targets and not spoken_of:
+                try:
+                    gone = await around.fetch.withdrawn(held.certificate_targets)
+                except Exception as error:
+                    # As in a step: whatever comes from outside must not end the agent.
+                    _log.info("certificates in doubt", model=self.model, why=str(error))
+                else:
+                    await self._believe(gone)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if spoken_of else around.timings.doubt_s):
+                    await self._doubted.wait()
+
+    async def _believe(self, gone: frozenset[str]) -> None:
+        if gone != self._gone:
+            self._gone = gone
+            self.restrict()
+            with contextlib.suppress(DiskFull, DiskFault):  # forgotten, it is asked about again
+                await self._around.on_disk(self._around.slots.withdraw, self.model, gone)
+            await self._around.tell()
 
     def nudge(self) -> None:
         """End a pause that waits for the hub."""
+        self._doubted.set()
         if self._interruptions:
             self._retry_now = True
             self._woken.set()
@@ -322,9 +357,11 @@ class Machine:
     async def _fetch(self) -> Event | None:
         target = self._wanted()
         slots = self._around.slots
-        self._renewal = await self._renewed(target)
-        if self._renewal is not None:
-            return Event.RENEWED
+        held, serves = self._pointer.committed, self._committed
+        if held is not None and serves is not None and target.is_of_the_release_of(held):
+            self._renewal = await certificates.renewed(self._around, held, serves, target)
+            if self._renewal is not None:
+                return Event.RENEWED
         if await self._around.on_disk(slots.is_sealed, target):
             return None  # an earlier attempt, or a release that this device had before
         into = self._around.root / await self._around.on_disk(slots.stage, target)
@@ -335,42 +372,6 @@ class Machine:
         await self._around.fetch.fetch(target, into, progress)
         self._interruptions = 0
         return None
-
-    async def _renewed(self, target: Target) -> BundleDirectory | None:
-        """Return what serves in the slot of ``target``, if it only needs other certificates.
-
-        None: it is not of that release, or another variant of it is the better choice under them.
-        """
-        around, held, serves = self._around, self._pointer.committed, self._committed
-        if held is None or serves is None or not target.is_of_the_release_of(held):
-            return None
-        slot = around.slots.folder(target)
-        sealed = await around.on_disk(around.slots.is_sealed, target)
-        if sealed:
-            try:
-                there = await around.on_disk(release.read, around.root / slot, variants=())
-            except BundleRefused:
-                return None  # which is said, and made good, when it is verified
-            known, fetched = {c.id: c for c in there.certificates}, {}
-        else:
-            known = {c.id: c for c in serves.certificates}
-            missing = [p for p in target.certificate_targets if certificate_id(p) not in known]
-            fetched = dict(await around.fetch.certificates(missing))
-            known |= {id: _certificate(data, serves.bundle) for id, data in fetched.items()}
-        if not target.certificate_ids <= known.keys():
-            return None
-        named = tuple(known[id] for id in sorted(target.certificate_ids))
-        renewed = replace(serves, path=around.root / slot, certificates=named)
-        try:
-            choice = around.choose(replace(renewed, present=None))
-        except ReleaseRefused:
-            return None
-        place = Place(target.release, choice.variant.name, choice.provider)
-        if place != around.serving.place(self.model):
-            return None
-        if not sealed:
-            await around.on_disk(around.slots.renew, held, target, fetched)
-        return renewed
 
     async def _verify(self) -> None:
         self._candidate = await self._around.on_disk(self._verify_and_seal, self._wanted())
@@ -572,37 +573,6 @@ class Machine:
             await self._around.on_disk(slots.put, self._pointer)
         if full or p.life.state is State.IDLE:
             await self._around.on_disk(slots.collect, self.model)
-
-
-def holding(bundle: BundleDirectory, target: Target, wish: Target | None) -> BundleDirectory:
-    """Return ``bundle``, which is ``target``, without the certificates that are not wanted any more.
-
-    An accepted wish is durable. So what it does not name any more is not answered under from then
-    on, also after a restart and without a network. Of another release it says nothing.
-    """
-    if wish is None or not wish.is_of_the_release_of(target):
-        return bundle
-    named = wish.certificate_ids
-    return replace(bundle, certificates=tuple(c for c in bundle.certificates if c.id in named))
-
-
-def _certificate(data: bytes, bundle: Bundle) -> Certificate:
-    """Return the certificate in a signed document.
-
-    Raises:
-        StepRefused: it is none, or not of this bundle.
-    """
-    try:
-        found = certificate.parse(data)
-    except DocumentError as error:
-        raise StepRefused("certificate/malformed", str(error)) from None
-    if (found.model, found.version) != (bundle.model, bundle.version):
-        raise StepRefused(
-            "certificate/other",
-            f"certificate {found.id} speaks of {found.model} {found.version}, what serves is "
-            f"{bundle.model} {bundle.version}",
-        )
-    return found
 
 
 def _disk_error(error: OSError) -> StepFailed | None:

@@ -2,6 +2,7 @@
 
     device.json                    desired state accepted, sequence numbers reserved, starts
     models/<model>/pointer.json    the one truth about a model: committed, before, candidate, state
+    models/<model>/withdrawn.json  certificates known to be withdrawn that no wish speaks of
     models/<model>/<slot>.part/    where a release is fetched; nothing in it is trusted
     models/<model>/<slot>/         a release, complete and synced: the name is the promise
     models/<model>/<slot>.linked/  a slot of the same files under other certificates, being made
@@ -43,6 +44,7 @@ from fogline_protocol.release import CERTIFICATES
 SEQUENCE_BLOCK = 1000  # sequence numbers reserved by one write; a start skips what is left of them
 DEVICE = "device.json"
 POINTER = "pointer.json"
+WITHDRAWN = "withdrawn.json"
 MODELS = "models"
 FILES = "files"
 
@@ -139,6 +141,7 @@ class Slots:
         self._boot = 0
         self._desired = Desired(0)
         self._pointers: dict[str, Pointer] = {}  # always what the disk says
+        self._withdrawn: dict[str, frozenset[str]] = {}  # by model
         self.damaged: dict[str, str] = {}  # state files that could not be read, and why
 
     @property
@@ -159,6 +162,10 @@ class Slots:
     def pointer(self, model: str) -> Pointer:
         """Return what is known of ``model``."""
         return self._pointers.get(model, Pointer(model))
+
+    def withdrawn(self, model: str) -> frozenset[str]:
+        """Return the ids of certificates that ``withdraw`` was told of last."""
+        return self._withdrawn.get(model, frozenset())
 
     def open(self) -> None:
         """Read what the disk holds, and count a start. A disk that takes no writes does not stop it.
@@ -228,6 +235,17 @@ class Slots:
             self._folder(f"{MODELS}/{pointer.model}")
         self._replace(f"{MODELS}/{pointer.model}/{POINTER}", _pointer_document(pointer))
         self._pointers[pointer.model] = pointer
+
+    def withdraw(self, model: str, ids: frozenset[str]) -> None:
+        """Remember which certificates of ``model`` the hub signs no more, instead of earlier ones.
+
+        Raises:
+            DiskFull: it is not remembered.
+            DiskFault: it may not be remembered.
+        """
+        self._withdrawn[model] = ids
+        document = {"schema": 1, "model": model, "ids": sorted(ids)}
+        self._replace(f"{MODELS}/{model}/{WITHDRAWN}", document)
 
     def folder(self, target: Target) -> str:
         """Return the folder that is the slot of ``target`` once it is sealed."""
@@ -366,6 +384,13 @@ class Slots:
             document = self._read(path)
             if document is not None:
                 self._pointers[model] = _pointer(model, document)
+        except StateDamaged as error:
+            self.damaged[path] = str(error)
+        path = f"{MODELS}/{model}/{WITHDRAWN}"
+        try:
+            document = self._read(path)
+            if document is not None:
+                self._withdrawn[model] = frozenset(document["ids"])
         except StateDamaged as error:
             self.damaged[path] = str(error)
 

@@ -51,6 +51,14 @@ class Fetch(Protocol):
         """
         ...
 
+    async def withdrawn(self, targets: Collection[str]) -> frozenset[str]:
+        """Return the ids of those of these certificates that the hub does not sign any more.
+
+        Raises:
+            StepInterrupted, StepRefused, StepFailed, OSError: it is not known.
+        """
+        ...
+
 
 class SelfTest(Protocol):
     """Runs golden inputs where nothing depends on it."""
@@ -120,6 +128,7 @@ class Timings:
     rollback_s: float = 10.0  # fleet-updates.md 11, R3
     retry_s: float = 5.0  # before the second attempt; doubles, with full jitter
     retry_max_s: float = 600.0
+    doubt_s: float = 600.0  # between questions about certificates that no wish speaks of
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +156,14 @@ class Surroundings:
         )
 
     def read(
-        self, folder: str, certificates: Collection[str] | None = None
+        self,
+        folder: str,
+        holding: Callable[[BundleDirectory], BundleDirectory] = lambda bundle: bundle,
     ) -> tuple[BundleDirectory, Choice]:
         """Read and verify the variant that this device runs of the bundle in ``folder``.
 
-        Only what was fetched of it is chosen from, by the certificates with these ids; None: by all
-        that are there.
+        Only what was fetched of it is chosen from, by those of its certificates that ``holding``
+        leaves.
 
         Raises:
             BundleRefused: it is not intact.
@@ -161,9 +172,8 @@ class Surroundings:
         path = self.root / folder
         there = release.read(path, variants=())
         here = frozenset(v.name for v in there.bundle.variants if (path / v.path).is_file())
-        held = tuple(c for c in there.certificates if certificates is None or c.id in certificates)
         try:
-            choice = self.choose(replace(there, present=here, certificates=held))
+            choice = self.choose(replace(holding(there), present=here))
         except ReleaseRefused as error:
             raise StepRefused("verify/no-variant", str(error)) from None
         return release.read(path, variants={choice.variant.name}), choice

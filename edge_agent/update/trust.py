@@ -68,6 +68,7 @@ from fogline_protocol.release_index import ReleaseIndex
 BUILD_TIME = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC).timestamp()
 
 CERTIFICATES = "certificates"  # the role that may speak of certificates, and no other
+UNKNOWN_TARGET = "metadata/unknown-target"  # code: the hub has signed nothing for a path
 ISSUED = "issued"  # the hub's time in the signed timestamp
 MAX_FETCH_S = 60.0  # for one metadata file, however slowly it drips
 FLOOR_STEP_S = 3600.0  # the hub's time is written down when it has moved on by so much
@@ -214,16 +215,14 @@ class Trust:
                 info = updater.get_targetinfo(target)
                 role = view.role_of(target)
                 if role is None:
-                    raise MetadataRefused("metadata/unknown-target", f"nobody may sign {target}")
+                    raise MetadataRefused(UNKNOWN_TARGET, f"nobody may sign {target}")
                 view.add(role)
         finally:
             self._accept(view, before)  # what was verified counts, whatever the look-up came to
         # The walk of ngclient and ours must have ended at the same signature.
         signed = view.targets[role].targets.get(target)
         if info is None or signed is None or info != signed:
-            raise MetadataRefused(
-                "metadata/unknown-target", f"the hub has signed nothing for {target}"
-            )
+            raise MetadataRefused(UNKNOWN_TARGET, f"the hub has signed nothing for {target}")
         if info.length > MAX_DOCUMENT_BYTES:
             raise DocumentRefused(
                 f"{kind}/too-large",

@@ -9,6 +9,7 @@ a report is the whole device, so the last one repairs all that were lost.
 
 import asyncio
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from typing import Protocol
 import structlog
 
 from edge_agent.runtime.variants import Choice
+from edge_agent.update import certificates
 from edge_agent.update.disk import Disk, DiskFault, DiskFull, LocalDisk
 from edge_agent.update.lifecycle import (
     MAX_ATTEMPTS,
@@ -27,8 +29,8 @@ from edge_agent.update.lifecycle import (
     State,
     StepRefused,
 )
-from edge_agent.update.machine import STAGES, Machine, ModelReport, holding
-from edge_agent.update.slots import Desired, Pointer, Slots
+from edge_agent.update.machine import STAGES, Machine, ModelReport
+from edge_agent.update.slots import Desired, Pointer, Slots, Target
 from edge_agent.update.surroundings import Fetch, SelfTest, Serving, Surroundings, Timings
 from fogline_protocol.release import MODEL_NAME, BundleDirectory, BundleRefused
 
@@ -135,7 +137,7 @@ class Updater:
                     self._slots.put(pointer)
             self._machines[model] = Machine(self._around, pointer, bundle)
             if bundle is not None and pointer.committed is not None:
-                serving[model] = holding(bundle, pointer.committed, self._desired.target(model))
+                serving[model] = self._holding(pointer.committed)(bundle)
         return serving
 
     async def apply(self, desired: Desired) -> bool:
@@ -211,17 +213,23 @@ class Updater:
     def _start(self, machine: Machine) -> None:
         if self._group is not None:
             self._group.create_task(machine.run(), name=f"update {machine.model}")
+            self._group.create_task(machine.doubt(), name=f"certificates of {machine.model}")
+
+    def _holding(self, committed: Target) -> Callable[[BundleDirectory], BundleDirectory]:
+        """Return what leaves of a release the certificates that hold."""
+        return functools.partial(
+            certificates.holding,
+            target=committed,
+            wish=self._desired.target(committed.model),
+            gone=self._slots.withdrawn(committed.model),
+        )
 
     def _settle(self, pointer: Pointer) -> tuple[Pointer, BundleDirectory | None]:
         """Return the bundle to serve; a damaged one gives way to the one before it."""
         while pointer.committed is not None:
             try:
-                wish = self._desired.target(pointer.model)
-                same = wish is not None and wish.is_of_the_release_of(pointer.committed)
-                bundle, _ = self._around.read(
-                    self._slots.folder(pointer.committed),
-                    wish.certificate_ids if wish is not None and same else None,
-                )
+                folder = self._slots.folder(pointer.committed)
+                bundle, _ = self._around.read(folder, self._holding(pointer.committed))
             except (BundleRefused, StepRefused) as error:
                 _log.error("release damaged", model=pointer.model, why=str(error))
                 pointer = replace(

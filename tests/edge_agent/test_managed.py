@@ -418,6 +418,54 @@ async def test_certificates_are_issued_replaced_and_withdrawn_under_a_running_re
         assert answers()[0] == ""
 
 
+@needs_mosquitto
+async def test_what_answers_in_the_place_of_a_refused_release_loses_its_certificate_too(
+    tmp_path: Path, digits: Path
+) -> None:
+    options = HubConfig(data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", threads=1)
+    async with Hub(options) as hub:
+        fleet = hub.fleet
+        await fleet.releases.accept(digits / "bundles" / "digits-hub-1.0.0")
+        await fleet.releases.accept(digits / "bundles" / "digits-1.0.0")
+        await fleet.releases.accept(digits / "bundles" / "broken" / "digits-1.2.0", force=True)
+        (known, *_) = await fleet.certificates.list("digits", 1)
+        bundle = release.read(digits / "bundles" / "digits-1.0.0")
+        first = bundle.bundle.variants[0]
+        here = replace(
+            known.certificate,
+            variant=first.name,
+            variant_sha256=bundle.variant_sha256(first),
+            hardware_class=hardware_class(CPU),
+            issued_at=NOW,
+        )
+        await fleet.certificates.issue("digits", 1, here)
+        async with managed(config(tmp_path, hub.grpc_address)):
+
+            async def standing() -> str:
+                known = await fleet.controller.twins()
+                return known[0].standing if known else ""
+
+            async def told() -> str:
+                for model in (await fleet.controller.twins())[0].reported.models:
+                    return f"{model.active_release} {model.serving.certificate}"
+                return ""
+
+            await until(standing, "idle")
+            await fleet.controller.want(None, "digits", 1)
+            await until(told, f"1 {here.id}")
+            await until(standing, "current")
+            await fleet.controller.want(None, "digits", 2)
+            await until(standing, "failed")
+            assert await told() == f"1 {here.id}"
+            change = await fleet.certificates.withdraw("digits", 1, here.id, reason="a test")
+            assert change.devices == ["dev"]
+            others = {one.id for one in await fleet.certificates.list("digits", 1)} - {here.id}
+            async with asyncio.timeout(30):
+                while (await told()).partition(" ")[2] not in {"", *others}:
+                    await asyncio.sleep(0.01)
+            await until(standing, "failed")
+
+
 class NoHub:
     """A way to a hub that is away."""
 

@@ -128,16 +128,22 @@ class FetchContract:
         }
         assert await source.fetch.certificates(()) == {}
 
-    async def test_a_certificate_that_is_not_signed_is_refused(self, source: Source) -> None:
+    async def test_a_certificate_that_is_not_signed_is_waited_for_and_known_as_withdrawn(
+        self, source: Source
+    ) -> None:
         unknown = f"certificates/{source.target.model}/{source.target.release}/{'0' * 16}.json"
-        with pytest.raises(StepRefused) as refusal:
+        with pytest.raises(StepInterrupted) as refusal:
             await source.fetch.certificates([unknown])
         assert CODE.fullmatch(refusal.value.code)
+        asked = [unknown, *source.target.certificate_targets]
+        assert await source.fetch.withdrawn(asked) == {"0" * 16}
 
     async def test_a_hub_that_is_away_interrupts_certificates_too(self, source: Source) -> None:
         source.cut()
         with pytest.raises(StepInterrupted):
             await source.fetch.certificates(source.target.certificate_targets)
+        with pytest.raises(StepInterrupted):
+            await source.fetch.withdrawn(source.target.certificate_targets)
 
 
 @dataclass(slots=True)

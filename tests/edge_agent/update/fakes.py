@@ -198,8 +198,14 @@ class CopyFetch:
             try:
                 found[certificate_id(target)] = (self.shelf.folder / target).read_bytes()
             except FileNotFoundError:
-                raise StepRefused("metadata/unknown-target", f"not signed: {target}") from None
+                raise StepInterrupted("metadata/unknown-target", f"not signed: {target}") from None
         return found
+
+    async def withdrawn(self, targets: Collection[str]) -> frozenset[str]:
+        """Return what was taken from the shelf; see ``surroundings.Fetch``."""
+        if not self.reachable:
+            raise StepInterrupted("download/unreachable", "the hub does not answer")
+        return frozenset(certificate_id(t) for t in targets if not (self.shelf.folder / t).exists())
 
     async def _copy(self, source: Path, into: Path, name: str) -> None:
         data = (source / name).read_bytes()

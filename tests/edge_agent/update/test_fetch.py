@@ -16,8 +16,8 @@ from edge_agent.errors import ReleaseRefused
 from edge_agent.runtime.variants import Choice
 from edge_agent.update.download import Downloader, HubFiles, Limits
 from edge_agent.update.fetch import HubReleases
-from edge_agent.update.lifecycle import StepEnded
-from edge_agent.update.slots import Target
+from edge_agent.update.lifecycle import StepEnded, StepInterrupted
+from edge_agent.update.slots import Target, certificate_id
 from edge_agent.update.trust import Trust
 from fogline_protocol import documents, release, release_index
 from fogline_protocol.release import ROOT, BundleDirectory
@@ -210,6 +210,23 @@ async def test_certificates_are_fetched_by_themselves_by_their_ids(
     known = {c.id: c.to_json() for c in release.read(bundle).certificates}
     assert await releases.certificates(target.certificate_targets) == known
     assert await releases.certificates([]) == {}
-    hub.repository.publish({}, target.certificate_targets, now=hub.now)
-    with pytest.raises(StepEnded, match="metadata/unknown-target"):
+    assert await releases.withdrawn(target.certificate_targets) == frozenset()
+    gone = target.certificate_targets[:1]
+    hub.repository.publish({}, gone, now=hub.now)
+    with pytest.raises(StepInterrupted, match="metadata/unknown-target"):
         await releases.certificates(target.certificate_targets)
+    assert await releases.withdrawn(target.certificate_targets) == {certificate_id(gone[0])}
+
+
+async def test_a_hub_that_is_not_believed_has_withdrawn_nothing(
+    hub: Hub, releases: HubReleases, digits: Path, tmp_path: Path
+) -> None:
+    target = hub.publish(digits / "bundles" / "digits-1.0.0", 1)
+    await releases.withdrawn(target.certificate_targets)
+    timestamp = tmp_path / "hub" / "tuf" / "metadata" / "timestamp.json"
+    good = timestamp.read_bytes()
+    hub.repository.publish({}, target.certificate_targets, now=hub.now)
+    for bad in (b"{}", good.replace(b"timestamp", b"Timestamp"), b""):
+        timestamp.write_bytes(bad)
+        with pytest.raises(StepInterrupted):
+            await releases.withdrawn(target.certificate_targets)

@@ -81,6 +81,22 @@ def test_a_wish_and_the_number_of_starts_are_read_as_they_were_written() -> None
     assert (again.desired, again.boot) == (wish, 2)
 
 
+def test_what_was_withdrawn_is_read_as_it_was_written_until_it_is_told_anew() -> None:
+    disk = ModelDisk()
+    slots = opened(disk)
+    sealed(disk, slots, target(1))
+    slots.withdraw("digits", frozenset({"a", "b"}))
+    assert opened(disk).withdrawn("digits") == {"a", "b"}
+    opened(disk).withdraw("digits", frozenset({"c"}))
+    again = opened(disk)
+    assert again.withdrawn("digits") == {"c"}
+    assert again.withdrawn("other") == frozenset()
+    disk.write(f"{HOME}/withdrawn.json", b"garbled")
+    again = opened(disk)
+    assert list(again.damaged) == [f"{HOME}/withdrawn.json"]
+    assert again.withdrawn("digits") == frozenset()
+
+
 def test_a_slot_is_named_after_the_release_and_its_certificates() -> None:
     assert target(3).slot.startswith("3-")
     assert len({target(3).slot, target(3, "a").slot, target(3, "b").slot, target(4).slot}) == 4

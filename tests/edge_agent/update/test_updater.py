@@ -387,6 +387,60 @@ async def test_what_was_withdrawn_is_not_gone_back_to(device, shelf, certified) 
         assert device.serving.certificate() == ""
 
 
+async def test_what_serves_in_the_place_of_something_refused_is_asked_about(
+    device, shelf, certified
+) -> None:
+    """The wish is for another release, so it does not say what is withdrawn of this one."""
+    await install(device, certified, 1)
+    wrong = shelf.put(2, "2.0.0", factor=WRONG)
+    (path,) = certified.certificate_targets
+    file = shelf.folder / path
+    document = file.read_bytes()
+    async with device.on() as updater:
+        await updater.apply(desired(2, wrong))
+        await device.reports.until(phase("rejected"))
+        assert device.serving.certificate() == certificate_id(path)
+        file.unlink()
+        device.fetch.reachable = False
+        await updater.apply(desired(3, wrong))
+        await device.reports.until(lambda m: m.code == "download/unreachable")
+        assert device.serving.certificate() == certificate_id(path)  # nobody knows
+        device.fetch.reachable = True
+        told = len(device.reports.seen)
+        updater.nudge()
+        await device.reports.until(phase("rejected"))
+        await device.reports.until(lambda _: device.serving.certificate() == "")
+        assert len(device.reports.seen) > told
+    device.fetch.reachable = False
+    async with device.on() as updater:  # it is remembered without a network
+        assert device.serving.certificate() == ""
+        device.fetch.reachable = True
+        file.write_bytes(document)
+        await updater.apply(desired(4, wrong))
+        await device.reports.until(lambda _: device.serving.certificate() == certificate_id(path))
+        file.unlink()
+        await updater.apply(desired(5, wrong))
+        await device.reports.until(lambda _: device.serving.certificate() == "")
+        # A wish for the release itself has the last word.
+        await updater.apply(desired(6, certified))
+        assert device.serving.certificate() == certificate_id(path)
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+    assert device.serving.history == ["1.0.0"]
+
+
+async def test_what_is_asked_about_is_asked_again_without_a_word_from_the_hub(
+    device, shelf, certified
+) -> None:
+    await install(device, certified, 1)
+    wrong = shelf.put(2, "2.0.0", factor=WRONG)
+    device.timings = replace(SOON, doubt_s=0.01)
+    async with device.on() as updater:
+        await updater.apply(desired(2, wrong))
+        await device.reports.until(phase("rejected"))
+        (shelf.folder / certified.certificate_targets[0]).unlink()
+        await device.reports.until(lambda _: device.serving.certificate() == "")
+
+
 async def test_a_certificate_of_something_else_is_refused_and_what_serves_goes_on(
     device, shelf, certified
 ) -> None:

@@ -162,6 +162,9 @@ class FolderFetch:
     async def certificates(self, targets: Collection[str]) -> Mapping[str, bytes]:
         raise AssertionError("these bundles bring their certificates")
 
+    async def withdrawn(self, targets: Collection[str]) -> frozenset[str]:
+        raise AssertionError("no wish names a certificate")
+
 
 class Log:
     """Writes every report to a file that outlives the process, and ends it when it rests."""
