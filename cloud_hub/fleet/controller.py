@@ -243,24 +243,30 @@ class Controller:
         """
         names = []
         describe = functools.cache(functools.partial(self._wanted, connection))
+
+        @functools.cache  # a fleet wants much the same of all its devices
+        def size(desired: str, magnitude: int) -> int:
+            wanted = json.loads(desired)
+            return len(documents.canonical(self._document(magnitude, wanted, describe)))
+
         query = select(twin.c.device, twin.c.desired, twin.c.generation, twin.c.reported)
         for row in connection.execute(query.order_by(twin.c.device)).all():
-            desired = json.loads(row.desired)
-            if desired.get(model) != number and not _runs(row.reported, model, number):
+            wanted = json.loads(row.desired)
+            if wanted.get(model) != number and not _runs(row.reported, model, number):
                 continue
-            document = self._document(row.generation + 1, desired, describe)
-            size = 0 if at_any_size else len(documents.canonical(document))
-            if size > MAX_DESIRED_BYTES:
+            magnitude = 10 ** len(str(row.generation + 1)) - 1
+            if not at_any_size and (found := size(row.desired, magnitude)) > MAX_DESIRED_BYTES:
                 raise TooMuchWanted(
-                    f"the desired state of {row.device} would take {size} bytes, at most "
-                    f"{MAX_DESIRED_BYTES} are possible: it already names {len(desired)} models"
+                    f"the desired state of {row.device} would take {found} bytes, at most "
+                    f"{MAX_DESIRED_BYTES} are possible: it already names {len(wanted)} models"
                 )
+            names.append(row.device)
+        for at in range(0, len(names), BATCH):
             connection.execute(
                 update(twin)
-                .where(twin.c.device == row.device)
-                .values(generation=row.generation + 1)
+                .where(twin.c.device.in_(names[at : at + BATCH]))
+                .values(generation=twin.c.generation + 1)
             )
-            names.append(row.device)
         return names
 
     def restated(self) -> None:
