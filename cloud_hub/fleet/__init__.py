@@ -7,7 +7,7 @@ golden.py         the self-test on the hub's own engine
 upload.py         a bundle as one stream, and what a hostile one may not do
 artifacts.py      files by digest, served in parts
 trust.py          the TUF repository: what exists, signed; keys.py: with which keys
-certificates.py   risk certificates as objects of their own
+certificates.py   risk certificates as objects of their own: issued, replaced, withdrawn
 controller.py     what is wanted of each device, what it says, and what must still be published
 link.py           the hub's end of MQTT; mosquitto.py: a broker of our own
 devices.py        devices seen, and the one rule of presence

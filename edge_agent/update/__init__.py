@@ -2,6 +2,7 @@
 
     lifecycle.py      which step may follow which: a pure table, with a row for power loss everywhere
     machine.py        performs the steps for one model; a newer generation pre-empts it at any time
+    certificates.py   which certificates hold of what is here, and how it gets others
     updater.py        what the hub wants, what serves after a start, what is reported
     surroundings.py   what an update needs of the device around it
     slots.py          what is on the disk, and the order of fsyncs that survives a cut anywhere

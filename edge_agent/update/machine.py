@@ -281,6 +281,12 @@ class Machine:
     def _wish(self) -> Target | None:
         return self._around.desired().target(self.model)
 
+    def _wants_again(self, candidate: Target | None) -> bool:
+        wish = self._wish()
+        if wish is None or candidate is None:
+            return False
+        return wish.is_of_the_release_of(candidate)
+
     def _is_newer(self) -> bool:
         return self._around.desired().generation > self._pointer.generation
 
@@ -491,8 +497,10 @@ class Machine:
             self._candidate = None
             self._interruptions = 0
             self._bytes = (0, 0)
-        with contextlib.suppress(DiskFull, DiskFault):  # deleted with the next release then
-            await self._clear_up(why)
+        # What was fetched of a release is of use to the same one under other certificates.
+        if event is not Event.SUPERSEDED or not self._wants_again(was.candidate):
+            with contextlib.suppress(DiskFull, DiskFault):  # deleted with the next release then
+                await self._clear_up(why)
         if why is not None:
             self._log_end(why)
         await self._around.tell()

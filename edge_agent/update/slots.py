@@ -262,15 +262,25 @@ class Slots:
     def stage(self, target: Target) -> str:
         """Return the folder to fetch ``target`` into, with what earlier attempts left in it.
 
+        Also with what they left for the same release under other certificates: nothing in it is
+        trusted.
+
         Raises:
             DiskFull: there is no room for a folder.
             DiskFault: the disk failed.
         """
         part = f"{self.folder(target)}.part"
         with named():
-            self._folder(f"{MODELS}/{target.model}")
-            if f"{target.slot}.part" not in self._names(f"{MODELS}/{target.model}"):
-                self._disk.make_folder(part)
+            home = f"{MODELS}/{target.model}"
+            self._folder(home)
+            names = self._names(home)
+            if f"{target.slot}.part" not in names:
+                left = re.compile(rf"{target.release}-[0-9a-f]{{12}}\.part")
+                found = next((name for name in sorted(names) if left.fullmatch(name)), None)
+                if found is None:
+                    self._disk.make_folder(part)
+                else:
+                    self._disk.rename(f"{home}/{found}", part)
         return part
 
     def seal(self, target: Target, digests: Mapping[str, str]) -> None:

@@ -196,6 +196,17 @@ def test_an_interrupted_fetch_finds_what_it_left() -> None:
     assert names(disk, slots.stage(target(1))) == {"bundle.json", "model.onnx"}
 
 
+def test_a_fetch_goes_on_with_what_was_left_for_other_certificates_of_the_release() -> None:
+    disk = ModelDisk()
+    slots = opened(disk)
+    fetched(disk, slots, target(1, "c/1.json"))
+    fetched(disk, slots, target(11))
+    part = slots.stage(target(1, "c/2.json"))
+    assert names(disk, part) == {"bundle.json", "model.onnx"}
+    assert names(disk, HOME) == {f"{target(11).slot}.part", part.rpartition("/")[2]}
+    assert names(disk, slots.stage(target(1, "c/2.json"))) == {"bundle.json", "model.onnx"}
+
+
 def test_what_no_pointer_names_is_collected_and_the_rest_is_not() -> None:
     disk = ModelDisk()
     slots = opened(disk)

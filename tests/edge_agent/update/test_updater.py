@@ -20,6 +20,7 @@ from edge_agent.update.updater import DesiredRefused, Updater
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.tensors import Array
 from tests.edge_agent.update.fakes import (
+    BLOCK,
     WRONG,
     CopyFetch,
     FakeServing,
@@ -343,6 +344,35 @@ async def test_other_certificates_do_not_take_a_candidate_back(device, shelf, ce
     async with device.on() as updater:
         await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
         assert device.serving.certificate() == ""
+
+
+async def test_other_certificates_cost_no_block_that_was_fetched(device, shelf, certified) -> None:
+    other = replace(certified, certificate_targets=(shelf.certify(certified, 2),))
+    first = iter(range(1 << 30))
+
+    def hold() -> None:
+        if next(first) == 10:
+            device.fetch.gate.clear()
+
+    device.fetch.before_block = hold
+    async with device.on() as updater:
+        await updater.apply(desired(1, certified))
+        await device.fetch.waiting.wait()
+        copied = device.fetch.blocks_copied
+        assert copied > 5
+        (shelf.folder / certified.certificate_targets[0]).unlink()
+        await updater.apply(desired(2, other))
+        device.fetch.gate.set()
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        assert ids(*other.certificate_targets) == [device.serving.certificate()]
+        assert device.slots() == {other.slot}
+    assert device.fetch.calls == 2
+    whole = sum(
+        -(-path.stat().st_size // BLOCK)
+        for path in (device.root / f"models/doubler/{other.slot}").rglob("*")
+        if path.is_file() and path.parent.name != "certificates"
+    )
+    assert device.fetch.blocks_copied <= whole + 4  # the last one of each file is looked at again
 
 
 async def test_what_is_withdrawn_while_it_is_being_loaded_is_never_answered_under(
