@@ -32,7 +32,7 @@ def main() -> None:
     file (--config, deadline_s = 0.5); flags win over the environment, which wins over the file.
 
     Exit codes: 1 something is wrong (doctor), 2 an option, 3 a port or directory in use,
-    4 a bundle that is not intact or cannot run on this device.
+    4 a bundle that is not intact, cannot run on this device or fails its self-test here.
     """
 
 

@@ -32,7 +32,7 @@ class StartRefused(AgentError):
 
 
 class ReleaseRefused(AgentError):
-    """A bundle is not intact or cannot run on this device: keep what is served, report why."""
+    """A bundle is not intact, cannot run here or answers wrongly: keep what is served, report why."""
 
     exit_code = 4
 
