@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import click
 
 from cloud_hub import config as config_module
 from cloud_hub.errors import HubError
+
+if TYPE_CHECKING:
+    from cloud_hub.operate import HubUrl
 
 
 @contextlib.contextmanager
@@ -188,18 +191,20 @@ async def _serve(config: config_module.HubConfig) -> None:
 
 
 def _screen(hub: Any) -> str:
-    scheme = "https" if hub.config.tls_cert else "http"
     lines = [
         f"fogline hub {hub.config.name!r} is ready",
-        f"  console   {scheme}://{hub.http_address}/",
-        f"  REST      {scheme}://{hub.http_address}/v2     metrics /metrics, health /readyz",
+        f"  console   {hub.url}/",
+        f"  REST      {hub.url}/v2     metrics /metrics, health /readyz",
         f"  gRPC      {hub.grpc_address}",
         f"  MQTT      {hub.fleet.broker or 'none: ' + hub.fleet.trouble}",
         f"  data      {hub.config.data.resolve()}",
     ]
     statuses = hub.repository.status()
     if not statuses:
-        lines.append("  models    none: start with --models DIR, laid out as NAME/1/model.onnx")
+        lines.append(
+            "  models    none yet: push one (`fogline release push BUNDLE`), or start with --models "
+            "DIR, laid out as NAME/1/model.onnx"
+        )
     for status in statuses:
         where = f"on {status.provider}" if status.state == "READY" else status.reason
         lines.append(
@@ -476,7 +481,7 @@ _HUB = click.option("--hub", metavar="URL", help="Where the hub's HTTP door is, 
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
-def _url(config_file: Path | None, data: Path | None, hub: str | None) -> str:
+def _url(config_file: Path | None, data: Path | None, hub: str | None) -> "HubUrl":
     from cloud_hub import operate
 
     given = {} if data is None else {"data": data}

@@ -173,6 +173,18 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def called_here(address: str) -> str:
+    """Return ``HOST:PORT`` as this machine calls it: every address of a machine is none to call."""
+    host, port = split_address(address)
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return address
+    if not found.is_unspecified:
+        return address
+    return f"127.0.0.1:{port}" if found.version == 4 else f"[::1]:{port}"
+
+
 def _check_limits(option: Field[Any], value: Any) -> None:
     # Each is asked for what is right, so that nan, of which nothing is true, is refused.
     for word, right, phrase in (

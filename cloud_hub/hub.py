@@ -27,6 +27,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import ssl
 import tempfile
 import time
@@ -36,7 +37,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from cloud_hub import metrics as metrics_module
-from cloud_hub.config import ENDPOINTS, HubConfig, is_loopback, split_address
+from cloud_hub.config import ENDPOINTS, HubConfig, called_here, is_loopback, split_address
 from cloud_hub.engines.launch import Launcher
 from cloud_hub.errors import StartRefused
 from cloud_hub.fleet import reports
@@ -71,6 +72,8 @@ CLOSE_S = 1.0  # for answers on their way out of the gRPC door; then idle stream
 # What the models of the directory are answered without: the database, and most of the rest.
 _STORED = ("cloud_hub.fleet.identity", "cloud_hub.insight.history", "cloud_hub.insight.examples")
 _LATER = ("cloud_hub.console.app", "cloud_hub.fleet.fleet", "cloud_hub.inference.registry")
+
+_CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 log = logging.getLogger("fogline.hub")
 
@@ -147,6 +150,7 @@ class Hub:
         self._stored = asyncio.Event()  # when the database is open
         # The same counts arrive over gRPC and over MQTT.
         self._count: reports.Accept = reports.too_early
+        self._certificate = ""  # that the doors show, as PEM; empty without TLS
         self._ended: list[str] = []  # parts that should run as long as the hub
         self._parts = contextlib.AsyncExitStack()
 
@@ -221,6 +225,11 @@ class Hub:
             self._keep("poll", self.repository.keep_polling(self.config.poll_s))
         self.http_address = await self._open_http(tls)
         endpoints = {"grpc": self.grpc_address, "http": self.http_address}
+        # How this machine's commands call it, and the certificate by which they know it: that
+        # is seldom one for 127.0.0.1, or by an authority that they have heard of.
+        endpoints["url"] = f"{self.scheme}://{called_here(self.http_address)}"
+        if self._certificate:
+            endpoints["certificate"] = self._certificate
         if self.fleet.broker:
             endpoints["mqtt"] = self.fleet.broker
         _write_endpoints(data / ENDPOINTS, endpoints)
@@ -360,9 +369,14 @@ class Hub:
         return _joined(host, runner.addresses[0][1])
 
     @property
+    def scheme(self) -> str:
+        """How its HTTP door is spoken to."""
+        return "https" if self.config.tls_cert else "http"
+
+    @property
     def url(self) -> str:
         """The hub's own HTTP address as a URL."""
-        return f"{'https' if self.config.tls_cert else 'http'}://{self.http_address}"
+        return f"{self.scheme}://{self.http_address}"
 
     def _callers(self, guarded: bool) -> admission.Callers:
         return admission.Callers(self._authenticate, required=guarded, metrics=self.metrics)
@@ -389,6 +403,9 @@ class Hub:
                 f"{self.config.tls_cert} and {self.config.tls_key} are no TLS pair: "
                 f"{error.strerror or error}"
             ) from None
+        # The first of a chain is the one that is shown.
+        found = _CERTIFICATE.search(self.config.tls_cert.read_text("ascii", "replace"))
+        self._certificate = found[0] if found else ""
         return context
 
     async def _healthz(self, _request: "web.Request") -> "web.Response":

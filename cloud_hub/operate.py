@@ -1,7 +1,8 @@
 """The operator's commands: ``fogline release``, ``certificate``, ``device`` and ``data``, over the hub's API.
 
-They find the hub through DATA/endpoints.json on its own machine, or by ``--hub URL``. A token is
-read from $FOGLINE_TOKEN, authorities that the system does not know from $SSL_CERT_FILE (OpenSSL's).
+They find the hub through DATA/endpoints.json on its own machine, and know its certificate from
+there; or by ``--hub URL``, where authorities that the system does not know are read from
+$SSL_CERT_FILE (OpenSSL's). A token is read from $FOGLINE_TOKEN.
 """
 
 import contextlib
@@ -9,10 +10,12 @@ import datetime
 import json
 import os
 import re
+import ssl
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -41,7 +44,18 @@ class HubAway(HubError):
     exit_code = 7
 
 
-def hub_url(given: str | None, data: Path) -> str:
+@dataclass(frozen=True, slots=True)
+class HubUrl:
+    """Where a hub's API is, and by what it is known to be that hub."""
+
+    url: str
+    certificate: str = ""  # that it must show, as PEM; empty: any by an authority that is known
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def hub_url(given: str | None, data: Path) -> HubUrl:
     """Return where the hub's API is.
 
     Raises:
@@ -52,10 +66,10 @@ def hub_url(given: str | None, data: Path) -> str:
         parts = urlsplit(given)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigRefused(f"--hub {given!r} is not http://HOST:PORT or https://HOST:PORT")
-        return given.rstrip("/")
+        return HubUrl(given.rstrip("/"))
     try:
         endpoints = json.loads((data / ENDPOINTS).read_text(encoding="ascii"))
-        return f"http://{endpoints['http']}"
+        return HubUrl(str(endpoints["url"]), str(endpoints.get("certificate", "")))
     except (OSError, ValueError, KeyError, TypeError):
         raise HubAway(
             f"no hub runs on {data}: start it with `fogline serve --data {data}`, or name "
@@ -67,7 +81,7 @@ Query = Sequence[tuple[str, str]]
 
 
 async def call(
-    url: str, method: str, path: str, body: Any = None, data: Any = None, params: Query = ()
+    url: HubUrl, method: str, path: str, body: Any = None, data: Any = None, params: Query = ()
 ) -> Any:
     """Return the hub's answer as JSON.
 
@@ -91,7 +105,7 @@ async def call(
         raise HubAway(f"what answers at {url} is no fogline hub") from None
 
 
-async def export(url: str, model: str, params: Query, dataset: Dataset) -> tuple[int, int]:
+async def export(url: HubUrl, model: str, params: Query, dataset: Dataset) -> tuple[int, int]:
     """Fill a data set; return how many examples are in it, and how many were left out.
 
     Raises:
@@ -198,7 +212,7 @@ def moment(text: str, now: float) -> float:
     return (at if at.tzinfo else at.replace(tzinfo=datetime.UTC)).timestamp()
 
 
-async def push(url: str, bundle: Path, *, force: bool) -> Any:
+async def push(url: HubUrl, bundle: Path, *, force: bool) -> Any:
     """Send a bundle and return the release that it became.
 
     Raises:
@@ -208,13 +222,29 @@ async def push(url: str, bundle: Path, *, force: bool) -> Any:
         return await call(url, "POST", f"/api/v1/releases?force={int(force)}", data=archive)
 
 
-def _session(url: str) -> aiohttp.ClientSession:
+def _session(url: HubUrl) -> aiohttp.ClientSession:
     headers = {}
     token = os.environ.get("FOGLINE_TOKEN", "").strip()
     if token:
         headers["Authorization"] = f"Bearer {token}"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
-    return aiohttp.ClientSession(url, headers=headers, timeout=timeout)
+    connector = aiohttp.TCPConnector(ssl=_only(url.certificate) if url.certificate else True)
+    return aiohttp.ClientSession(url.url, headers=headers, timeout=timeout, connector=connector)
+
+
+def _only(certificate: str) -> ssl.SSLContext:
+    """Return a context that trusts whoever holds the key of this certificate, and nobody else.
+
+    So the token goes to that hub alone, by whatever name or address it is called here.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # it is known by more than its name
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not have signed itself
+    try:
+        context.load_verify_locations(cadata=certificate)
+    except ssl.SSLError as error:
+        raise HubAway(f"{ENDPOINTS} is damaged ({error}): start the hub again") from None
+    return context
 
 
 @contextlib.contextmanager
@@ -382,17 +412,22 @@ def echo(document: Any, as_json: bool, lines: Iterator[str]) -> None:
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
-def _away(url: str, error: aiohttp.ClientError) -> HubAway:
+def _away(url: HubUrl, error: aiohttp.ClientError) -> HubAway:
     """Return why nobody was reached, and what to do where that is known."""
     told = f"the hub at {url} cannot be reached: {error}"
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+    if isinstance(error, aiohttp.ClientConnectorCertificateError) and url.certificate:
+        told = (
+            f"what answers at {url} does not show the certificate that its hub wrote to "
+            f"{ENDPOINTS}, or that has expired: {error.certificate_error}"
+        )
+    elif isinstance(error, aiohttp.ClientConnectorCertificateError):
         told += "; if its authority is your own, name its PEM file in SSL_CERT_FILE"
-    elif isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("http:"):
+    elif isinstance(error, aiohttp.ServerDisconnectedError) and url.url.startswith("http:"):
         told += "; a hub with --tls-cert is named with --hub https://NAME:PORT"
     return HubAway(told)
 
 
-def _refused(url: str, status: int, text: str) -> OperationRefused | HubAway:
+def _refused(url: HubUrl, status: int, text: str) -> OperationRefused | HubAway:
     """Return what an answer that is none means: a hub says why, anything else is no hub."""
     try:
         document = json.loads(text)

@@ -74,5 +74,5 @@ class Operator:
             await asyncio.sleep(0.1)
 
     @property
-    def _url(self) -> str:
-        return f"http://{self._fleet.hub.endpoints['http']}"
+    def _url(self) -> operate.HubUrl:
+        return operate.hub_url(None, self._fleet.hub.data)

@@ -100,3 +100,17 @@ def test_the_environment_says_in_text_what_the_file_says_in_types(tmp_path, monk
 )
 def test_only_addresses_of_this_machine_are_loopback(address, loopback):
     assert config.is_loopback(address) is loopback
+
+
+@pytest.mark.parametrize(
+    ("address", "called"),
+    [
+        ("0.0.0.0:8000", "127.0.0.1:8000"),
+        ("[::]:8000", "[::1]:8000"),
+        ("127.0.0.1:8000", "127.0.0.1:8000"),
+        ("hub.example:8000", "hub.example:8000"),
+        ("[fd00::1]:8000", "[fd00::1]:8000"),
+    ],
+)
+def test_this_machine_calls_a_wildcard_by_its_loopback(address, called):
+    assert config.called_here(address) == called

@@ -1,9 +1,10 @@
 """``fogline release``, ``certificate`` and ``device`` against a real hub in this process."""
 
 import asyncio
+import datetime
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 import structlog
 from aiohttp import web
 from click.testing import CliRunner, Result
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloud_hub import operate
 from cloud_hub.cli import main
@@ -23,7 +27,7 @@ from fogline_protocol import release
 from fogline_protocol.release import Parent
 from fogline_protocol.v1 import fleet_pb2 as pb
 from tests.cloud_hub.console import workshop
-from tests.protos.raw_peer import made_pair
+from tests.protos.raw_peer import made_pair, server_side
 
 
 @pytest.fixture
@@ -281,6 +285,14 @@ async def test_without_a_hub_the_ways_to_one_are_named(tmp_path: Path, content: 
     assert "--hub URL" in told
 
 
+async def test_a_certificate_that_is_none_is_said(tmp_path: Path) -> None:
+    endpoints = {"url": "https://127.0.0.1:1", "certificate": "-----"}
+    (tmp_path / "endpoints.json").write_text(json.dumps(endpoints))
+    told = said(await fogline("device", "list", "--data", tmp_path), 7)
+    assert "endpoints.json is damaged" in told
+    assert "start the hub again" in told
+
+
 async def test_a_hub_that_is_away_is_named(tmp_path: Path) -> None:
     told = said(await fogline("device", "list", "--hub", "http://127.0.0.1:1"), 7)
     assert "the hub at http://127.0.0.1:1 cannot be reached" in told
@@ -298,6 +310,84 @@ async def test_a_hub_with_tls_is_reached_where_the_command_is_told_how(tmp_path:
         assert "a hub with --tls-cert is named with --hub https://NAME:PORT" in told
         told = said(await fogline(*asked, f"https://{hub.http_address}"), 7)
         assert "name its PEM file in SSL_CERT_FILE" in told
+
+
+def signed_pair(folder: Path) -> tuple[Path, Path]:
+    """A chain for another name than this machine's, by an authority that nobody knows, and its key."""
+    now = datetime.datetime.now(datetime.UTC)
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    hub, authority = (
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        for name in ("hub.example", "authority")
+    )
+    chain = b""
+    for subject, key in ((hub, keys[0]), (authority, keys[1])):
+        certificate = (
+            x509.CertificateBuilder().subject_name(subject).issuer_name(authority)
+            .public_key(key.public_key()).serial_number(x509.random_serial_number())
+            .not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(subject is authority, None), critical=True)
+            .sign(keys[1], hashes.SHA256())
+        )  # fmt: skip
+        chain += certificate.public_bytes(serialization.Encoding.PEM)
+    (folder / "chain.pem").write_bytes(b"# hub.example, then who signed it\n" + chain)
+    (folder / "key.pem").write_bytes(
+        keys[0].private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return folder / "chain.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize(
+    ("host", "pair"), [("0.0.0.0", made_pair), ("127.0.0.1", made_pair), ("0.0.0.0", signed_pair)]
+)
+async def test_a_hub_with_tls_is_operated_from_its_own_machine_by_its_data(
+    tmp_path: Path, host: str, pair: Callable[[Path], tuple[Path, Path]]
+) -> None:
+    chain, key = pair(tmp_path)
+    config = HubConfig(
+        data=tmp_path / "hub", grpc="127.0.0.1:0", http=f"{host}:0", mqtt="off", threads=1,
+        tls_cert=chain, tls_key=key,
+    )  # fmt: skip
+    at = ("--data", config.data)
+    secret = said(await fogline("token", "create", *at), 0).strip()
+    async with Hub(config) as hub:
+        port = hub.http_address.rpartition(":")[2]
+        assert str(operate.hub_url(None, config.data)) == f"https://127.0.0.1:{port}"
+        listed = await fogline("device", "list", *at, FOGLINE_TOKEN=secret)
+        assert "no device has reported" in said(listed, 0)
+        if host == "0.0.0.0":  # whoever can be reached asks for tokens
+            told = said(await fogline("device", "list", *at, FOGLINE_TOKEN=""), 6)
+            assert told.rstrip().endswith("commands read theirs from FOGLINE_TOKEN")
+
+
+async def test_a_token_is_not_shown_to_whoever_took_the_place_of_the_hub(tmp_path: Path) -> None:
+    asked: list[web.Request] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(request)
+        return web.json_response([])
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(
+            runner, "127.0.0.1", 0, ssl_context=server_side(made_pair(tmp_path))
+        ).start()
+        url = f"https://127.0.0.1:{runner.addresses[0][1]}"
+        (tmp_path / "other").mkdir()
+        endpoints = {"url": url, "certificate": made_pair(tmp_path / "other")[0].read_text()}
+        (tmp_path / "endpoints.json").write_text(json.dumps(endpoints))
+        told = await fogline("release", "list", "--data", tmp_path, FOGLINE_TOKEN="fgl_x")
+    finally:
+        await runner.cleanup()
+    assert f"what answers at {url} does not show the certificate that its hub" in said(told, 7)
+    assert not asked
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "hub", "ftp://x", "http://", "://"])
