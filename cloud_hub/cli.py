@@ -16,7 +16,7 @@ from urllib.parse import quote
 import click
 
 from cloud_hub import config as config_module
-from cloud_hub.errors import HubError
+from cloud_hub.errors import HubError, StoreFailed
 
 if TYPE_CHECKING:
     from cloud_hub.operate import HubUrl
@@ -353,7 +353,8 @@ def token_create(
         made: str = await identity.create(tenant, label, days * 86400.0, time.time(), limits)
         return made
 
-    click.echo(_with_identity(config_file, data, create))
+    # The token comes first where other machines reach the hub, so its data may begin here.
+    click.echo(_with_identity(config_file, data, create, may_begin=True))
 
 
 @token.command("list")
@@ -415,7 +416,11 @@ def token_revoke(config_file: Path | None, data: Path | None, token_id: str) -> 
 
 
 def _with_identity(
-    config_file: Path | None, data: Path | None, work: Callable[[Any], Coroutine[Any, Any, T]]
+    config_file: Path | None,
+    data: Path | None,
+    work: Callable[[Any], Coroutine[Any, Any, T]],
+    *,
+    may_begin: bool = False,
 ) -> T:
     """Run ``work`` on the token table of the configured data directory."""
 
@@ -426,7 +431,7 @@ def _with_identity(
 
         given = {} if data is None else {"data": data}
         config = config_module.load(given, config_file)
-        await asyncio.to_thread(config.data.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(_check_data, config.data, config.data / DATABASE, may_begin)
         store = await Store.open(f"sqlite:///{config.data / DATABASE}")
         try:
             return await work(Identity(store))
@@ -434,6 +439,19 @@ def _with_identity(
             await store.close()
 
     return _run(run)
+
+
+def _check_data(data: Path, database: Path, may_begin: bool) -> None:
+    """Raise unless ``data`` is a hub's, or may become a new hub's and now is a directory."""
+    try:
+        if may_begin:
+            data.mkdir(parents=True, exist_ok=True)
+        elif not database.exists():
+            from cloud_hub.operate import HubAway
+
+            raise HubAway(f"{data} holds no hub's data: name the hub's directory with --data")
+    except OSError as error:
+        raise StoreFailed(f"data directory {data}: {error.strerror}") from None
 
 
 def _run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from click.testing import CliRunner
 
 from cloud_hub.cli import main
@@ -34,3 +35,30 @@ def test_limits_that_make_no_sense_are_refused_in_one_sentence(tmp_path):
         refused = fogline("token", "create", "--data", tmp_path / "hub", *options)
         assert refused.exit_code == 2
         assert "Traceback" not in refused.output
+
+
+@pytest.mark.parametrize("command", [("list",), ("revoke", "0123456789abcdef")])
+def test_a_directory_that_is_no_hubs_is_said_and_left_as_it_is(tmp_path, command):
+    for folder in (tmp_path / "elsewhere", tmp_path):
+        refused = fogline("token", *command, "--data", folder)
+        assert refused.exit_code == 7
+        told = f"{folder} holds no hub's data: name the hub's directory with --data"
+        assert told in refused.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_cannot_be_kept_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    refused = fogline("token", "create", "--data", tmp_path / "file" / "hub")
+    assert refused.exit_code == 5
+    assert refused.output == (
+        f"fogline: data directory {tmp_path / 'file' / 'hub'}: Not a directory\n"
+    )
+
+
+def test_a_directory_that_cannot_be_written_is_refused_in_one_sentence():
+    for data in ("/proc", "/proc/hub"):  # there even root makes no file
+        refused = fogline("token", "create", "--data", data)
+        assert refused.exit_code == 5
+        assert "Traceback" not in refused.output
+        assert isinstance(refused.exception, SystemExit)
