@@ -754,6 +754,83 @@ def device_set(
     _run(work)
 
 
+@device.command("unset")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.option("--model", required=True, help="Of which no release is wanted any more.")
+@click.option("--all", "everywhere", is_flag=True, help="On every device that has reported.")
+@click.argument("devices", nargs=-1)
+def device_unset(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    model: str,
+    everywhere: bool,
+    devices: tuple[str, ...],
+) -> None:
+    """Want no release of a model on DEVICES any more, or on --all.
+
+    A device drops an update that it has not committed. What it has committed goes on answering
+    there; no later release of the model comes until one is wanted again.
+    """
+    from cloud_hub import operate
+
+    if everywhere == bool(devices):
+        raise click.UsageError("name devices, or say --all: one of the two")
+
+    async def work() -> None:
+        body = {"model": model, "devices": list(devices) or None}
+        url = _url(config_file, data, hub)
+        found = await operate.call(url, "POST", "/api/v1/deployments/withdrawal", body=body)
+        names = ", ".join(found["devices"])
+        line = f"no release of {model} is wanted any more on {names}"
+        if not names:
+            line = f"no release of {model} was wanted there, so nothing changes"
+        operate.echo(found, as_json, iter([line]))
+
+    _run(work)
+
+
+@device.command("forget")
+@_CONFIG
+@_DATA
+@_HUB
+@_JSON
+@click.argument("names", nargs=-1, required=True)
+def device_forget(
+    config_file: Path | None,
+    data: Path | None,
+    hub: str | None,
+    as_json: bool,
+    names: tuple[str, ...],
+) -> None:
+    """Forget devices that are gone or are called otherwise now, for good.
+
+    What is wanted of them, their history and their counts go, so the fleet's totals are less by
+    those. Examples that they let the hub keep stay (`fogline data delete --device NAME`). Stop the
+    agent first: who is online is not forgotten. A device that comes back is a new one, of which
+    nothing is wanted.
+    """
+    from cloud_hub import operate
+
+    async def work() -> None:
+        url = _url(config_file, data, hub)
+        gone = []
+        for name in names:
+            path = f"/api/v1/devices/{quote(name, safe='')}"
+            found = await operate.call(url, "DELETE", path)
+            gone.append(found)
+            if not as_json:  # at once: the next one may be unknown
+                click.echo(f"{found['device']} is forgotten")
+        if as_json:
+            click.echo(json.dumps(gone, indent=2))
+
+    _run(work)
+
+
 @main.group()
 def data() -> None:
     """Hard examples that devices let the hub keep: list, export to train on, delete."""

@@ -215,6 +215,7 @@ class Hub:
             self._launcher.open_apart,  # nothing is known yet of what is pushed
             self.devices,
             reports.checked(self._count),
+            self.history.forget,
         )
         await self._parts.enter_async_context(self.fleet.running(self.config.mqtt))
         registry = Registry(self.fleet.releases, self.repository, data / "serving")

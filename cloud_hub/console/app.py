@@ -2,6 +2,7 @@
 
     GET  /                       overview              people
     GET  /devices, ...           fleet_pages.py        people
+    POST /devices/{name}/forget  a device less         people
     GET  /models, /deploy, ...   release_pages.py      people
     POST /deploy                 what is wanted        people
     POST .../withdraw            what is certified     people

@@ -10,7 +10,9 @@
     POST /releases/{model}/{number}/certificates/{id}/withdrawal    {"reason": "..."}: it holds no more
     GET  /devices                       all, what is wanted of them and what they say
     GET  /devices/{name}                one, with its latest changes of phase
+    DELETE /devices/{name}              one that is offline is forgotten, with its counts and history
     POST /deployments                   {"release": "digits@2", "devices": ["kiosk"] or null for all}
+    POST /deployments/withdrawal        {"model": "digits", "devices": ...}: no release of it is wanted
 
 Errors are ``application/problem+json`` with a sentence in ``detail`` and a stable ``code``.
 """
@@ -39,7 +41,7 @@ from cloud_hub.fleet.controller import (
     UnknownRelease,
 )
 from cloud_hub.fleet.devices import Devices
-from cloud_hub.fleet.fleet import Fleet
+from cloud_hub.fleet.fleet import Fleet, StillOnline
 from cloud_hub.fleet.releases import Release, ReleaseRefused
 from cloud_hub.fleet.trust import KeyMissing
 from cloud_hub.fleet.upload import UploadRefused
@@ -49,6 +51,7 @@ from fogline_protocol.release import MODEL_NAME
 
 MAX_UPLOAD_BYTES = 8 << 30
 MAX_BODY_BYTES = 1 << 20
+_CHOICE = "devices must be a list of names, or null for all"
 UPLOADING = "uploading"  # folder below the scratch folder, emptied at every start
 
 _RELEASE = "/api/v1/releases/{model}/{number}"
@@ -86,7 +89,9 @@ class FleetApi:
             ("POST", f"{_RELEASE}/certificates/{{id}}/withdrawal", _telling(self.withdraw)),
             ("GET", "/api/v1/devices", _telling(self.devices)),
             ("GET", "/api/v1/devices/{name}", _telling(self.device)),
+            ("DELETE", "/api/v1/devices/{name}", _telling(self.forget)),
             ("POST", "/api/v1/deployments", _telling(self.deploy)),
+            ("POST", "/api/v1/deployments/withdrawal", _telling(self.withdraw_deployment)),
         ]
 
     async def releases(self, _request: web.Request) -> web.Response:
@@ -213,10 +218,8 @@ class FleetApi:
         devices = body.get("devices")
         if not isinstance(body.get("release"), str) or set(body) - {"release", "devices"}:
             return access.problem(400, 'expected {"release": "MODEL@NUMBER", "devices": [...]}')
-        if devices is not None and not (
-            isinstance(devices, list) and devices and all(isinstance(d, str) for d in devices)
-        ):
-            return access.problem(400, "devices must be a list of names, or null for all")
+        if not _is_choice(devices):
+            return access.problem(400, _CHOICE)
         found = await self._release(body["release"])
         names = await self._fleet.controller.want(devices, found.model, found.number)
         return web.json_response({"release": _name(found), "devices": list(names)}, status=202)
@@ -224,6 +227,23 @@ class FleetApi:
     async def _named(self, request: web.Request) -> Release:
         """Return the release that the path names."""
         return await self._release(f"{request.match_info['model']}@{request.match_info['number']}")
+
+    async def withdraw_deployment(self, request: web.Request) -> web.Response:
+        """Want no release of a model on devices any more."""
+        body = await _json(request)
+        model, devices = body.get("model"), body.get("devices")
+        if not isinstance(model, str) or set(body) - {"model", "devices"}:
+            return access.problem(400, 'expected {"model": "MODEL", "devices": [...]}')
+        if not _is_choice(devices):
+            return access.problem(400, _CHOICE)
+        names = await self._fleet.controller.unwant(devices, model)
+        return web.json_response({"model": model, "devices": list(names)}, status=202)
+
+    async def forget(self, request: web.Request) -> web.Response:
+        """Forget a device."""
+        name = request.match_info["name"]
+        await self._fleet.forget(name, self._clock())
+        return web.json_response({"device": name})
 
     async def _release(self, text: str) -> Release:
         """Return the release ``MODEL@NUMBER`` or ``MODEL@VERSION``, of ``MODEL`` the newest."""
@@ -273,6 +293,8 @@ def _telling(handler: access.Handler) -> access.Handler:
             return _problem(422, "bundle/refused", str(error))
         except UnknownDevice as error:
             return _problem(404, "device/unknown", str(error))
+        except StillOnline as error:
+            return _problem(409, "device/online", str(error))
         except UnknownRelease as error:
             return _problem(404, "release/unknown", str(error))
         except TooMuchWanted as error:
@@ -323,6 +345,12 @@ async def _json(request: web.Request) -> dict[str, Any]:
     except (ValueError, RecursionError):
         document = None
     return document if isinstance(document, dict) else {}
+
+
+def _is_choice(devices: object) -> bool:
+    return devices is None or (
+        isinstance(devices, list) and bool(devices) and all(isinstance(d, str) for d in devices)
+    )
 
 
 def _name(found: Release) -> str:

@@ -2,6 +2,8 @@
 
     GET  /devices                       the table; its state is the address
     GET  /devices/{name}                one device
+    GET  /devices/{name}/forget         says what forgetting it would do, changes nothing
+    POST /devices/{name}/forget         forgets it
 
 What was asked for and cannot be is a page with a sentence.
 """
@@ -12,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cloud_hub.console import fleet_views
+from cloud_hub.console import access, fleet_views
 from cloud_hub.console.access import Handler
 from cloud_hub.console.api import BadParameter, Insight
 from cloud_hub.console.fleet_views import Detail
@@ -96,21 +98,27 @@ class DeviceTopic:
         return name
 
     async def refresh(self, parameters: Collection[Any]) -> None:
-        """Read these devices' rows again.
-
-        Raises:
-            BadParameter: the hub has never heard of one of them.
-        """
+        """Read these devices' rows again."""
         await self._roster.refresh()
         for name in sorted(parameters):
-            self._details[name] = await self._detail(name)
+            line = self._roster.line(name)
+            if line is not None:
+                self._details[name] = await self._detail(line)
         while len(self._details) > max(len(parameters), DETAILS_KEPT):
             del self._details[next(name for name in self._details if name not in parameters)]
 
     def value(self, parameters: Any) -> Page:
-        """Return the page of this moment."""
+        """Return the page of this moment.
+
+        Raises:
+            BadParameter: the hub has never heard of the device, or has forgotten it.
+        """
         line = self._roster.line(parameters)
-        assert line is not None  # refresh came before, and devices stay
+        if line is None:
+            self._details.pop(parameters, None)
+            raise BadParameter(
+                f"the hub has never heard of a device {parameters[:63]!r}, or has forgotten it"
+            )
         detail = self._details.get(parameters, Detail(line, (), ()))
         return fleet_views.device(
             replace(detail, line=line, decisions=self._insight.decisions(parameters)),
@@ -118,14 +126,12 @@ class DeviceTopic:
             now=self._clock(),
         )
 
-    async def _detail(self, name: str) -> Detail:
-        line = self._roster.line(name)
-        if line is None:
-            raise BadParameter(f"the hub has never heard of a device {name[:63]!r}")
+    async def _detail(self, line: Line) -> Detail:
+        since = self._clock() - fleet_views.ANSWERED_S
         return Detail(
             line=line,
-            events=await self._controller.events(name, EVENTS_SHOWN),
-            answered=await self._controller.answered(name, self._clock() - fleet_views.ANSWERED_S),
+            events=await self._controller.events(line.name, EVENTS_SHOWN),
+            answered=await self._controller.answered(line.name, since),
             issued=await self._issued(line),
         )
 
@@ -175,6 +181,8 @@ class FleetPages:
         return [
             ("GET", "/devices", readable(self._pages, self.devices)),
             ("GET", "/devices/{name}", readable(self._pages, self.device)),
+            ("GET", "/devices/{name}/forget", readable(self._pages, self.leaving)),
+            ("POST", "/devices/{name}/forget", readable(self._pages, self.forget)),
         ]
 
     async def devices(self, request: web.Request) -> web.StreamResponse:
@@ -200,10 +208,7 @@ class FleetPages:
 
     async def device(self, request: web.Request) -> web.StreamResponse:
         """Answer with one device."""
-        name = request.match_info["name"]
-        await self._roster.refresh()
-        if self._roster.line(name) is None:
-            raise UnknownDevice(f"The hub has never heard of a device {name[:63]!r}.")
+        name = (await self._named(request)).name
         await self._device.refresh([name])
         return self._pages.render(
             "device.html",
@@ -213,3 +218,30 @@ class FleetPages:
             name=name,
             releases=await self._fleet.releases.list(),
         )
+
+    async def leaving(self, request: web.Request) -> web.StreamResponse:
+        """Answer with what forgetting a device would do; nothing changes."""
+        line = await self._named(request)
+        return self._pages.render(
+            "forget.html",
+            title=f"Forget {line.name}",
+            here="/devices",
+            name=line.name,
+            online=line.online,
+            runs=[model.words() for model in line.models if model.running],
+        )
+
+    async def forget(self, request: web.Request) -> web.StreamResponse:
+        """Forget a device, and show those that are left."""
+        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+            return access.problem(403, "this came from a page of another site")
+        await self._fleet.forget(request.match_info["name"], self._clock())
+        raise web.HTTPSeeOther("/devices")
+
+    async def _named(self, request: web.Request) -> Line:
+        name = request.match_info["name"]
+        await self._roster.refresh()
+        line = self._roster.line(name)
+        if line is None:
+            raise UnknownDevice(f"The hub has never heard of a device {name[:63]!r}.")
+        return line

@@ -46,15 +46,15 @@ class Topic(Protocol):
         ...
 
     async def refresh(self, parameters: Collection[Any]) -> None:
-        """Bring up to date what the values of these parameters are taken from.
-
-        Raises:
-            BadParameter: there is nothing to watch under one of them.
-        """
+        """Bring up to date what the values of these parameters are taken from."""
         ...
 
     def value(self, parameters: Any) -> Any:
-        """Return the value of this moment; ``refresh`` came before."""
+        """Return the value of this moment; ``refresh`` came before.
+
+        Raises:
+            BadParameter: there is nothing to watch under them, or not any more.
+        """
         ...
 
 
@@ -158,10 +158,19 @@ class Live:
     def publish(self) -> None:
         """Compute what is watched, once each, and offer it to those who watch."""
         wanted = {want for tab in self._tabs for want in tab.wants}
-        self._values = {want: self._message(want) for want in wanted}
+        self._values = {}
+        gone: dict[Want, str] = {}
+        for want in wanted:
+            try:
+                self._values[want] = self._message(want)
+            except BadParameter as error:
+                gone[want] = _error(error)
         for tab in self._tabs:
-            for want in tab.wants:
+            for want in tab.wants - gone.keys():
                 tab.offer(want[0], self._values[want])
+            for want in tab.wants & gone.keys():
+                tab.offer(ERROR, gone[want])
+            tab.want(tab.wants - gone.keys())
 
     async def close(self, _app: web.Application | None = None) -> None:
         """Close every tab, at once: nothing of a tab is worth waiting for."""
@@ -174,13 +183,13 @@ class Live:
         try:
             wants = self._wants(message)
             await self._refresh(wants)
+            for want in wants - self._values.keys():
+                self._values[want] = self._message(want)
         except BadParameter as error:
-            tab.offer(ERROR, json.dumps({"error": str(error)}))
+            tab.offer(ERROR, _error(error))
             return
         tab.want(wants)
         for want in tab.wants:
-            if want not in self._values:
-                self._values[want] = self._message(want)
             tab.offer(want[0], self._values[want])
         if tab.wants and self.idle:
             self._publisher = asyncio.create_task(self._publish_while_watched(), name="console")
@@ -258,3 +267,7 @@ class Live:
                     request.transport.abort()
 
         await asyncio.gather(*(farewell(*tab) for tab in self._tabs.values()))
+
+
+def _error(error: BadParameter) -> str:
+    return json.dumps({"error": str(error)})

@@ -18,6 +18,7 @@ from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.certificates import CertificateRefused
 from cloud_hub.fleet.controller import TooMuchWanted, UnknownDevice, UnknownRelease
 from cloud_hub.fleet.keys import KeyMissing
+from cloud_hub.fleet.fleet import StillOnline
 from cloud_hub.fleet.releases import ReleaseRefused
 
 WINDOWS_S = (60, 300, 900)  # the links above the figures
@@ -219,6 +220,8 @@ def readable(pages: Pages, handler: Handler) -> Handler:
             status, title, detail = 400, "That cannot be shown", str(error)
         except UnknownDevice as error:
             status, title, detail = 404, "No such device", str(error)
+        except StillOnline as error:
+            status, title, detail = 409, "It is online", str(error)
         except (UnknownRelease, ReleaseRefused) as error:
             status, title, detail = 404, "No such release", str(error)
         except CertificateRefused as error:

@@ -3,7 +3,9 @@
 The database is the truth and the broker a cache. Wanting is one row: a change raises the
 device's generation, and ``published_generation < generation`` is the outbox. The publisher
 sends such rows until the broker has acknowledged them; a hub killed in between sends them
-again, and a device ignores what it has. A report is taken if its sequence number is above the
+again, and a device ignores what it has. Likewise ``departed`` names the devices that were
+forgotten and still have something on the broker: it is cleared before anything is published,
+so that a device that comes back finds what is wanted of it then. A report is taken if its sequence number is above the
 last one, so repetition and order mean nothing; births and wills likewise by start and
 connection of the device.
 """
@@ -39,10 +41,11 @@ MAX_SENTENCE = 500  # characters; an agent's are no longer
 
 twin = schema.twin
 event = schema.device_event
+departed = schema.departed
 
 
 class UnknownDevice(Exception):
-    """No device of this name has ever reported."""
+    """No device of this name has ever reported, or it was forgotten since."""
 
 
 class UnknownRelease(Exception):
@@ -61,6 +64,15 @@ class Publisher(Protocol):
 
         Raises:
             ValueError, PublishRefused, PacketTooLarge: it never will.
+            MqttError: not this time.
+        """
+        ...
+
+    async def remove_desired(self, tenant: str, device: str) -> None:
+        """Return when the broker has nothing for this device any more.
+
+        Raises:
+            PublishRefused: it never will.
             MqttError: not this time.
         """
         ...
@@ -149,7 +161,7 @@ def falls_back(serving: pb.Serving) -> bool:
 
 
 class Controller:
-    """The fleet's rows. Owner of the tables ``twin`` and ``device_event``."""
+    """The fleet's rows. Owner of the tables ``twin``, ``device_event`` and ``departed``."""
 
     def __init__(
         self,
@@ -198,18 +210,14 @@ class Controller:
         def write(connection: Connection) -> list[str]:
             if self._wanted(connection, model, number) is None:
                 raise UnknownRelease(f"{model}@{number} is not a release of this hub")
-            query = select(twin.c.device, twin.c.desired, twin.c.generation)
-            known = {row.device: row for row in connection.execute(query)}
-            names = sorted(known) if devices is None else list(dict.fromkeys(devices))
+            rows = _named(connection, devices)
             describe = functools.cache(functools.partial(self._wanted, connection))
-            for name in names:
-                if name not in known:
-                    raise UnknownDevice(f"no device {name!r} has reported to this hub")
-                desired = json.loads(known[name].desired)
+            for name, row in rows.items():
+                desired = json.loads(row.desired)
                 if desired.get(model) == number:
                     continue
                 desired[model] = number
-                generation = known[name].generation + 1
+                generation = row.generation + 1
                 size = len(documents.canonical(self._document(generation, desired, describe)))
                 if size > MAX_DESIRED_BYTES:
                     raise TooMuchWanted(
@@ -222,7 +230,7 @@ class Controller:
                     .where(twin.c.device == name)
                     .values(desired=json.dumps(desired), generation=generation)
                 )
-            return names
+            return list(rows)
 
         names = await self._store.write(write)
         self.restated()
@@ -273,6 +281,57 @@ class Controller:
         """Publish what was restated: that transaction was committed."""
         self.revision += 1
         self._due.set()
+
+    async def unwant(self, devices: Sequence[str] | None, model: str) -> Sequence[str]:
+        """Want no release of a model on these devices, None: on all; return those that change.
+
+        A device drops what it was doing about the model and goes on with what it has committed.
+
+        Raises:
+            UnknownDevice: one of them has never reported.
+            StoreFailed: nothing was changed.
+        """
+
+        def write(connection: Connection) -> list[str]:
+            changed = []
+            for name, row in _named(connection, devices).items():
+                desired = json.loads(row.desired)
+                if desired.pop(model, None) is not None:
+                    connection.execute(
+                        update(twin)
+                        .where(twin.c.device == name)
+                        .values(desired=json.dumps(desired), generation=row.generation + 1)
+                    )
+                    changed.append(name)
+            return changed
+
+        names = await self._store.write(write)
+        self.revision += 1
+        self._due.set()
+        return names
+
+    async def forget(self, device: str) -> bool:
+        """Forget what is wanted of a device and what it said; return whether there was anything.
+
+        What lies on the broker for it is cleared as soon as that can be reached. A device that
+        reports again is a new one, of which nothing is wanted.
+
+        Raises:
+            StoreFailed: nothing was changed.
+        """
+
+        def write(connection: Connection) -> bool:
+            if not connection.execute(delete(twin).where(twin.c.device == device)).rowcount:
+                return False
+            connection.execute(delete(event).where(event.c.device == device))
+            connection.execute(delete(departed).where(departed.c.device == device))
+            connection.execute(insert(departed).values(device=device))
+            return True
+
+        found = await self._store.write(write)
+        self.revision += 1
+        self._due.set()
+        return found
 
     # What devices say --------------------------------------------------------------------
 
@@ -330,7 +389,10 @@ class Controller:
             document = arrival.document
             if isinstance(document, pb.Telemetry):
                 continue
-            row = _row(connection, arrival.device)
+            will = isinstance(document, pb.DeviceState) and not document.online
+            row = _row(connection, arrival.device, new=not will)
+            if row is None:
+                continue  # it was forgotten, and only now its broker notices that it is gone
             if isinstance(document, pb.Reported):
                 due |= self._apply_report(connection, row, document, now)
             elif _moment(document) > (row.boot, row.connection, not row.connected):
@@ -414,6 +476,7 @@ class Controller:
 
     async def _publish_due(self, publisher: Publisher, tenant: str) -> None:
         """Go once through the outbox, by name, a batch at a time."""
+        await self._clear_departed(publisher, tenant)
         last = ""
         while True:
             self._doubted = set()
@@ -442,10 +505,38 @@ class Controller:
                 raise failure
             last = due[-1][0]
 
-    def _note_unpublishable(self, device: str, why: str) -> None:
+    async def _clear_departed(self, publisher: Publisher, tenant: str) -> None:
+        """Clear what the broker has for devices that were forgotten, a batch at a time."""
+        last = ""
+        while True:
+            names = await self._store.read(functools.partial(_departed, after=last))
+            if not names:
+                return
+            results = await asyncio.gather(
+                *(publisher.remove_desired(tenant, name) for name in names), return_exceptions=True
+            )
+            cleared: list[str] = []
+            failure: BaseException | None = None
+            for name, result in zip(names, results, strict=True):
+                match result:
+                    case None:
+                        cleared.append(name)
+                        self._unpublishable.pop(name, None)
+                    case PublishRefused():
+                        self._note_unpublishable(name, str(result), "cleared")
+                    case _:
+                        failure = result
+            if cleared:
+                # Nobody but this publisher sends, so nothing newer was sent meanwhile.
+                await self._store.write(functools.partial(_is_cleared, devices=cleared))
+            if failure is not None:
+                raise failure
+            last = names[-1]
+
+    def _note_unpublishable(self, device: str, why: str, verb: str = "published") -> None:
         # It stays in the outbox and is tried again whenever that is gone through.
         if self._unpublishable.get(device) != why:
-            log.error("the desired state of %s cannot be published: %s", device, why)
+            log.error("the desired state of %s cannot be %s: %s", device, verb, why)
         self._unpublishable[device] = why
 
     def _record(self, connection: Connection, sent: Sequence[tuple[str, int]]) -> None:
@@ -552,10 +643,34 @@ class Controller:
         }
 
 
-def _row(connection: Connection, device: str) -> Row[Any]:
+def _named(connection: Connection, devices: Sequence[str] | None) -> Mapping[str, Any]:
+    """Return the rows of these devices in this order, or of all by name.
+
+    Raises:
+        UnknownDevice: one of them has never reported.
+    """
+    query = select(twin.c.device, twin.c.desired, twin.c.generation)
+    known = {row.device: row for row in connection.execute(query)}
+    for name in devices or ():
+        if name not in known:
+            raise UnknownDevice(f"no device {name!r} has reported to this hub")
+    return {name: known[name] for name in (sorted(known) if devices is None else devices)}
+
+
+def _departed(connection: Connection, after: str) -> list[str]:
+    query = select(departed.c.device).where(departed.c.device > after)
+    return list(connection.execute(query.order_by(departed.c.device).limit(BATCH)).scalars())
+
+
+def _is_cleared(connection: Connection, devices: Sequence[str]) -> None:
+    connection.execute(delete(departed).where(departed.c.device.in_(devices)))
+
+
+def _row(connection: Connection, device: str, *, new: bool) -> Row[Any] | None:
+    """Return a device's row, which is made if it is ``new``."""
     query = select(twin).where(twin.c.device == device)
     row = connection.execute(query).one_or_none()
-    if row is None:
+    if row is None and new:
         connection.execute(insert(twin).values(device=device))
         row = connection.execute(query).one()
     return row

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, delete, select
 from sqlalchemy.dialects import sqlite
 
 from cloud_hub.store import schema
@@ -64,6 +64,17 @@ class Devices:
         """Take a device's will over: it is offline until it is seen again."""
         self._left.add(name)
 
+    def forget(self, name: str) -> None:
+        """Know nothing of a device any more; seen again, it is a new one."""
+        self._known.pop(name, None)
+        self._since.pop(name, None)
+        self._unsaved.discard(name)
+        self._left.discard(name)
+
+    def find(self, name: str) -> Device | None:
+        """Return a device by its name, or None if it was never seen."""
+        return self._known.get(name)
+
     def online(self, device: Device, now: float) -> bool:
         """Return whether the device counts as online at ``now``."""
         return device.name not in self._left and now - device.last_seen < self._offline_after_s
@@ -85,6 +96,11 @@ class Devices:
     def not_saved(self, devices: Sequence[Device]) -> None:
         """Take back that these were saved; what they have said since stays as it is."""
         self._unsaved.update(device.name for device in devices)
+
+
+def remove(connection: Connection, name: str) -> None:
+    """Remove a device, of which no counts are left."""
+    connection.execute(delete(schema.device).where(schema.device.c.name == name))
 
 
 def save(connection: Connection, devices: Sequence[Device]) -> None:

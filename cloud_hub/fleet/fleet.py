@@ -24,7 +24,7 @@ from sqlalchemy import Connection, select
 from cloud_hub.fleet import artifacts, certificates, reports
 from cloud_hub.fleet.artifacts import Blobs
 from cloud_hub.fleet.certificates import Certificates
-from cloud_hub.fleet.controller import Controller, WantedRelease
+from cloud_hub.fleet.controller import Controller, UnknownDevice, WantedRelease
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.golden import Load
 from cloud_hub.fleet.link import REVISION, HubLink, HubLinkOptions
@@ -38,6 +38,7 @@ from fogline_protocol import release_index
 from fogline_protocol.errors import BadRequest
 from fogline_protocol.mqtt import Backoff, BrokerAddress
 from fogline_protocol.release_index import MAX_CERTIFICATES
+from fogline_protocol.release import MODEL_NAME
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -46,20 +47,41 @@ TENANT = "default"  # until callers' tenants reach the broker
 OFF = "off"
 
 Telemetry = Callable[[pb.Telemetry], None]
+Forget = Callable[[str], Awaitable[None]]
 Job = Callable[[], Awaitable[None]]
+
+
+class StillOnline(Exception):
+    """The device is in touch with the hub: stop its agent first."""
 
 
 class Fleet:
     """Everything between an accepted bundle and a device that runs it."""
 
     def __init__(
-        self, store: Store, data: Path, load: Load, devices: Devices, telemetry: Telemetry
+        self,
+        store: Store,
+        data: Path,
+        load: Load,
+        devices: Devices,
+        telemetry: Telemetry,
+        forget: Forget,
     ) -> None:
         """Join the parts; nothing runs yet.
+
+        Args:
+            store: the hub's database.
+            data: the hub's directory.
+            load: opens what is pushed, to try it.
+            devices: that the hub has heard of.
+            telemetry: takes counts.
+            forget: forgets a device and its counts, in ``devices`` too.
 
         Raises:
             StartRefused: the signing keys do not fit the signed metadata.
         """
+        self._devices = devices
+        self._forget = forget
         self._data = data
         self._repository = Repository(data, now=time.time())
         self._blobs = Blobs(data / "blobs")
@@ -113,6 +135,28 @@ class Fleet:
     def broker_reached(self) -> bool:
         """Whether the broker can be reached at this moment."""
         return self._link is not None and self._link.is_connected
+
+    async def forget(self, device: str, now: float) -> None:
+        """Forget a device: what it said, counted and is to run. One that returns is a new one.
+
+        What it let the hub keep as examples stays; that is forgotten by itself.
+
+        Raises:
+            StillOnline: it is in touch with the hub, by the clock ``now``.
+            UnknownDevice: the hub has never heard of it.
+            StoreFailed: it is not forgotten, or not wholly: try again.
+        """
+        if not MODEL_NAME.fullmatch(device):  # not every database takes it
+            raise UnknownDevice(f"no device can be called {device[:100]!r}")
+        heard = self._devices.find(device)
+        if heard is not None and self._devices.online(heard, now):
+            raise StillOnline(
+                f"{device} is online, and would count on without being known: stop its agent "
+                "first, or wait until it counts as offline"
+            )
+        await self._forget(device)
+        if not await self.controller.forget(device) and heard is None:
+            raise UnknownDevice(f"no device {device!r} has reported to this hub")
 
     def routes(self) -> Sequence[web.RouteDef]:
         """Return the HTTP routes below which devices fetch what was signed."""

@@ -133,6 +133,7 @@ class History:
         self._pending = _Pending()
         self._rows_before = 0
         self._sent_before = 0
+        self._writing = asyncio.Lock()  # what the disk does not know yet is nobody's meanwhile
         self._flusher: asyncio.Task[None] | None = None
 
     @classmethod
@@ -252,12 +253,44 @@ class History:
             for one in reversed(recent)
         ]
 
+    async def forget(self, device: str) -> None:
+        """Forget a device and all that it has counted; every total is less by that.
+
+        Raises:
+            StoreFailed: nothing is forgotten.
+        """
+
+        def write(connection: Connection) -> tuple[int, int]:
+            counted = _totals(connection, device)
+            for table in (schema.outcome, schema.latency, schema.traffic, schema.boot):
+                connection.execute(delete(table).where(table.c.device == device))
+            devices_module.remove(connection, device)
+            return counted
+
+        async with self._writing:
+            rows, sent = await self._store.write(write)
+            # Also what it said while that was written: it is new from its next report on.
+            for key in [key for key in self._pending.minutes if key[1] == device]:
+                unwritten = total(self._pending.minutes.pop(key))
+                rows, sent = rows + unwritten.total_rows, sent + unwritten.bytes_sent
+            self._rows_before -= rows
+            self._sent_before -= sent
+            self._pending.boots = {key for key in self._pending.boots if key[0] != device}
+            self._boots.pop(device, None)
+            for _, by in self._seconds:
+                by.pop(device, None)
+            self._devices.forget(device)
+
     async def flush(self) -> None:
         """Write what the disk does not know yet, in one transaction.
 
         Raises:
             StoreFailed: it cannot be written; it is kept for the next attempt.
         """
+        async with self._writing:
+            await self._flush()
+
+    async def _flush(self) -> None:
         pending, self._pending = self._pending, _Pending()
         devices = self._devices.take_unsaved()
         boots = [
@@ -390,13 +423,19 @@ def _load(connection: Connection) -> tuple[dict[str, dict[str, _Boot]], int, int
         counts = _counts(Telemetry.FromString(row.telemetry))
         boot = _Boot(row.sequence, row.reported_at, row.telemetry, counts)
         boots.setdefault(row.device, {})[row.boot_id] = boot
-    rows = connection.execute(
-        select(func.coalesce(func.sum(schema.outcome.c.rows), 0))
-    ).scalar_one()
-    sent = connection.execute(
-        select(func.coalesce(func.sum(schema.traffic.c.sent), 0))
-    ).scalar_one()
-    return boots, int(rows), int(sent)
+    return boots, *_totals(connection)
+
+
+def _totals(connection: Connection, device: str | None = None) -> tuple[int, int]:
+    """Return the rows answered and the bytes sent that were ever counted, by all or by one."""
+    found = []
+    for column in (schema.outcome.c.rows, schema.traffic.c.sent):
+        query = select(func.coalesce(func.sum(column), 0))
+        if device is not None:
+            query = query.where(column.table.c.device == device)
+        found.append(int(connection.execute(query).scalar_one()))
+    rows, sent = found
+    return rows, sent
 
 
 def _replace_boot(connection: Connection, row: Mapping[str, object]) -> None:

@@ -32,7 +32,7 @@ metadata = MetaData(
 
 # The last migration, and where alembic keeps the one that a database is at: a hub that has
 # nothing to migrate need not import it.
-REVISION = "0005"
+REVISION = "0006"
 version = Table(
     "alembic_version",
     MetaData(),
@@ -198,6 +198,9 @@ device_event = Table(
 )
 
 Index("ix_device_event_device", device_event.c.device, device_event.c.id)
+
+# Devices that were forgotten, until the broker has nothing for them any more (migration 0006).
+departed = Table("departed", metadata, Column("device", String(63), primary_key=True))
 
 # The epoch published last: finding it on the broker tells that the broker remembers.
 hub_epoch = Table("hub_epoch", metadata, Column("epoch", String(64), primary_key=True))

@@ -246,6 +246,49 @@ async def test_a_certificate_that_is_refused_is_named_with_its_file(
     assert "Missing option '--reason'" in said(await fogline(*gone[:-2], *at), 2)
 
 
+async def test_a_model_is_taken_off_devices(hub: Hub, bundles: Path) -> None:
+    at = ("--data", hub.config.data)
+    await hub.fleet.releases.accept(bundles / "digits-hub-1.0.0")
+    await tell(hub, birth("a"), birth("b"), birth("c"))
+    await hub.fleet.controller.want(None, "digits-hub", 1)
+    taken = await fogline("device", "unset", "b", "--model", "digits-hub", *at)
+    assert said(taken, 0) == "no release of digits-hub is wanted any more on b\n"
+    shown = json.loads(said(await fogline("device", "show", "b", *at), 0))
+    assert (shown["desired"], shown["generation"]) == ({}, 2)
+    taken = await fogline("device", "unset", "--all", "--model", "digits-hub", "--json", *at)
+    assert json.loads(said(taken, 0))["devices"] == ["a", "c"]
+    taken = await fogline("device", "unset", "--all", "--model", "digits-hub", *at)
+    assert "so nothing changes" in said(taken, 0)
+    unknown = await fogline("device", "unset", "z", "--model", "digits-hub", *at)
+    assert "no device 'z'" in said(unknown, 6)
+    for devices in ((), ("a", "--all")):
+        result = await fogline("device", "unset", *devices, "--model", "digits-hub", *at)
+        assert "name devices, or say --all: one of the two" in said(result, 2)
+
+
+async def test_devices_are_forgotten(hub: Hub) -> None:
+    at = ("--data", hub.config.data)
+    await tell(hub, birth("a"), birth("b"), birth("c"))
+    count = pb.Telemetry(device="b", boot_id="1", sequence=1)
+    await tell(hub, count)
+    told = said(await fogline("device", "forget", "a", "b", *at), 6).splitlines()
+    assert told[0] == "a is forgotten"
+    assert "the hub refused [device/online]: b is online" in told[1]
+    assert "stop its agent first" in told[1]
+    await tell(hub, pb.DeviceState(schema=1, device="b", boot=1, connection=1))
+    found = json.loads(said(await fogline("device", "forget", "b", "--json", *at), 0))
+    assert found == [{"device": "b"}]
+    listed = said(await fogline("device", "list", *at), 0)
+    assert [line.split()[0] for line in listed.splitlines()] == ["c"]
+    told = said(await fogline("device", "forget", "c", "z", *at), 6)
+    assert told.splitlines()[0] == "c is forgotten"
+    assert "no device 'z'" in told
+    assert said(await fogline("device", "forget", "--json", *at), 2)
+    await tell(hub, birth("a"))
+    shown = json.loads(said(await fogline("device", "show", "a", *at), 0))
+    assert (shown["generation"], shown["events"]) == (0, [])
+
+
 def test_what_an_older_hub_tells_of_a_device_is_shown_all_the_same() -> None:
     model = {
         "model": "digits", "desired_release": "1", "active_release": "1", "active_version": "1.0.0",

@@ -45,7 +45,7 @@ def names(connection: Connection) -> set[str]:
 
 
 def _back_to_0003(connection: Connection) -> None:
-    for table in (schema.sighting, schema.example):
+    for table in (schema.sighting, schema.example, schema.departed):
         table.drop(connection)
     for column in ("rate", "burst", "concurrency"):
         connection.execute(text(f"ALTER TABLE token DROP COLUMN {column}"))
@@ -207,9 +207,12 @@ class StoreContract:
         devices = await Devices.open(store, 30.0)
         history = await History.open(store, devices)
         overview = history.overview(NOW, 300)
-        await history.close()
         assert (overview.rows_total, overview.escalation_bytes_sent_total) == (5, 50)
         assert [device.name for device in devices.all()] == ["a"]
+        await history.forget("a")
+        assert history.overview(NOW, 300).rows_total == 0
+        await history.close()
+        assert not (await Devices.open(store, 30.0)).all()
 
     async def test_the_fleet_is_wanted_reported_and_published(self, store: Store) -> None:
         def wanted(_connection: Connection, model: str, number: int) -> WantedRelease:
@@ -229,6 +232,9 @@ class StoreContract:
                 published[device] = desired.generation
                 if len(published) == 2:
                     everything.set()
+
+            async def remove_desired(self, tenant: str, device: str) -> None:
+                published.pop(device)
 
         birth = pb.DeviceState(schema=1, device="a", online=True, boot=1 << 50, connection=1)
         ahead = pb.DeviceState(schema=1, device="b", online=True, boot=1, generation=1 << 50)
@@ -268,6 +274,15 @@ class StoreContract:
         await controller().epoch_published("e2")
         assert await controller().last_epoch() == "e2"
         assert [one.published_generation for one in await controller().twins()] == [0, 0]
+        assert await controller().unwant(None, "digits") == ["a", "b"]
+        assert await controller().forget("a")
+        assert [one.device for one in await controller().twins()] == ["b"]
+        publishing = asyncio.ensure_future(controller().publish(Broker(), "default"))
+        async with asyncio.timeout(20):
+            while "a" in published or published["b"] != (1 << 50) + 3:
+                await asyncio.sleep(0.01)
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
 
     # Examples that devices let the hub keep
 

@@ -66,6 +66,9 @@ class Broker:
     async def publish_desired(self, tenant: str, device: str, desired: pb.Desired) -> None:
         self.desired[device] = desired
 
+    async def remove_desired(self, tenant: str, device: str) -> None:
+        self.desired.pop(device, None)
+
 
 class Stage:
     """A hub's fleet and its console, in a folder that may hold releases already."""
@@ -88,7 +91,13 @@ class Stage:
         self.store = await Store.open(f"sqlite:///{self._data / 'hub.sqlite'}")
         try:
             self.fleet = await asyncio.to_thread(
-                Fleet, self.store, self._data, Launcher().open, self.devices, lambda report: None
+                Fleet,
+                self.store,
+                self._data,
+                Launcher().open,
+                self.devices,
+                lambda report: None,
+                self._forget,
             )
             self.console.operated = self.fleet
             files = ExampleFiles(self._data / "examples")
@@ -105,6 +114,9 @@ class Stage:
                     await publishing
         finally:
             await self.store.close()
+
+    async def _forget(self, device: str) -> None:
+        self.devices.forget(device)  # it has counted nothing here
 
     @contextlib.contextmanager
     def served_beside(self) -> Iterator["Stage"]:
@@ -182,11 +194,17 @@ class Stage:
                 await asyncio.sleep(0.005)
 
 
+async def no_counts(_device: str) -> None:
+    """Forget the counts of a device that has none."""
+
+
 async def prepare(data: Path, digits: Path) -> None:
     """Fill a folder with releases: digits-hub@1, digits@1, digits@2, and digits@3 by force."""
     store = await Store.open(f"sqlite:///{data / 'hub.sqlite'}")
     try:
-        fleet = Fleet(store, data, Launcher().open, Devices([], 1.0), lambda report: None)
+        fleet = Fleet(
+            store, data, Launcher().open, Devices([], 1.0), lambda report: None, no_counts
+        )
         for name in BUNDLES:
             await fleet.releases.accept(digits / "bundles" / name)
         await fleet.releases.accept(digits / "bundles" / "broken" / "digits-1.2.0", force=True)

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import re
 import time
@@ -530,6 +531,49 @@ async def test_a_tab_is_sent_the_rows_of_its_page_and_follows_a_device(
         while message["value"]["text"]["standing"] != "Queued":
             message = await socket.receive_json(timeout=5)
         assert len(json.dumps(message)) < 20_000
+        stage.devices.left("kiosk-1")
+        await stage.fleet.forget("kiosk-1", time.time())
+        while "error" not in (message := await socket.receive_json(timeout=5)):
+            pass
+        assert "'kiosk-1', or has forgotten it" in message["error"]
+        await socket.send_json({"sub": {"devices": {}}})  # the others are watched as before
+        value = (await socket.receive_json(timeout=5))["value"]
+        assert value["text"]["count_online"] == "59"
+
+
+async def test_a_device_is_forgotten_after_its_page_has_said_what_that_means(
+    stage: Stage, session: aiohttp.ClientSession
+) -> None:
+    await stage.join("kiosk", runs=1, online=False)
+    await stage.join("shop")
+    await stage.fleet.controller.want(["kiosk"], "digits", 2)
+    await stage.published("kiosk", 1)
+    assert 'href="/devices/kiosk/forget"' in await page(session, f"{stage.url}/devices/kiosk")
+    asked = await page(session, f"{stage.url}/devices/kiosk/forget")
+    assert "Forget kiosk?" in asked
+    assert "goes on running digits@1" in asked
+    asked = await page(session, f"{stage.url}/devices/shop/forget")
+    assert "shop is online" in asked
+    assert 'action="/devices/shop/forget"' not in asked
+    async with session.post(f"{stage.url}/devices/shop/forget") as response:
+        assert response.status == 409
+        assert "Shop is online" in await response.text()
+    assert names(await page(session, f"{stage.url}/devices")) == ["kiosk", "shop"]
+    url = f"{stage.url}/devices/kiosk/forget"
+    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        async with session.post(url, headers=headers) as response:
+            assert response.status == 403
+    async with session.post(url) as response:
+        assert (response.status, response.url.path) == (200, "/devices")
+        assert names(await response.text()) == ["shop"]
+    async with asyncio.timeout(10):
+        while "kiosk" in stage.broker.desired:
+            await asyncio.sleep(0.005)
+    async with session.post(url) as response:
+        assert response.status == 404
+        assert "no device &#39;kiosk&#39;" in (await response.text()).lower()
+    await page(session, f"{stage.url}/devices/kiosk", 404)
+    await page(session, f"{stage.url}/devices/kiosk/forget", 404)
 
 
 async def test_devices_are_read_again_only_after_something_changed(

@@ -341,6 +341,43 @@ async def test_a_deployment_that_cannot_be_changes_nothing(
     assert (twin.generation, twin.desired) == (0, {})
 
 
+async def test_a_deployment_is_withdrawn(
+    session: aiohttp.ClientSession, hub: Hub, hub_bundle: Path
+) -> None:
+    await hub.fleet.releases.accept(hub_bundle)
+    await report_as(hub, "a", "b")
+    await hub.fleet.controller.want(None, "digits-hub", 1)
+    path = "/deployments/withdrawal"
+    for body, status, told in (
+        (b"{", 400, 'expected {"model"'),
+        (b'{"model": 1}', 400, 'expected {"model"'),
+        (b'{"model": "m", "release": "m@1"}', 400, 'expected {"model"'),
+        (b'{"model": "digits-hub", "devices": []}', 400, "list of names, or null"),
+        (b'{"model": "digits-hub", "devices": ["a", "z"]}', 404, "no device 'z'"),
+    ):
+        answer = await refused(session, "POST", path, data=io.BytesIO(body))
+        assert (answer[0], told in answer[2]) == (status, True), body
+    assert [one.desired for one in await hub.fleet.controller.twins()] == [{"digits-hub": 1}] * 2
+    one = await ask(session, "POST", path, json={"model": "digits-hub", "devices": ["b"]})
+    assert (one.status, one.document) == (202, {"model": "digits-hub", "devices": ["b"]})
+    rest = await ask(session, "POST", path, json={"model": "digits-hub"})
+    assert rest.document["devices"] == ["a"]
+    nothing = await ask(session, "POST", path, json={"model": "\0"})
+    assert (nothing.status, nothing.document["devices"]) == (202, [])
+
+
+async def test_a_device_is_forgotten(session: aiohttp.ClientSession, hub: Hub) -> None:
+    await report_as(hub, "a", "b")
+    found = await ask(session, "DELETE", "/devices/a")
+    assert (found.status, found.document) == (200, {"device": "a"})
+    assert [one["name"] for one in (await ask(session, "GET", "/devices")).document] == ["b"]
+    for name in ("a", "z", "%00", "A b", "x" * 99):
+        status, code, _ = await refused(session, "DELETE", f"/devices/{name}")
+        assert (status, code) == (404, "device/unknown")
+    origin = {"Origin": "https://evil.example"}
+    assert (await ask(session, "DELETE", "/devices/b", headers=origin)).status == 403
+
+
 async def test_a_page_of_another_site_changes_nothing(session: aiohttp.ClientSession) -> None:
     body = b'{"release": "digits-hub@1"}'
     for path in ("/deployments", "/releases"):

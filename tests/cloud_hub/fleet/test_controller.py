@@ -32,7 +32,7 @@ from fogline_protocol.v1 import fleet_pb2 as pb
 
 T = TypeVar("T")
 TENANT = "default"
-TABLES = (schema.twin, schema.device_event, schema.hub_epoch)
+TABLES = (schema.twin, schema.device_event, schema.departed, schema.hub_epoch)
 
 
 def describe(_connection: Connection, model: str, number: int) -> WantedRelease | None:
@@ -92,16 +92,25 @@ class Broker:
         finally:
             self.at_once -= 1
 
+    async def remove_desired(self, tenant: str, device: str) -> None:
+        assert tenant == TENANT
+        if (failure := self.fails(device)) is not None:
+            raise failure
+        self.retained.pop(device, None)
+        await self.gate.wait()
+
 
 def outstanding(connection: Connection) -> list[str]:
-    t = schema.twin.c
-    return list(
-        connection.execute(select(t.device).where(t.published_generation < t.generation)).scalars()
-    )
+    t, departed = schema.twin.c, schema.departed.c.device
+    unpublished = select(t.device).where(t.published_generation < t.generation)
+    return [
+        *connection.execute(unpublished).scalars(),
+        *connection.execute(select(departed).order_by(departed)).scalars(),
+    ]
 
 
 async def until(store: Store, due: Sequence[str], task: asyncio.Future[None]) -> None:
-    """Wait until exactly these devices wait to be published."""
+    """Wait until exactly these devices wait to be published or to be cleared."""
     async with asyncio.timeout(10):
         while await store.read(outstanding) != list(due):
             if task.done():
@@ -170,6 +179,109 @@ several = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
+# What operators take back
+
+
+async def test_what_is_not_wanted_any_more_is_published_without_it(hub: Hub, store: Store) -> None:
+    broker = Broker()
+    await hub.tell(birth("a"), birth("b"), birth("c"))
+    await hub.controller.want(None, "digits", 1)
+    await hub.controller.want(["a"], "shelf", 2)
+    assert await hub.controller.unwant(["c", "a"], "digits") == ["c", "a"]
+    assert (await hub.twin("a")).standing == "queued"
+    assert (await hub.twin("c")).standing == "idle"
+    async with publishing(hub, broker) as task:
+        await until(store, [], task)
+        told = {
+            name: [one.model for one in wanted.releases] for name, wanted in broker.retained.items()
+        }
+        assert told == {"a": ["shelf"], "b": ["digits"], "c": []}
+        assert broker.retained["c"].generation == 2
+        assert await hub.controller.unwant(None, "digits") == ["b"]
+        assert await hub.controller.unwant(None, "digits") == []
+        await until(store, [], task)
+        assert not broker.retained["b"].releases
+    generation = (await hub.twin("a")).generation
+    with pytest.raises(UnknownDevice, match="'z'"):
+        await hub.controller.unwant(["a", "z"], "shelf")
+    assert (await hub.twin("a")).generation == generation
+
+
+async def test_a_forgotten_device_leaves_nothing_behind(hub: Hub, store: Store) -> None:
+    broker = Broker()
+    await hub.tell(birth("a"), birth("b"), report("a", models=[standing()]))
+    await hub.controller.want(None, "digits", 1)
+    async with publishing(hub, broker) as task:
+        await until(store, [], task)
+        revision = hub.controller.revision
+        assert await hub.controller.forget("a")
+        assert hub.controller.revision > revision
+        assert [one.device for one in await hub.controller.twins()] == ["b"]
+        assert await hub.controller.events("a") == []
+        with pytest.raises(UnknownDevice):
+            await hub.controller.want(["a"], "digits", 2)
+        await until(store, [], task)
+        assert list(broker.retained) == ["b"]
+        assert not await hub.controller.forget("a")
+
+
+async def test_the_broker_that_is_away_is_cleared_when_it_returns(store: Store) -> None:
+    returned = asyncio.Event()
+
+    async def wait(_seconds: float) -> None:
+        await returned.wait()
+
+    hub, broker = Hub(store, wait), Broker()
+    await hub.tell(birth("a"), birth("b"))
+    await hub.controller.want(None, "digits", 1)
+    async with publishing(hub, broker) as task:
+        await until(store, [], task)
+    broker.fails = lambda device: NotAcknowledged("away")
+    async with publishing(hub, broker) as task:
+        await hub.controller.forget("a")
+        await until(store, ["a"], task)
+    # A hub that was restarted meanwhile knows it, too.
+    hub = Hub(store, wait)
+    broker.fails = lambda device: None
+    async with publishing(hub, broker) as task:
+        await until(store, [], task)
+    assert list(broker.retained) == ["b"]
+
+
+async def test_a_broker_that_forbids_it_keeps_no_other_from_being_told(
+    hub: Hub, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Broker()
+    await hub.tell(birth("a"), birth("b"))
+    await hub.controller.forget("a")
+    refusal = PublishRefused("v1/default/d/a/desired", 135, "Not authorized")
+    broker.fails = lambda device: refusal if device == "a" else None
+    async with publishing(hub, broker) as task:
+        await hub.controller.want(["b"], "digits", 1)
+        await until(store, ["a"], task)
+    assert [one.generation for one in broker.retained.values()] == [1]
+    assert "of a cannot be cleared: the broker refused" in caplog.text
+
+
+async def test_a_device_that_comes_back_is_new_and_told_that_nothing_is_wanted(
+    hub: Hub, store: Store
+) -> None:
+    broker = Broker()
+    await hub.tell(birth(), report(sequence=9, generation=1, models=[standing()]))
+    await hub.controller.want(["a"], "digits", 2)
+    await hub.controller.forget("a")
+    await hub.tell(birth(online=False))  # only now its broker misses it
+    assert await hub.controller.twins() == []
+    await hub.tell(birth(boot=2, generation=1), report(sequence=10, generation=1))
+    back = await hub.twin()
+    assert (back.desired, back.standing, back.reported.sequence) == ({}, "idle", 10)
+    async with publishing(hub, broker) as task:
+        await until(store, [], task)
+    # Above what it has, so that it takes it: what it was told before holds no more.
+    assert broker.retained["a"].generation == 2
+    assert not broker.retained["a"].releases
+
+
 # What devices say
 
 
@@ -215,6 +327,7 @@ def test_in_whatever_order_births_and_wills_arrive_the_newest_stands(
     async def example() -> None:
         await shared.write(empty)
         hub = Hub(shared)
+        await hub.tell(report())  # a will alone makes no device
         for batch in batches(told, at_once):
             await hub.tell(
                 *(
@@ -681,6 +794,11 @@ class CrashingBroker(Broker):
         await super().publish_desired(tenant, device, desired)
         self.fuse.burn()
 
+    async def remove_desired(self, tenant: str, device: str) -> None:
+        self.fuse.burn()
+        await super().remove_desired(tenant, device)
+        self.fuse.burn()
+
 
 async def life(hub: Hub, store: Store, broker: Broker, done: list[str]) -> None:
     """What happens to a fleet of three; steps that were done before a crash are not repeated."""
@@ -698,15 +816,19 @@ async def life(hub: Hub, store: Store, broker: Broker, done: list[str]) -> None:
         broker.retained.clear()
         return hub.controller.broker_forgot()
 
-    await step("born", lambda: hub.tell(birth("a"), birth("b"), birth("c")))
-    await step("first wish", lambda: hub.controller.want(["a", "b"], "digits", 1))
+    await step("born", lambda: hub.tell(birth("a"), birth("b"), birth("c"), birth("d"), birth("e")))
+    await step("first wish", lambda: hub.controller.want(["a", "b", "d", "e"], "digits", 1))
     await step("published", drain)
     await step("reported", lambda: hub.tell(report("a", 5, generation=1), birth("b", boot=2)))
+    await step("d forgotten", lambda: hub.controller.forget("d"))
+    await step("e forgotten", lambda: hub.controller.forget("e"))
+    await step("e is back", lambda: hub.tell(birth("e", boot=2, generation=1)))
     await step("second wish", lambda: hub.controller.want(None, "digits", 2))
     await step("forgotten", forget)
     await step("epoch", lambda: hub.controller.epoch_published("e"))
     await step("ahead", lambda: hub.tell(report("c", 1, generation=40)))
     await step("third wish", lambda: hub.controller.want(["a"], "shelf", 3))
+    await step("no more", lambda: hub.controller.unwant(["b"], "digits"))
     await step("drained", drain)
 
 
@@ -738,9 +860,11 @@ async def crash_and_recover(store: Store, *crash_after: int) -> int:
             continue
     assert await converged(store, broker) == {
         "a": (3, {"digits": 2, "shelf": 3}),
-        "b": (2, {"digits": 2}),
+        "b": (3, {}),
         "c": (41, {"digits": 2}),
+        "e": (3, {"digits": 2}),
     }
+    assert "d" not in broker.retained
     return fuse.left
 
 

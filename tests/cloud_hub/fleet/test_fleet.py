@@ -53,7 +53,12 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
     devices = Devices([], 30.0)
     devices.seen(KIOSK)
     counted: list[pb.Telemetry] = []
-    yield Stage(store, devices, Fleet(store, data, no_engine, devices, counted.append), counted)
+
+    async def forget(device: str) -> None:
+        devices.forget(device)
+
+    fleet = Fleet(store, data, no_engine, devices, counted.append, forget)
+    yield Stage(store, devices, fleet, counted)
     await store.close()
 
 

@@ -239,3 +239,58 @@ def test_a_quantile_lies_where_its_requests_do(buckets, q):
         return
     last = max(at for at, n in enumerate(buckets) if n)
     assert 0 <= found <= (*BOUNDS, BOUNDS[-1])[last]
+
+
+async def test_a_forgotten_device_takes_its_counts_along(store, history):
+    history.accept(report(3, hub=2, sent=10), NOW)
+    history.accept(report(4, device="shop", hub=1, sent=7), NOW)
+    await history.flush()
+    history.accept(report(5, hub=2, sequence=2, sent=11), NOW)  # not on the disk yet
+    await history.forget("kiosk")
+    overview = history.overview(NOW, 300)
+    assert [line.name for line in overview.devices] == ["shop"]
+    assert (overview.rows, overview.rows_total) == (5, 5)
+    assert overview.escalation_bytes_sent_total == 7
+    assert history.decisions("kiosk") == ()
+    await history.forget("kiosk")  # of which there is nothing
+    await history.close()
+    history = await reopened(store)
+    overview = history.overview(NOW, 300)
+    await history.close()
+    assert [line.name for line in overview.devices] == ["shop"]
+    assert (overview.rows_total, overview.escalation_bytes_sent_total) == (5, 7)
+
+
+async def test_a_device_that_comes_back_counts_as_a_new_one(store, history):
+    history.accept(report(3), NOW)
+    await history.flush()
+    await history.forget("kiosk")
+    for sequence, rows in ((2, 5), (3, 6)):
+        history.accept(report(rows, sequence=sequence), NOW + 60)
+        await history.flush()
+    (line,) = history.overview(NOW + 60, 300).devices
+    assert line.rows == 6
+    assert history.overview(NOW + 60, 300).rows_total == 6
+    again = await reopened(store)
+    assert again.overview(NOW, 300).rows_total == 6
+    await again.close()
+
+
+async def test_what_the_disk_does_not_take_is_not_forgotten(store, history, monkeypatch):
+    history.accept(report(3), NOW)
+    await history.flush()
+    history.accept(report(4, sequence=2), NOW)
+
+    async def full(_work):
+        raise StoreFailed("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", full)
+        with pytest.raises(StoreFailed):
+            await history.forget("kiosk")
+    assert history.overview(NOW, 300).rows_total == 4
+    history.accept(report(6, sequence=3), NOW)
+    await history.flush()
+    again = await reopened(store)
+    assert again.overview(NOW, 300).rows_total == 6
+    await again.close()
