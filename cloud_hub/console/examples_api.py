@@ -97,6 +97,8 @@ class ExamplesApi:
                 async for one in self._examples.frames(tenant, selection, list(layouts)):
                     await response.write(one)
             await response.write_eof()
+        except ConnectionError:
+            pass  # whoever asked has left, or knows enough: that there is nothing, say
         except (StoreFailed, OSError) as error:
             # Too late for a status; without its last frame nobody takes the rest for all.
             log.warning("an export of %s breaks off: %s", model, error)

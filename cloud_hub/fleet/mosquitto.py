@@ -78,6 +78,10 @@ _ACCEPTED = b"\x20\x02\x00\x00"
 _DISCONNECT = b"\xe0\x00"
 
 
+# Its first words at every start. Two limits are meant: see ``configuration``.
+_ADVICE = "It is recommended to replace `message_size_limit` with `max_packet_size`."
+
+
 class MosquittoMissing(Exception):
     """There is no Mosquitto on this machine. Serve without devices, and say what to install."""
 
@@ -320,6 +324,8 @@ class Mosquitto:
         try:
             async for line in reader:
                 words = line.decode(errors="replace").strip()
+                if words.endswith(_ADVICE):
+                    continue
                 self._last_words.append(words)
                 grave = words.startswith(("Error", "Warning"))
                 log.log(logging.WARNING if grave else logging.INFO, "mosquitto: %s", words)

@@ -147,6 +147,7 @@ class Repository:
         self._claimed: set[str] = set()  # names that the directory has
         self._fingerprints: dict[str, Hashable] = {}  # of its folders as they were last read
         self._releases: dict[str, ModelFiles] = {}  # what the registry wants served, by name
+        self._outranked: dict[str, Sequence[str]] = {}  # versions of those left out, as logged
         self._retiring: set[asyncio.Task[None]] = set()
         self._awaiting: dict[str, asyncio.Task[None]] = {}  # by name: for upstreams that are down
         self._changing = asyncio.Lock()  # one load or unload at a time
@@ -256,9 +257,28 @@ class Repository:
         async with self._changing:
             self._releases[name] = files
             if name in self._claimed:
-                log.warning("the directory's model is served, the registry's is not", model=name)
+                await self._note_outranked(name, files)
                 return
             await self._attempt(name, files, keep=True)
+
+    async def _note_outranked(self, name: str, files: ModelFiles) -> None:
+        """Say once which versions of the registry are not served because of the directory's.
+
+        The same bytes under another number are no loss, so they are not worth a word.
+        """
+        served = {model.sha256 for model in self._models.get(name, ())}
+        left_out = [
+            version
+            for version, file in files.versions
+            if await asyncio.to_thread(documents.sha256_of_file, file) not in served
+        ]
+        if left_out and left_out != self._outranked.get(name):
+            log.warning(
+                "the directory's model is served, these releases of the registry are not",
+                model=name,
+                releases=left_out,
+            )
+        self._outranked[name] = left_out
 
     async def refuse_release(self, name: str, error: ModelRefused) -> None:
         """Say why a model of the registry is not served as it should be."""
@@ -397,7 +417,7 @@ class Repository:
                 try:
                     await self._serve(name, files)
                 except UpstreamDown as error:
-                    self._object(name, error)
+                    self._object(name, error, again=True)
                 except ModelRefused as error:
                     self._object(name, error)
                     return
@@ -415,12 +435,15 @@ class Repository:
         except (ModelRefused, OSError) as error:
             self._object(name, error)
 
-    def _object(self, name: str, error: Exception) -> None:
-        log.error("model is not served", model=name, why=str(error))
+    def _object(self, name: str, error: Exception, *, again: bool = False) -> None:
+        """Keep why a model is not served; ``again``: what was said before is not logged again."""
+        said = self._objections.get(name), self._refused.get(name)
         if name in self._models:
             self._objections[name] = f"newer files of it are not served: {error}"
         else:
             self._refused[name] = ModelStatus(name, "", UNAVAILABLE, str(error))
+        if not again or said != (self._objections.get(name), self._refused.get(name)):
+            log.error("model is not served", model=name, why=str(error))
 
     async def _serve(self, name: str, files: ModelFiles, *, keep: bool = False) -> None:
         """Serve exactly the versions of ``files``, all of them or none.

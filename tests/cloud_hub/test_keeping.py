@@ -239,6 +239,35 @@ async def test_an_export_that_breaks_off_is_none(hub, tmp_path):
     assert (await ask(hub, images(1))).outputs["logits"].shape == (1, 10)
 
 
+async def test_who_leaves_an_export_is_no_trouble_of_the_hub(hub, caplog, monkeypatch):
+    ended = asyncio.Event()
+
+    async def frames(*_):
+        try:
+            while True:
+                await asyncio.sleep(0)
+                yield bytes(1 << 16)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(hub.examples, "frames", frames)
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{hub.http_address}/api/v1/examples/digits") as answer,
+    ):
+        await answer.content.readany()
+    await asyncio.wait_for(ended.wait(), 20)
+    await hub.examples.settled()
+    assert "breaks off" not in caplog.text
+
+
+async def test_an_export_of_nothing_leaves_no_trouble_in_the_log(hub, tmp_path, caplog):
+    for _ in range(10):
+        nothing = await fogline(hub, "export", "digits", "--out", tmp_path / "x.npz")
+        assert "no example of digits is selected" in said(nothing, 6)
+    assert "breaks off" not in caplog.text
+
+
 async def test_metrics_tell_what_is_kept_and_what_is_not(hub):
     await ask(hub, images(3), told(3))
     await ask(hub, images(3), told(3))

@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -139,6 +140,15 @@ async def test_a_given_port_that_is_taken_is_refused_with_the_brokers_own_words(
         port = strangers.sockets[0].getsockname()[1]
         with pytest.raises(MosquittoFailed, match=f"port {port} .*in use"):
             await Mosquitto(tmp_path, port=port).start()
+
+
+async def test_a_start_says_where_the_broker_is_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cloud_hub.fleet.mosquitto"):
+        async with broker(tmp_path) as mosquitto:
+            said = [record.getMessage() for record in caplog.records]
+    assert said == [f"mosquitto listens at {mosquitto.address}"]
 
 
 async def test_a_missing_mosquitto_is_named_with_what_to_install(

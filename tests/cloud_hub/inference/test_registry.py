@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from cloud_hub.config import HubConfig
 from cloud_hub.hub import Hub
@@ -108,9 +109,33 @@ async def test_the_directory_takes_precedence(tmp_path, triton_directory, digits
         models=triton_directory,
     )  # fmt: skip
     async with Hub(config) as hub:
-        await hub.fleet.releases.accept(digits / "bundles" / "digits-hub-1.0.0")
-        await Registry(hub.fleet.releases, hub.repository, tmp_path / "hub" / "again").serve()
+        with capture_logs() as logs:
+            await hub.fleet.releases.accept(digits / "bundles" / "digits-hub-1.0.0")
+            await Registry(hub.fleet.releases, hub.repository, tmp_path / "hub" / "again").serve()
         assert (await ask(hub)).version == "3"
+        # The README's own steps: the same bytes in the directory and in the registry.
+        assert [line for line in logs if "directory" in line["event"]] == []
+
+
+async def test_releases_that_the_directory_keeps_from_being_served_are_named_once(
+    tmp_path, triton_directory, digits
+):
+    model = triton_directory / "digits-hub" / "3" / "model.onnx"
+    # Other bytes of the same model: a field that no reader knows (number 1000, a varint).
+    model.write_bytes(model.read_bytes() + b"\xc0\x3e\x01")
+    config = HubConfig(
+        data=tmp_path / "hub", grpc="127.0.0.1:0", http="127.0.0.1:0", mqtt="off", threads=1,
+        models=triton_directory,
+    )  # fmt: skip
+    async with Hub(config) as hub:
+        with capture_logs() as logs:
+            await hub.fleet.releases.accept(digits / "bundles" / "digits-hub-1.0.0")
+            again = Registry(hub.fleet.releases, hub.repository, tmp_path / "hub" / "again")
+            await again.serve()
+            await again.serve()
+        (told,) = [line for line in logs if "directory" in line["event"]]
+        assert (told["log_level"], told["model"]) == ("warning", "digits-hub")
+        assert told["releases"] == ["1"]
 
 
 async def test_a_device_is_answered_by_the_release_that_its_certificate_compares_with(

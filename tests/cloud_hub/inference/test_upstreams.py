@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from cloud_hub.engines import upstream
 from cloud_hub.engines.launch import Launcher
@@ -160,6 +161,32 @@ async def test_one_that_is_down_at_the_start_is_served_as_soon_as_it_is_up(
     await door.start()
     await until(lambda: repository.ready)
     assert (await server.infer(request(1), None)).outputs["logits"][0, 0] == 101
+
+
+async def test_what_keeps_a_model_from_being_served_is_logged_until_it_is_something_else(
+    repository, folder, tmp_path, monkeypatch
+):
+    configure(folder, "127.0.0.1:1", url="grpcs://127.0.0.1:1", token_file="token")
+    tries = 0
+    serve = repository._serve
+
+    async def counted(*args, **kwargs):
+        nonlocal tries
+        tries += 1
+        await serve(*args, **kwargs)
+
+    monkeypatch.setattr(repository, "_serve", counted)
+    with capture_logs() as logs:
+        await repository.load_directory(folder.parent)
+        await until(lambda: tries > 4)
+        (folder / "token").write_bytes(b"\xff")
+        await until(lambda: "not ASCII" in status(repository)[2])
+        seen = tries
+        await until(lambda: tries > seen + 3)
+    told = [line["why"] for line in logs if line["event"] == "model is not served"]
+    assert len(told) == 2
+    assert "No such file" in told[0]
+    assert "it is not ASCII" in told[1]
 
 
 async def test_a_hub_that_waits_for_an_upstream_can_stop(folder, door):
