@@ -299,7 +299,7 @@ def named_release(text: str) -> str:
     return f"/api/v1/releases/{quote(model, safe='')}/{quote(number, safe='')}"
 
 
-async def issue(url: str, name: str, files: Sequence[Path]) -> list[Any]:
+async def issue(url: HubUrl, name: str, files: Sequence[Path]) -> list[Any]:
     """Attach the certificates in ``files`` to the release ``name``, one by one, and return them.
 
     Raises:

@@ -16,6 +16,7 @@ sessions too. Sessions live in memory: after a restart of the hub people sign in
 
 import enum
 import ipaddress
+import math
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from urllib.parse import quote, urlsplit
 from aiohttp import web
 
 from cloud_hub.fleet.callers import Caller
+from fogline_protocol.errors import InferenceError
 
 Authenticate = Callable[[str], Awaitable[Caller | None]]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -106,6 +108,8 @@ class Door:
             try:
                 refusal = await self._refused(request, audience)
                 response = refusal if refusal is not None else await handler(request)
+            except InferenceError as error:  # of a body: too large, or it does not come
+                response = problem(error.http_status, str(error), _come_back(error))
             except web.HTTPException as error:
                 error.headers.update(HEADERS)
                 raise
@@ -160,6 +164,13 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
         headers=headers,
         content_type="application/problem+json",
     )
+
+
+def _come_back(error: InferenceError) -> dict[str, str]:
+    after_s = error.retry_after_s
+    if after_s is None or not math.isfinite(after_s):
+        return {}
+    return {"Retry-After": str(math.ceil(after_s))}
 
 
 def is_loopback_name(host: str) -> bool:

@@ -13,7 +13,8 @@
     GET  /api/v1/live            WebSocket             people, programs
     GET  /static/{digest}/...    scripts and styles    anyone
 
-The rules of ``access.py`` hold for these routes and for no others.
+The rules of ``access.py`` hold for these routes and for no others. Bodies are held in the
+application's ``rest_service.BODIES``.
 """
 
 import time

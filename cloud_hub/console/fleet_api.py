@@ -29,7 +29,7 @@ from typing import Any
 from aiohttp import web
 from google.protobuf import json_format
 
-from cloud_hub.console import access, report_page
+from cloud_hub.console import access, bodies, report_page
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet import lineage, upload, workshop_report
 from cloud_hub.fleet.certificates import LONGEST_REASON, CertificateRefused, Change, Issued
@@ -169,11 +169,7 @@ class FleetApi:
     async def issue(self, request: web.Request) -> web.Response:
         """Attach a certificate to a release that is out, and tell its devices."""
         found = await self._named(request)
-        document = await _body(request, MAX_BODY_BYTES)
-        if document is None:
-            return _problem(
-                413, "certificate/too-large", f"a certificate has at most {MAX_BODY_BYTES} bytes"
-            )
+        document = await bodies.read(request, MAX_BODY_BYTES)
         try:
             certificate = documents.parse(document)
         except DocumentError as error:
@@ -317,7 +313,7 @@ def _problem(status: int, code: str, detail: str, figures: Any = None) -> web.Re
 async def _receive(request: web.Request, archive: Path) -> None:
     taken = 0
     with archive.open("wb") as file:
-        async for chunk in request.content.iter_chunked(1 << 20):
+        async for chunk in bodies.pieces(request):
             taken += len(chunk)
             if taken > MAX_UPLOAD_BYTES:
                 raise UploadRefused(f"more than {MAX_UPLOAD_BYTES} bytes")
@@ -329,19 +325,10 @@ def _unpack(archive: Path, into: Path) -> Path:
         return upload.unpack(file, into)
 
 
-async def _body(request: web.Request, limit_bytes: int) -> bytes | None:
-    """Return what was sent, or None if it is more than that."""
-    body = bytearray()
-    async for chunk in request.content.iter_chunked(1 << 16):
-        body += chunk
-        if len(body) > limit_bytes:
-            return None
-    return bytes(body)
-
-
 async def _json(request: web.Request) -> dict[str, Any]:
+    body = await bodies.read(request, MAX_BODY_BYTES)
     try:
-        document = json.loads(await _body(request, MAX_BODY_BYTES) or b"")
+        document = json.loads(body)
     except (ValueError, RecursionError):
         document = None
     return document if isinstance(document, dict) else {}

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 import jinja2
 from aiohttp import web
 
-from cloud_hub.console import access, api, charts, views
+from cloud_hub.console import access, api, bodies, charts, views
 from cloud_hub.console.access import Door, Handler
 from cloud_hub.console.api import BadParameter, Insight
 from cloud_hub.console.assets import Assets
@@ -17,8 +17,8 @@ from cloud_hub.console.views import Model
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet.certificates import CertificateRefused
 from cloud_hub.fleet.controller import TooMuchWanted, UnknownDevice, UnknownRelease
-from cloud_hub.fleet.keys import KeyMissing
 from cloud_hub.fleet.fleet import StillOnline
+from cloud_hub.fleet.keys import KeyMissing
 from cloud_hub.fleet.releases import ReleaseRefused
 
 WINDOWS_S = (60, 300, 900)  # the links above the figures
@@ -256,14 +256,12 @@ def once(request: web.Request) -> dict[str, str]:
 
 
 async def read_form(request: web.Request, longest: int = LONGEST_FORM) -> Mapping[str, str]:
-    """Return a form of at most ``longest`` bytes. Strangers may send one, so more is not read."""
-    body = b""
-    while len(body) <= longest and (chunk := await request.content.readany()):
-        body += chunk
-    if len(body) > longest:
-        raise web.HTTPRequestEntityTooLarge(
-            longest, len(body), text=f"a form has at most {longest} bytes"
-        )
+    """Return a form.
+
+    Raises:
+        InferenceError: see ``bodies.read``.
+    """
+    body = await bodies.read(request, longest)
     return dict(parse_qsl(body.decode(errors="replace")))
 
 

@@ -37,8 +37,8 @@ from cloud_hub.store.store import Store
 from fogline_protocol import release_index
 from fogline_protocol.errors import BadRequest
 from fogline_protocol.mqtt import Backoff, BrokerAddress
-from fogline_protocol.release_index import MAX_CERTIFICATES
 from fogline_protocol.release import MODEL_NAME
+from fogline_protocol.release_index import MAX_CERTIFICATES
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 log = structlog.get_logger(__name__)

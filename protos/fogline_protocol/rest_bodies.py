@@ -53,16 +53,19 @@ class Bodies:
         return (Holder(body.look(), body.crowd_out) for body in tuple(self._leaving))
 
     @contextlib.asynccontextmanager
-    async def arrived(self, request: web.Request) -> AsyncIterator[bytes]:
+    async def arrived(
+        self, request: web.Request, longest: int | None = None
+    ) -> AsyncIterator[bytes]:
         """Return the body of a request, which counts as long as the context lasts.
 
         Raises:
-            TooLarge: it is longer than the application takes.
+            TooLarge: it has more than ``longest`` bytes, None: than the application takes.
             Overloaded: there is no memory for it.
             DeadlineExceeded: it does not arrive.
             BadRequest: it breaks off, or is not packed as it says.
         """
-        body = _Arriving(self._memory, request)
+        limit = request.client_max_size if longest is None else longest
+        body = _Arriving(self._memory, request, limit)
         self._arriving.add(body)
         try:
             try:
@@ -102,7 +105,8 @@ class Bodies:
 class _Arriving:
     """One body, from its first byte until its request has its answer."""
 
-    def __init__(self, memory: Memory, request: web.Request) -> None:
+    def __init__(self, memory: Memory, request: web.Request, limit: int) -> None:
+        self._limit = limit  # in bytes
         self.since = time.monotonic()
         self._mark = 0  # bytes that were here then
         self._body = bytearray()  # so far; emptied at once, whatever errors refer to it
@@ -120,7 +124,7 @@ class _Arriving:
 
     async def arrive(self) -> bytes:
         """Return all of it."""
-        limit = self._request.client_max_size
+        limit = self._limit
         size = self._request.content_length
         if size is None or "Content-Encoding" in self._request.headers:
             size = limit  # nobody knows

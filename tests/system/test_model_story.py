@@ -195,7 +195,7 @@ async def test_a_hub_killed_right_after_a_withdrawal_tells_it_after_its_return(
     better = await fleet.operator.push(better_bundle)
     await fleet.operator.want(better)
     assert await fleet.operator.until_committed(better) == 2
-    url = f"http://{fleet.hub.endpoints['http']}"
+    url = operate.HubUrl(f"http://{fleet.hub.endpoints['http']}")
     path = f"/api/v1/releases/{better.replace('@', '/')}/certificates"
     fleet_broker(fleet).kill()  # so that nothing can leave before the hub dies
     for one in await operate.call(url, "GET", f"/api/v1/certificates?model={better.split('@')[0]}"):

@@ -18,6 +18,9 @@ from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.insight.examples import Examples
 from cloud_hub.insight.history import Decided, DeviceLine, Overview, Series
+from fogline_protocol.door_memory import Memory
+from fogline_protocol.rest_bodies import Bodies
+from fogline_protocol.rest_service import BODIES
 
 NOW = 1_790_000_000.0
 POINTS = 60
@@ -162,6 +165,7 @@ class Console:
     async def served(self) -> AsyncIterator["Console"]:
         """Serve it; on the port it had before, if it was served before."""
         app = web.Application()
+        app[BODIES] = Bodies(Memory(1 << 26))
 
         async def other(_request: web.Request) -> web.Response:
             return web.json_response({"live": True})

@@ -254,6 +254,8 @@ async def test_a_form_too_large_is_not_read(
 ) -> None:
     async with browser.post(f"{guarded.url}/login", data={"token": "x" * 100_000}) as response:
         assert response.status == 413
+        assert "at most 4096 bytes are taken" in (await response.json())["detail"]
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
 async def test_without_tokens_there_is_nothing_to_sign_in_to(
