@@ -299,8 +299,8 @@ class Hub:
         # Inference has been drained by the time it ends.
         grace_s = min(CLOSE_S, self.config.drain_s)
         if self.config.front_processes:
-            answer = admission.passed_on(methods, self._callers(guarded))
-            self.fronts = Fronts(self.config, self.memory.limit, answer)
+            answer = admission.passed_on(methods, self._callers(guarded), self.server)
+            self.fronts = Fronts(self.config, self.memory.limit, answer, self.server)
             self._parts.push_async_callback(self.fronts.stop, grace_s)
             await self.fronts.start(self.config.front_processes)
             return _joined(host, self.fronts.port)
@@ -310,6 +310,7 @@ class Hub:
             max_message_bytes=self.config.max_message_bytes,
             admit=admission.admitting(self._callers(guarded)),
             memory=self.memory,
+            books=self.server,
         )
         self._parts.push_async_callback(door.stop, grace_s)
         tls = None
@@ -338,7 +339,9 @@ class Hub:
                 admission.rest_middleware(self._callers(guarded)),
             ],
         )
-        rest_service.add_routes(app, self.server, self.server, self._extras, self.memory)
+        rest_service.add_routes(
+            app, self.server, self.server, self._extras, self.memory, self.server
+        )
         app.router.add_routes(self.fleet.routes())
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)

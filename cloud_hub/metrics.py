@@ -53,7 +53,8 @@ class Metrics:
         self._statistics: dict[tuple[str, str], ModelStatistics] = {}
         self._requests = Counter(
             "fogline_hub_requests",
-            "Requests by outcome: ok, cancelled by the caller, or the status of the error",
+            "Requests by outcome, each once: ok, cancelled by the caller, or the status of the "
+            "error that it got; without a model those that were refused before they had one",
             (*_LABELS, "outcome"),
             registry=self.registry,
         )
@@ -79,12 +80,14 @@ class Metrics:
         )  # fmt: skip
         self._rejections = Counter(
             "fogline_hub_rejections",
-            "Requests that were not let in or lost their place: rate or concurrency of the caller, "
-            "queue_full, expired, overdue, draining, unauthenticated, no_model, memory of the doors",
+            "Why requests were not let in or lost their place: rate or concurrency of the caller, "
+            "queue_full, expired, overdue, draining, unauthenticated, unreadable, no_model, memory "
+            "of the doors, large_json, front_calls; unknown_call: calls that nothing here answers",
             ("reason",),
             registry=self.registry,
         )
-        self._done: dict[tuple[str, str], _Requests] = {}
+        # Whatever they named: what strangers choose must not make new series.
+        self._refused = _Requests(self._requests, ("", ""))
         self._rejected: dict[str, Counter] = {}
         self._busy: dict[tuple[str, str], _Busy] = {}
         self.registry.register(_BusyAtScrape(self._busy))
@@ -104,17 +107,12 @@ class Metrics:
         """Return what the keeper of examples reports to. Once per hub."""
         return ExampleMetrics(self.registry)
 
-    def request_done(self, model: str, version: str, outcome: str, seconds: float) -> None:
-        """Count one request that found its model."""
-        done = self._done.get((model, version))
-        if done is None:
-            done = self._done[model, version] = _Requests(
-                self._requests, self._request_seconds.labels(model, version), (model, version)
-            )
-        done.count(outcome, seconds)
+    def request_refused(self, outcome: str) -> None:
+        """Count one request that found no model."""
+        self._refused.count(outcome)
 
     def rejected(self, reason: str, count: int = 1) -> None:
-        """Count requests that were not let in, or lost their place in a queue."""
+        """Count why requests were not let in, or lost their place in a queue."""
         child = self._rejected.get(reason)
         if child is None:
             child = self._rejected[reason] = self._rejections.labels(reason)
@@ -125,6 +123,8 @@ class Metrics:
         statistics = self._statistics.setdefault((model, version), ModelStatistics(model, version))
         return ModelMetrics(
             statistics,
+            _Requests(self._requests, (model, version)),
+            self._request_seconds.labels(model, version),
             self._queue_seconds.labels(model, version),
             self._compute_seconds.labels(model, version),
             self._batch_rows.labels(model, version),
@@ -141,18 +141,16 @@ class Metrics:
 class _Requests:
     """The requests of one version of one model by outcome."""
 
-    def __init__(self, requests: Counter, seconds: Histogram, labels: tuple[str, str]) -> None:
+    def __init__(self, requests: Counter, labels: tuple[str, str]) -> None:
         self._requests = requests
-        self._seconds = seconds
         self._labels = labels
         self._outcomes: dict[str, Counter] = {}
 
-    def count(self, outcome: str, seconds: float) -> None:
+    def count(self, outcome: str) -> None:
         child = self._outcomes.get(outcome)
         if child is None:
             child = self._outcomes[outcome] = self._requests.labels(*self._labels, outcome)
         child.inc()
-        self._seconds.observe(seconds)
 
 
 class ModelMetrics:
@@ -161,6 +159,8 @@ class ModelMetrics:
     def __init__(
         self,
         statistics: ModelStatistics,
+        requests: _Requests,
+        request_seconds: Histogram,
         queue: Histogram,
         compute: Histogram,
         rows: Histogram,
@@ -169,12 +169,20 @@ class ModelMetrics:
         rejected: Callable[[str, int], None],
     ) -> None:
         self.statistics = statistics
+        self._count_request = requests.count
+        self._observe_request = request_seconds.observe
         self._queue = queue
         self._compute = compute
         self._rows = rows
         self._expired = expired
         self._busy = busy
         self._rejected = rejected
+
+    def request_ended(self, outcome: str, seconds: float) -> None:
+        """Count one request that found this model, when its caller is told the outcome."""
+        self._count_request(outcome)
+        self._observe_request(seconds)
+        self.statistics.ended(outcome, seconds)
 
     def batch_ran(
         self, rows: int, queued_s: Sequence[float], compute: tuple[float, float, float]

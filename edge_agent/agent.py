@@ -189,6 +189,7 @@ class Agent:
             methods,
             max_message_bytes=config.max_message_bytes,
             memory=self._memory,
+            books=self.router,
         )
         self._parts.push_async_callback(door.stop, config.drain_s)
         try:
@@ -215,7 +216,9 @@ class Agent:
         app = web.Application(
             client_max_size=config.max_message_bytes, middlewares=[rest_service.local_only]
         )
-        rest_service.add_routes(app, self.router, extras=self._extras, memory=self._memory)
+        rest_service.add_routes(
+            app, self.router, extras=self._extras, memory=self._memory, books=self.router
+        )
         runner = web.AppRunner(
             app,
             access_log=None,

@@ -1,8 +1,8 @@
 """A load test of the hub in which everything happens at once, and every request is accounted for.
 
 Hundreds of callers ask a real hub process over gRPC, one by one and in streams, and over REST.
-Some have little time, some leave before the answer, and meanwhile versions are switched and
-engines killed. In the end
+Some have little time, some leave before the answer, some ask for what no answer can hold or send
+what is no request, and meanwhile versions are switched and engines killed. In the end
 
 - every request has had exactly one outcome, and nobody waited for ever;
 - every answer was the right one for its own input and for the version that says it gave it;
@@ -38,11 +38,14 @@ from deploy.demo.fleet import Process, script
 from fogline_protocol import documents, inference
 from fogline_protocol.client import Client
 from fogline_protocol.errors import (
+    BadRequest,
     DeadlineExceeded,
     InferenceError,
+    NotFound,
     Overloaded,
     ServerFault,
     Unavailable,
+    Unsupported,
 )
 from fogline_protocol.grpc_service import SERVICE
 from fogline_protocol.inference import InferRequest, InferResponse
@@ -50,6 +53,10 @@ from fogline_protocol.tensors import Array
 from fogline_protocol.v1 import inference_pb2 as pb
 
 DOUBLE = Path(__file__).parent / "edge_agent" / "data" / "double.onnx"
+TEXT = DOUBLE.with_name("text.onnx")  # its outputs are texts: they have no classes
+WORDS = "words"  # the model that is made of it, which nobody switches
+NOBODY = ""  # the model of requests that have none
+NO_REQUEST = b"\xff\xff"
 # The one beyond the size up to which models may run in the hub's own process.
 PADDING = {"inline": 0, "apart": 17 << 20}
 # What the folder of a model holds, in turn: another file in place of the old one, another
@@ -58,6 +65,10 @@ FACTORS: Mapping[int, str] = {2: "1", 5: "1", 3: "2"}
 
 MAX_BATCH = 32
 MAX_QUEUE_ROWS = 192
+MAX_MESSAGE_BYTES = 1 << 16
+LARGE_TEXT = b"." * (
+    MAX_MESSAGE_BYTES - 128
+)  # it comes, and cannot go with the answer's parameters
 PATIENCE_S = 60.0  # of callers without a deadline; whoever waits longer was forgotten
 SWITCH_EVERY_S = 1.0
 KILL_EVERY_S = 2.0
@@ -67,7 +78,8 @@ STREAMED = 12  # requests of one stream
 
 WAYS = (
     "grpc", "grpc, deadline", "grpc, timeout", "grpc, leaves", "stream", "stream, leaves",
-    "rest", "rest, timeout", "rest, leaves",
+    "rest", "rest, timeout", "rest, leaves", "grpc, no classes", "rest, no classes",
+    "grpc, too large", "grpc, no request", "rest, no request", "stream, no request", "grpc, no model", "rest, no model",
 )  # fmt: skip
 LEFT = "left"
 OK = "ok"
@@ -83,6 +95,7 @@ class Report:
     switches: int = 0
     kills: int = 0
     counted: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # by Prometheus
+    unknown_calls: int = 0  # made to paths where nothing is
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -91,13 +104,15 @@ class Report:
         """How many were sent."""
         return self.outcomes.total()
 
-    def total(self, *, model: str = "", way: str = "", outcome: str = "") -> int:
+    def total(
+        self, *, model: str | None = None, way: str | None = None, outcome: str | None = None
+    ) -> int:
         """Return how many requests had an outcome."""
         return sum(
             count
             for key, count in self.outcomes.items()
             if all(
-                not want or want == have
+                want is None or want == have
                 for want, have in zip((model, way, outcome), key, strict=True)
             )
         )
@@ -108,11 +123,15 @@ async def run(folder: Path, *, seconds: float, callers: int, seed: int = 0) -> R
     models = {name: _Model(folder / "models" / name, padding) for name, padding in PADDING.items()}
     for model in models.values():
         await asyncio.to_thread(model.put, 2)
+    words = folder / "models" / WORDS / "1"
+    words.mkdir(parents=True)
+    (words / "model.onnx").write_bytes(TEXT.read_bytes())
     command = (
         script("fogline"), "serve", "--data", str(folder / "hub"), "--models",
         str(folder / "models"), "--model-control", "explicit", "--grpc", "127.0.0.1:0",
         "--http", "127.0.0.1:0", "--mqtt", "off", "--threads", "1",
         "--max-batch", str(MAX_BATCH), "--max-queue-rows", str(MAX_QUEUE_ROWS),
+        "--max-message-bytes", str(MAX_MESSAGE_BYTES),
     )  # fmt: skip
     hub = Process("hub", command, folder / "hub", ("grpc", "http"))
     try:
@@ -212,12 +231,12 @@ class _Soak:
 
     async def run(self, seconds: float, callers: int) -> Report:
         """Load, disturb, and close the books."""
-        for name in self._models:
+        for name in (*self._models, WORDS):
             await self._load(name)
         ways: list[Callable[[], Awaitable[None]]] = [
             self._patient, self._hurried, self._expiring, self._leaving,
             self._streaming, self._streaming_and_leaving, self._rest_patient, self._rest_expiring,
-            self._rest_leaving,
+            self._rest_leaving, self._asking_in_vain,
         ]  # fmt: skip
         began = time.monotonic()
         async with asyncio.TaskGroup() as group:
@@ -297,20 +316,24 @@ class _Soak:
 
     async def _stream(self, way: str, answers: int) -> None:
         """Send some requests, read ``answers`` answers, and leave without the rest."""
+        odd = self._dice.randrange(STREAMED) if answers == STREAMED else None
         asks = [
-            self._ask(way, self._timeout_us() if self._dice.random() < 0.3 else 0)
-            for _ in range(STREAMED)
+            self._vain("stream, no request", NOBODY)
+            if at == odd
+            else self._ask(way, self._timeout_us() if self._dice.random() < 0.3 else 0)
+            for at in range(STREAMED)
         ]
         call: Any = self._channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(timeout=PATIENCE_S)
         done = 0
         try:
             for at, ask in enumerate(asks):
-                await call.write(inference.encode_request(ask.request(str(at))))
+                data = inference.encode_request(ask.request(str(at)))
+                await call.write(data if ask.model else NO_REQUEST)
             if answers == STREAMED:
                 await call.done_writing()
             while done < answers:
                 found = pb.ModelStreamInferResponse.FromString(await call.read())
-                if found.infer_response.id != str(done):
+                if found.infer_response.id != (str(done) if asks[done].model else ""):
                     self._problem(f"answer {found.infer_response.id!r} of a stream came as {done}")
                 if found.error_message:
                     self._refused(asks[done], _by_text(found.error_message))
@@ -326,6 +349,46 @@ class _Soak:
             call.cancel()
             for ask in asks[done:]:
                 self._note(ask, LEFT)
+
+    async def _asking_in_vain(self) -> None:
+        """Send what gets no answer, whatever the hub does, by every way."""
+        words = InferRequest(WORDS, {"s": np.array([[b"one"]], object)})
+        words.classification = {"t": 1}
+        text = {"name": "s", "datatype": "BYTES", "shape": [1, 1], "data": ["one"]}
+        classes = {"name": "t", "parameters": {"classification": 1}}
+        infer, path = f"/{SERVICE}/ModelInfer", f"/v2/models/{WORDS}/infer"
+        await self._sent(self._vain("grpc, no classes", WORDS), infer, _encoded(words))
+        await self._posted(
+            self._vain("rest, no classes", WORDS), path, {"inputs": [text], "outputs": [classes]}
+        )
+        large = InferRequest(WORDS, {"s": np.array([[LARGE_TEXT]], object)})
+        await self._sent(self._vain("grpc, too large", WORDS), infer, _encoded(large))
+        await self._sent(self._vain("grpc, no request", NOBODY), infer, NO_REQUEST)
+        await self._posted(self._vain("rest, no request", NOBODY), path, {"inputs": "none"})
+        words.model = f"stranger-{self._dice.randrange(1000)}"
+        await self._sent(self._vain("grpc, no model", NOBODY), infer, _encoded(words))
+        await self._posted(
+            self._vain("rest, no model", NOBODY),
+            f"/v2/models/{words.model}/infer",
+            {"inputs": [text]},
+        )
+        self._report.unknown_calls += 2
+        with contextlib.suppress(Unsupported):
+            await self._clients[0].call(f"/{SERVICE}/ModelGuess", b"", PATIENCE_S)
+        async with self._rest.post(f"/v2/models/{WORDS}/guess"):
+            pass
+
+    def _vain(self, way: str, model: str) -> _Ask:
+        return _Ask(way, model, np.full((1, 3), next(self._numbers), np.float32))
+
+    async def _sent(self, ask: _Ask, path: str, data: bytes) -> None:
+        try:
+            await self._dice.choice(self._clients).call(path, data, PATIENCE_S)
+        except InferenceError as error:
+            self._refused(ask, error)
+        else:
+            self._problem(f"way {ask.way} was answered")
+            self._note(ask, OK)
 
     async def _rest_patient(self) -> None:
         await self._post(self._ask("rest"))
@@ -346,22 +409,8 @@ class _Soak:
         }  # fmt: skip
         if ask.timeout_us:
             body["parameters"] = {"timeout": ask.timeout_us}
-        limit = aiohttp.ClientTimeout(total=PATIENCE_S)
-        url = f"/v2/models/{ask.model}/infer"
-        try:
-            async with self._rest.post(url, json=body, timeout=limit) as answer:
-                document = await answer.json()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                raise
-            self._problem(f"a REST call broke: {error!r}")
-            self._note(ask, "broken")
-            return
-        if answer.status != 200:
-            error = _by_text(document["error"])
-            if error.http_status != answer.status:
-                self._problem(f"status {answer.status} for {error}")
-            self._refused(ask, error)
+        document = await self._posted(ask, f"/v2/models/{ask.model}/infer", body)
+        if document is None:
             return
         (output,) = document["outputs"]
         values = np.array(output["data"], np.float32).reshape(output["shape"])
@@ -372,6 +421,26 @@ class _Soak:
                 parameters=document["parameters"],
             ),
         )  # fmt: skip
+
+    async def _posted(self, ask: _Ask, url: str, body: Mapping[str, Any]) -> Any:
+        """Return the answer to a request; None: it got none, which is noted."""
+        limit = aiohttp.ClientTimeout(total=PATIENCE_S)
+        try:
+            async with self._rest.post(url, json=body, timeout=limit) as answer:
+                document = await answer.json()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            self._problem(f"a REST call broke: {error!r}")
+            self._note(ask, "broken")
+            return None
+        if answer.status != 200:
+            error = _by_text(document["error"])
+            if error.http_status != answer.status:
+                self._problem(f"status {answer.status} for {error}")
+            self._refused(ask, error)
+            return None
+        return document
 
     # The books
 
@@ -398,6 +467,8 @@ class _Soak:
         self._note(ask, error.grpc_code)
         expected = (
             isinstance(error, Overloaded)
+            or (isinstance(error, BadRequest) and ask.way.endswith(("no classes", "no request")))
+            or (isinstance(error, NotFound) and ask.way.endswith("no model"))
             or (isinstance(error, DeadlineExceeded) and ask.timeout_us > 0)
             # A hub that is busy when it tries a model may run a short one in a process too.
             or (isinstance(error, Unavailable) and "signal 9" in str(error))
@@ -486,7 +557,19 @@ class _Soak:
         if (asked := next(self._numbers) - 1) != report.requests:
             self._problem(f"{asked} requests had {report.requests} outcomes")
         counted = report.counted = await self._by_prometheus()
-        for name in self._models:
+        left = report.total(outcome=LEFT)
+        self._within("requests", report.requests - left, counted.total(), report.requests)
+        # Whoever sent these stayed for the error, so they are all there.
+        for error in (BadRequest.grpc_code, NotFound.grpc_code):
+            exact = report.total(model=NOBODY, outcome=error)
+            found = counted[NOBODY, "", error.lower()]
+            self._within(f"{error} without a model", exact, found, exact)
+        reasons = await self._rejections()
+        exact = report.total(model=NOBODY, outcome=BadRequest.grpc_code)
+        self._within("unreadable", exact, reasons["unreadable"], exact)
+        exact = report.unknown_calls
+        self._within("unknown calls", exact, reasons["unknown_call"], exact)
+        for name in (*self._models, WORDS):
             left = report.total(model=name, outcome=LEFT)
             sent = report.total(model=name)
             ok = report.total(model=name, outcome=OK)
@@ -524,9 +607,17 @@ class _Soak:
             for one in document["model_stats"]
         ]
 
-    async def _by_prometheus(self) -> Counter[tuple[str, str, str]]:
+    async def _rejections(self) -> Counter[str]:
+        text = await self._metrics()
+        found = re.findall(r'^fogline_hub_rejections_total\{reason="(.*)"\} (\S+)$', text, re.M)
+        return Counter({reason: int(float(value)) for reason, value in found})
+
+    async def _metrics(self) -> str:
         async with self._rest.get("/metrics") as answer:
-            text = await answer.text()
+            return await answer.text()
+
+    async def _by_prometheus(self) -> Counter[tuple[str, str, str]]:
+        text = await self._metrics()
         found: Counter[tuple[str, str, str]] = Counter()
         for labels, value in re.findall(r"^fogline_hub_requests_total\{(.*?)\} (\S+)$", text, re.M):
             label = dict(re.findall(r'(\w+)="(.*?)"', labels))
@@ -534,10 +625,23 @@ class _Soak:
         return found
 
 
+def _encoded(request: InferRequest) -> bytes:
+    """Return a request as bytes, with the classes that it asks for."""
+    message = pb.ModelInferRequest.FromString(inference.encode_request(request))
+    del message.outputs[:]
+    for name, classes in request.classification.items():
+        output = message.outputs.add(name=name)
+        output.parameters["classification"].int64_param = classes
+    return message.SerializeToString()
+
+
 def _by_text(text: str) -> InferenceError:
     """Return the error that a text stands for: streams carry no codes."""
     for kind, mark in (
         (DeadlineExceeded, "deadline"), (Overloaded, "rows are waiting"), (Unavailable, "engine"),
+        (BadRequest, "classification needs"), (BadRequest, "inputs must be"),
+        (BadRequest, "malformed protobuf"),
+        (NotFound, "unknown model"),
     ):  # fmt: skip
         if mark in text:
             return kind(text)

@@ -20,6 +20,7 @@ from cloud_hub.config import HubConfig, split_address
 from cloud_hub.errors import StartRefused
 from cloud_hub.front.relay import Answer, HubEnd, Kind
 from fogline_protocol.errors import Unavailable
+from fogline_protocol.outcomes import Books
 
 ARENA_MESSAGES = 4  # the largest ones that lie in shared memory at a time; pages cost when used
 START_LIMIT_S = 30.0
@@ -37,8 +38,11 @@ class _Front:
 class Fronts:
     """N processes on one port: ``await start(N)``, ``await stop(grace_s)``."""
 
-    def __init__(self, config: HubConfig, memory_bytes: int, answer: Answer) -> None:
-        """Prepare; ``answer`` answers a call, and each may hold ``memory_bytes`` for callers."""
+    def __init__(self, config: HubConfig, memory_bytes: int, answer: Answer, books: Books) -> None:
+        """Prepare; ``answer`` answers a call, and each may hold ``memory_bytes`` for callers.
+
+        ``books`` are told how the requests end that come by them.
+        """
         self._address = config.grpc
         self._setup: dict[str, Any] = {
             "door": config.door,
@@ -48,6 +52,7 @@ class Fronts:
             "memory_bytes": memory_bytes,
         }
         self._answer = answer
+        self._books = books
         self._fronts: dict[int, _Front] = {}
         self._keeping: list[asyncio.Task[None]] = []
         self._reserved: socket.socket | None = None
@@ -134,7 +139,9 @@ class Fronts:
             theirs.close()
             os.close(memory)
         loop = asyncio.get_running_loop()
-        _, end = await loop.create_connection(lambda: HubEnd(mapped, self._answer), sock=ours)
+        _, end = await loop.create_connection(
+            lambda: HubEnd(mapped, self._answer, self._books), sock=ours
+        )
         self._fronts[number] = _Front(process, end)
         end.send_document(Kind.SETUP, self._setup)
         async with asyncio.timeout(START_LIMIT_S):

@@ -38,7 +38,8 @@ async def _serve(end: socket.socket, memory: mmap.mmap) -> None:
             calls,
             max_message_bytes=setup["max_message_bytes"],
             admit=calls.admit,
-            memory=Memory(setup["memory_bytes"]),
+            memory=Memory(setup["memory_bytes"], lambda: hub.rejected("memory")),
+            books=hub,
             share_port=True,
         )
         tls = None
@@ -69,7 +70,9 @@ class _Everything:
     def get(self, path: str, /) -> Method:
         async def hand_on(data: bytes, context: Context) -> bytes:
             passed_on = _passed_on(context.invocation_metadata() or ())
-            return await self._hub.ask(path, data, context.time_remaining(), passed_on)
+            return await self._hub.ask(
+                path, data, context.time_remaining(), passed_on, entry=context.entry
+            )
 
         return hand_on
 

@@ -1,11 +1,12 @@
 """What a front and the hub say to each other: frames on a stream socket.
 
     front ─ CALL, ADMIT, CANCEL ─► hub        hub ─ SETUP, ANSWER, FAILURE, STOP ─► front
-    front ─ READY, REFUSED ─► hub
+    front ─ READY, REFUSED ─► hub             front ─ ENDED, REJECTED ─► hub
 
 Every frame is ``length, kind, call id`` and a body. A call's request lies in the body, or, if it
-is large, in memory that both map; it stays there until the call has its answer. Frames of one turn of the event loop leave together: under load, a system call
-is shared by many calls.
+is large, in memory that both map; it stays there until the call has its answer. What a caller saw
+in the end only the front knows, so it says how every request for inference ended. Frames of one
+turn of the event loop leave together: under load, a system call is shared by many calls.
 """
 
 import abc
@@ -22,6 +23,8 @@ from typing import Any
 
 from cloud_hub.front.arena import Arena
 from fogline_protocol.errors import ERRORS, InferenceError, Overloaded, ServerFault, Unavailable
+from fogline_protocol.grpc_service import COUNTED
+from fogline_protocol.outcomes import UNAVAILABLE, Books, Entry
 
 INLINE_BELOW = 1 << 15  # bytes of a request; below it copying is cheaper than placing
 MAX_CALLS = 4096  # of one front at a time
@@ -44,6 +47,8 @@ class Kind(enum.IntEnum):
     ANSWER = 6
     FAILURE = 7  # JSON: status, text, when to come back
     STOP = 8  # JSON: how long calls in flight have
+    ENDED = 10  # the outcome of a request, of call 0: of one that was not passed on
+    REJECTED = 11  # why something was refused there
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Call:
     seconds_left: float | None
     metadata: Mapping[str, str]
     admit: bool = False  # only whether its caller may is asked, not for an answer
+    entry: Entry | None = None  # in the hub's books
 
     def time_remaining(self) -> float | None:
         """Return how long its caller still waits, in seconds."""
@@ -142,8 +148,11 @@ class FrontEnd(_End):
         metadata: Mapping[str, str],
         *,
         admit: bool = False,
+        entry: Entry | None = None,
     ) -> bytes:
         """Return the hub's answer to a call; with ``admit`` whether its caller may call.
+
+        ``entry`` is that of a request for inference, which is to tell the hub how it ends.
 
         Raises:
             InferenceError: the hub's refusal; Overloaded and Unavailable are this end's too.
@@ -151,6 +160,7 @@ class FrontEnd(_End):
         if self._transport is None or self._transport.is_closing():
             raise Unavailable("the hub is gone")
         if len(self._waiting) >= MAX_CALLS:
+            self.rejected("front_calls")
             raise Overloaded(f"{MAX_CALLS} calls are waiting at this front: come back later")
         name, extra = path.encode(), json.dumps(metadata).encode() if metadata else b""
         self._last_id += 1
@@ -168,12 +178,24 @@ class FrontEnd(_End):
         )  # fmt: skip
         kind = Kind.ADMIT if admit else Kind.CALL
         self.send(kind, call_id, head, name, extra, b"" if offset >= 0 else request)
+        if entry is not None:
+            entry.tell = lambda outcome, _: self.send(Kind.ENDED, call_id, outcome.encode())
         try:
             return await answer
         finally:
             if not answer.done() or answer.cancelled():
                 # Its memory is free when the hub has let go of it, and says so with a failure.
                 self.send(Kind.CANCEL, call_id)
+
+    # The front's books: what happens here, the hub counts.
+
+    def open_entry(self) -> Entry:
+        """Begin a request that is not passed on yet."""
+        return Entry(lambda outcome, _: self.send(Kind.ENDED, 0, outcome.encode()))
+
+    def rejected(self, reason: str) -> None:
+        """Tell the hub why something was refused here."""
+        self.send(Kind.REJECTED, 0, reason.encode())
 
     def connection_lost(self, error: Exception | None) -> None:
         """Tell whoever waits that there is nobody to answer."""
@@ -211,10 +233,12 @@ class FrontEnd(_End):
 
 
 class HubEnd(_End):
-    """The hub's end: answers. Owner of one task per call."""
+    """The hub's end: answers. Owner of one task per call, and of what is to be counted."""
 
-    def __init__(self, memory: mmap.mmap, answer: Answer) -> None:
+    def __init__(self, memory: mmap.mmap, answer: Answer, books: Books) -> None:
         super().__init__()
+        self._books = books
+        self._entries: dict[int, Entry] = {}  # of the calls whose end the front will tell
         self._memory = memory
         self._answer = answer
         self._calls: dict[int, asyncio.Task[bytes]] = {}
@@ -230,6 +254,9 @@ class HubEnd(_End):
         """Stop answering: the callers are gone with their front."""
         for task in self._calls.values():
             task.cancel()
+        for entry in self._entries.values():
+            entry.end(UNAVAILABLE)  # their connections were the front's
+        self._entries.clear()
         if not self.ready.done():
             self.ready.set_exception(Unavailable("it ended before it listened"))
             self.ready.exception()  # who did not wait for it need not hear of it
@@ -239,12 +266,19 @@ class HubEnd(_End):
         match kind:
             case Kind.CALL | Kind.ADMIT:
                 call = self._read(body, admit=kind is Kind.ADMIT)
+                if call.entry is not None:
+                    self._entries[call_id] = call.entry
                 task = self._loop.create_task(self._answer(call))
                 self._calls[call_id] = task
                 task.add_done_callback(lambda done: self._done(call_id, done))
             case Kind.CANCEL:
                 if (running := self._calls.get(call_id)) is not None:
                     running.cancel()
+            case Kind.ENDED:
+                entry = self._entries.pop(call_id) if call_id else self._books.open_entry()
+                entry.end(body.decode())
+            case Kind.REJECTED:
+                self._books.rejected(body.decode())
             case Kind.READY:
                 self.ready.set_result(None)
             case Kind.REFUSED:
@@ -260,7 +294,8 @@ class HubEnd(_End):
         metadata = json.loads(body[at : at + metadata_size]) if metadata_size else {}
         at += metadata_size
         request = body[at:] if offset < 0 else self._memory[offset : offset + size]
-        return Call(path, request, None if math.isnan(left) else left, metadata, admit)
+        entry = self._books.open_entry() if path in COUNTED and not admit else None
+        return Call(path, request, None if math.isnan(left) else left, metadata, admit, entry)
 
     def _done(self, call_id: int, task: asyncio.Task[bytes]) -> None:
         # Not in the task: one that is cancelled before its first step runs none of its lines.

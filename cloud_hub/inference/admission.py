@@ -22,6 +22,7 @@ from cloud_hub.metrics import Metrics
 from fogline_protocol import grpc_calls, grpc_service
 from fogline_protocol.errors import Overloaded, Unauthenticated, Unsupported
 from fogline_protocol.grpc_calls import Admit, Metadata
+from fogline_protocol.outcomes import UNKNOWN_CALL, Books
 
 if TYPE_CHECKING:  # the gRPC door opens before aiohttp is imported
     from aiohttp import web
@@ -122,12 +123,13 @@ def admitting(callers: Callers) -> Admit:
     return admit
 
 
-def passed_on(methods: Mapping[str, grpc_calls.Method], callers: Callers) -> Answer:
+def passed_on(methods: Mapping[str, grpc_calls.Method], callers: Callers, books: Books) -> Answer:
     """Return what answers the calls that fronts pass on, as the hub's own door would."""
 
     async def answer(call: Call) -> bytes:
         method = methods.get(call.path)
         if method is None:
+            books.rejected(UNKNOWN_CALL)
             raise Unsupported(f"{call.path} is not offered by this server")
         if not call.path.startswith(f"/{grpc_service.HEALTH}/"):
             # In the task of this call alone.

@@ -31,7 +31,7 @@ from cloud_hub.inference import directory, warmup
 from cloud_hub.inference.acceleration import Acceleration
 from cloud_hub.inference.batcher import Batcher
 from cloud_hub.inference.directory import ModelFiles
-from cloud_hub.metrics import Metrics
+from cloud_hub.metrics import Metrics, ModelMetrics
 from fogline_protocol import documents, model_config
 from fogline_protocol.errors import NotFound, Unavailable, Unsupported
 from fogline_protocol.model_config import ConfigError, ModelConfig
@@ -55,7 +55,7 @@ class ServedModel:
     sha256: str  # of the ONNX file; empty: there is none here, the engine knows what computes
     engines: Sequence[Engine]
     config: ModelConfig
-    statistics: ModelStatistics
+    metrics: ModelMetrics
     batcher: Batcher
     task: asyncio.Task[None]
     following: asyncio.Task[None] | None = None  # keeps it on the best runtime there is
@@ -64,6 +64,11 @@ class ServedModel:
     def engine(self) -> Engine:
         """One of its engines, to ask what they have in common."""
         return self.engines[0]
+
+    @property
+    def statistics(self) -> ModelStatistics:
+        """What the protocol tells of it."""
+        return self.metrics.statistics
 
     @property
     def digest(self) -> str:
@@ -566,9 +571,7 @@ class Repository:
             scheduling=config.batching,
         )
         task = asyncio.create_task(batcher.serve(), name=f"batcher-{name}")
-        return ServedModel(
-            name, version, sha256, engines, config, metrics.statistics, batcher, task
-        )
+        return ServedModel(name, version, sha256, engines, config, metrics, batcher, task)
 
 
 def _completed(name: str, files: ModelFiles, engine: Engine, max_batch: int) -> ModelConfig:

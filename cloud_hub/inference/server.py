@@ -32,6 +32,7 @@ from fogline_protocol.inference import (
     ServerMetadata,
 )
 from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.outcomes import Entry, ending
 from fogline_protocol.repository import ModelIndex
 from fogline_protocol.settings import TraceChanges, TraceSettings
 from fogline_protocol.statistics import ModelStatistics
@@ -198,8 +199,23 @@ class HubServer:
             self._repository.find(model, "")
         return self.tracer.change(model, changes)
 
+    def open_entry(self) -> Entry:
+        """Begin a request; whoever does ends it, once, with what its caller saw."""
+        return Entry(self._refused)
+
+    def rejected(self, reason: str) -> None:
+        """Count why a door refused something."""
+        self._metrics.rejected(reason)
+
+    def _refused(self, outcome: str, _took_s: float) -> None:
+        self._metrics.request_refused(outcome)
+        if outcome == BadRequest.grpc_code.lower():  # nobody says so later without a model
+            self._metrics.rejected("unreadable")
+
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         """Answer one request of the caller whom the door has noted.
+
+        The door ends the request's entry in the books; one that has none is counted here.
 
         Raises:
             Unavailable: the hub is about to stop.
@@ -207,6 +223,10 @@ class HubServer:
             Forbidden: it is marked private, so it must never have left its device.
             InferenceError: see the batcher and the checks of the protocol.
         """
+        entry = request.entry
+        if entry is None:
+            with ending(self.open_entry()) as entry:
+                return await self.infer(replace(request, entry=entry), deadline)
         if self.refusing:
             self._metrics.rejected("draining")
             raise Unavailable(
@@ -218,7 +238,7 @@ class HubServer:
         self._quiet.clear()
         try:
             with self._admission.admitted(caller):
-                return await self._counted(caller, request, deadline)
+                return await self._accounted(caller, request, entry, deadline)
         finally:
             self._in_flight -= 1
             if not self._in_flight:
@@ -236,8 +256,8 @@ class HubServer:
                 await self._quiet.wait()
         return self._in_flight
 
-    async def _counted(
-        self, caller: Caller, request: InferRequest, deadline: float | None
+    async def _accounted(
+        self, caller: Caller, request: InferRequest, entry: Entry, deadline: float | None
     ) -> InferResponse:
         wish = request.parameters.get(DIGEST, "")
         digest = wish if isinstance(wish, str) else ""
@@ -246,30 +266,16 @@ class HubServer:
         except InferenceError:  # callers name what they like: that must not make new series
             self._metrics.rejected("no_model")
             raise
-        started = time.monotonic()
+        entry.tell = model.metrics.request_ended
+        entry.began = started = time.monotonic()
         trace = None
         if self.tracer is not None:
             trace = self.tracer.begin(model.name, model.version, request.id, started)
             CURRENT.set(trace)  # in the task of this request, or of whoever asks one by one
-        outcome = "internal"
         try:
-            response = await self._answer(model, caller, request, deadline)
-        except BaseException as error:
-            # Every request has one outcome, that of a caller who left and of our own fault too.
-            if isinstance(error, InferenceError):
-                outcome = error.grpc_code.lower()
-            elif isinstance(error, asyncio.CancelledError):
-                outcome = "cancelled"
-            model.statistics.fail.add(round((time.monotonic() - started) * 1e9))
-            raise
-        else:
-            outcome = "ok"
-            model.statistics.success.add(round((time.monotonic() - started) * 1e9))
-            return response
+            return await self._answer(model, caller, request, deadline)
         finally:
-            self._metrics.request_done(
-                model.name, model.version, outcome, time.monotonic() - started
-            )
+            entry.took_s = time.monotonic() - started
             if self.tracer is not None and trace is not None:
                 self.tracer.finish(trace, time.monotonic())
 

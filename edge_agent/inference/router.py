@@ -62,6 +62,7 @@ from fogline_protocol.inference import (
     ServerMetadata,
 )
 from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.outcomes import INTERNAL, OK, Entry
 from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import Array
 
@@ -335,8 +336,17 @@ class Router:
             return (self._find(name, version).statistics,)
         return [served.statistics for served in self._served.values()]
 
+    def open_entry(self) -> Entry:
+        """Begin a request; what has no model on this device, no statistics tell of."""
+        return Entry(lambda _outcome, _took_s: None)
+
+    def rejected(self, reason: str) -> None:
+        """Take note of what a door refused: its log has it, no statistics do."""
+
     async def infer(self, request: InferRequest, deadline: float | None) -> InferResponse:
         """Answer one request.
+
+        The door ends the request's entry in the books; one that has none is counted here.
 
         Raises:
             BadRequest: tensors that do not fit the model, or parameters nobody knows.
@@ -360,13 +370,19 @@ class Router:
                 return await self._pass_through(request, options, started, deadline)
             served = self._find(request.model, request.version)
             served.lease.enter()
-            outcome = served.statistics.fail  # until there is an answer
+            entry, outcome = request.entry, INTERNAL
+            if entry is not None:
+                entry.tell, entry.began = served.statistics.ended, started
             try:
                 response = await self._answer(served, request, options, started, deadline)
-                outcome = served.statistics.success
+                outcome = OK
                 return response
             finally:
-                outcome.add(round((time.monotonic() - started) * 1e9))
+                took_s = time.monotonic() - started
+                if entry is None:
+                    served.statistics.ended(outcome, took_s)
+                else:
+                    entry.took_s = took_s
                 served.lease.leave()
         finally:
             self._in_flight -= 1

@@ -15,6 +15,7 @@ have to agree on this?
     settings.py        what a server traces and logs, asked for and changed by callers
     doors.py           what both doors do with a request, and offer beside inference
     known_messages.py  quick ways through requests and answers that look like earlier ones
+    outcomes.py        how each request ended, as its caller saw it, told once
     grpc_calls.py      calls and streams over bytes, errors translated
     grpc_service.py    serves any InferenceServer over gRPC
     grpc_transport.py  the two ways to carry those calls: grpcio_door.py, and our own:

@@ -9,10 +9,11 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fogline_protocol import inference
 from fogline_protocol.errors import InferenceError, ServerFault
+from fogline_protocol.outcomes import OK, Entries, Entry, outcome_of
 
 # The text of an error travels as a header, of which clients take 8 KiB in all by default, and
 # non-ASCII bytes are three there. A text that quotes a long name would take its status along.
@@ -24,6 +25,11 @@ PUSHBACK = "grpc-retry-pushback-ms"  # clients with a retry policy obey it by th
 
 class Context(Protocol):
     """What a method may ask of the call it answers, whatever carries it."""
+
+    @property
+    def entry(self) -> Entry | None:
+        """Return the request in the books of whoever counts it; None: nobody does."""
+        ...
 
     def time_remaining(self) -> float | None:
         """Return how long the caller still waits, in seconds; None: for ever."""
@@ -108,18 +114,20 @@ async def answer_stream(
     requests: AsyncIterator[bytes],
     context: Context,
     write: Callable[[bytes], Awaitable[None]],
+    entries: Entries | None = None,
 ) -> None:
     """Answer a stream of inference requests, whatever carries it, in their order.
 
     ``method`` answers one of them with a ``ModelStreamInferResponse``. Requests of one stream run
-    side by side, up to ``STREAM_IN_FLIGHT``.
+    side by side, up to ``STREAM_IN_FLIGHT``. ``entries`` count them; those that are open when
+    the stream ends are left to whoever knows how.
 
     Raises:
         InferenceError: the stream is to end with its status.
     """
     by_status = _wants_status(context)
     # In order of arrival; None: the caller sends no more; an error: what it sends is no stream.
-    answers: asyncio.Queue[asyncio.Task[bytes | InferenceError] | InferenceError | None]
+    answers: asyncio.Queue[asyncio.Task[_Streamed | InferenceError] | InferenceError | None]
     answers = asyncio.Queue(STREAM_IN_FLIGHT)
     # Owned by this call: whatever ends it takes everything below along.
     running: set[asyncio.Task[Any]] = set()
@@ -134,8 +142,11 @@ async def answer_stream(
         end = None
         try:
             async for data in requests:
-                await answers.put(start(_streamed(path, method, data, context, by_status)))
+                part = context if entries is None else _Part(context, entries.open())
+                await answers.put(start(_streamed(path, method, data, part, by_status)))
         except InferenceError as error:
+            if entries is not None:
+                entries.open()  # it was to be a request; it ends with the stream
             end = error
         await answers.put(end)
 
@@ -145,22 +156,48 @@ async def answer_stream(
             found = task if isinstance(task, InferenceError) else await task
             if isinstance(found, InferenceError):
                 raise found
-            await write(found)
+            await write(found.answer)
+            if entries is not None:
+                entries.end_oldest(found.outcome)
     finally:
         for task in tuple(running):
             task.cancel()
 
 
+class _Streamed(NamedTuple):
+    """The message that answers one request of a stream, and what that means for its caller."""
+
+    answer: bytes
+    outcome: str
+
+
+class _Part:
+    """The context of one request of a stream."""
+
+    __slots__ = ("_call", "entry")
+
+    def __init__(self, call: Context, entry: Entry) -> None:
+        self._call = call
+        self.entry: Entry | None = entry
+
+    def time_remaining(self) -> float | None:
+        return self._call.time_remaining()
+
+    def invocation_metadata(self) -> Any:
+        return self._call.invocation_metadata()
+
+
 async def _streamed(
     path: str, method: Method, data: bytes, context: Context, by_status: bool
-) -> bytes | InferenceError:
+) -> _Streamed | InferenceError:
     """Return the message that answers one request of a stream, or what must end the stream."""
     try:
-        return await translating(path, method, data, context)
+        return _Streamed(await translating(path, method, data, context), OK)
     except InferenceError as error:
         if by_status:
             return error
-        return inference.encode_stream_error(inference.request_id(data), error)
+        text = inference.encode_stream_error(inference.request_id(data), error)
+        return _Streamed(text, outcome_of(error))
 
 
 def _wants_status(context: Context) -> bool:

@@ -40,6 +40,17 @@ from fogline_protocol.grpc_messages import Message, Messages
 from fogline_protocol.http2 import Data, Request, Reset
 from fogline_protocol.http2_frames import Code
 from fogline_protocol.lingering import UNREAD_S, Lingering
+from fogline_protocol.outcomes import (
+    CANCELLED,
+    INTERNAL,
+    OK,
+    UNAVAILABLE,
+    UNKNOWN_CALL,
+    Books,
+    Entries,
+    Entry,
+    outcome_of,
+)
 from fogline_protocol.rooms import Lease, Room
 
 ROOM_MESSAGES = 4  # of the largest size: on their way to one connection, and in its hands
@@ -68,6 +79,8 @@ class Service:
     max_message_bytes: int
     admit: Admit | None  # is asked first, in the task of every call
     memory: Memory
+    books: Books | None  # are told how each request ends of the methods that are
+    counted: Set[str]  # named here by their paths
 
 
 class Owner(Protocol):
@@ -86,8 +99,8 @@ class _Call:
     """One call: what its method may ask of it (``grpc_calls.Context``), and where it stands."""
 
     __slots__ = (
-        "arrival", "coming", "deadline", "have", "head", "held", "mark", "method", "number",
-        "since", "task", "timer", "touched", "unpacked",
+        "arrival", "coming", "deadline", "entries", "entry", "have", "head", "held", "mark",
+        "method", "number", "since", "task", "timer", "touched", "unpacked",
     )  # fmt: skip
 
     def __init__(self, number: int, head: Head, method: Method, now: float) -> None:
@@ -105,6 +118,8 @@ class _Call:
         self.unpacked: Lease | None = None  # for its message, if that arrived compressed
         self.mark = 0  # bytes of the body that were here then
         self.held = head.held  # bytes of the door's memory that it has without a lease
+        self.entry: Entry | None = None  # in the books, of a unary call
+        self.entries: Entries | None = None  # of a stream
 
     def waits_for_peer(self) -> bool:
         """Return whether the next thing that has to happen is that some of its body arrives."""
@@ -238,15 +253,27 @@ class Connection(asyncio.Protocol):
         if head.broken:
             self._amiss(number)
             return
+        books = self._service.books
+        counted = books is not None and head.path in self._service.counted
         if head.refusal is not None:
+            if counted and head.problem is not None:
+                books.open_entry().end(outcome_of(head.problem))  # type: ignore[union-attr]
             self._http.end(number, head.refusal)
             return
         method = self._service.methods.get(head.path)
         if method is None:
+            if books is not None:
+                books.rejected(UNKNOWN_CALL)
             text = f"{head.path} is not offered by this server"
             self._http.end(number, grpc_headers.headers_only(Unsupported(text)))
             return
         call = self._calls[number] = _Call(number, head, method, now)
+        stream = head.path in self._service.streams
+        if counted:
+            if stream:
+                call.entries = Entries(books)  # type: ignore[arg-type]
+            else:
+                call.entry = books.open_entry()  # type: ignore[union-attr]
         arriving = self._arriving
         arriving.used += head.held
         if arriving.used > arriving.limit and self._crowded(call):
@@ -255,7 +282,7 @@ class Connection(asyncio.Protocol):
             call.deadline = now + head.timeout_s
             after_s = head.timeout_s + DEADLINE_SLACK_S
             call.timer = self._loop.call_later(after_s, self._out_of_time, call)
-        if head.path in self._service.streams:
+        if stream:
             call.arrival = messages = Messages(
                 self._limit,
                 head.encoding,
@@ -279,7 +306,7 @@ class Connection(asyncio.Protocol):
         call.have += size
         if ended and call.head.length is not None and call.head.length != call.have:
             self._amiss(number)  # RFC 9113, 8.1.1
-            self._dropped(number)
+            self._dropped(number, INTERNAL)  # as its caller has to read the reset
             return
         arrival = call.arrival
         if arrival is None:
@@ -390,7 +417,7 @@ class Connection(asyncio.Protocol):
             self._refuse(call, Unavailable("the call was given up by the server"))
             raise
         else:
-            if self._over(call):
+            if self._over(call, OK):
                 self._http.respond(
                     call.number, grpc_headers.ANSWER, grpc_headers.DONE,
                     b"\0" + len(answer).to_bytes(4, "big"), answer,
@@ -438,25 +465,39 @@ class Connection(asyncio.Protocol):
             return b""
 
         try:
-            await grpc_calls.translating(call.head.path, admitted, b"", call)
+            try:
+                await grpc_calls.translating(call.head.path, admitted, b"", call)
+            except InferenceError:
+                if call.entries is not None:
+                    call.entries.open()  # it counts as one, however many it would have been
+                raise
             method = messages.answering(call.method)
-            await grpc_calls.answer_stream(call.head.path, method, messages, call, write)
+            await grpc_calls.answer_stream(
+                call.head.path, method, messages, call, write, call.entries
+            )
         except InferenceError as error:
             self._refuse(call, error)
         except asyncio.CancelledError:
             self._refuse(call, Unavailable("the call was given up by the server"))
             raise
         else:
-            if self._over(call):
+            if self._over(call, OK):
                 if not self._http.answering(call.number):
                     self._http.open(call.number, grpc_headers.ANSWER)
                 self._http.end(call.number, grpc_headers.DONE)
                 self._flush_soon()
 
-    def _over(self, call: _Call) -> bool:
-        """Forget a call and return True, unless it was forgotten before."""
+    def _over(self, call: _Call, outcome: str) -> bool:
+        """Forget a call and return True, unless it was forgotten before.
+
+        The books are told here and nowhere else, so they say what the peer is told.
+        """
         if self._calls.pop(call.number, None) is None:
             return False
+        if call.entry is not None:
+            call.entry.end(outcome)
+        elif call.entries is not None:
+            call.entries.end(outcome)
         arriving = self._arriving
         arriving.used -= call.held
         if arriving.waiting:
@@ -473,7 +514,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, call: _Call, error: InferenceError) -> None:
         """End a call with a status, unless it has ended."""
-        if not self._over(call):
+        if not self._over(call, outcome_of(error)):
             return
         if self._http.answering(call.number):
             self._http.drop(call.number)
@@ -482,12 +523,12 @@ class Connection(asyncio.Protocol):
             self._http.end(call.number, grpc_headers.headers_only(error))
         self._flush_soon()
 
-    def _dropped(self, number: int) -> None:
+    def _dropped(self, number: int, outcome: str = CANCELLED) -> None:
         """Give a call up that nobody waits for any more."""
         if (slow := self._writers.pop(number, None)) is not None:
             slow.cancel()
         call = self._calls.get(number)
-        if call is not None and self._over(call) and call.task is not None:
+        if call is not None and self._over(call, outcome) and call.task is not None:
             call.task.cancel()
 
     def _out_of_time(self, call: _Call) -> None:
@@ -583,7 +624,7 @@ class Connection(asyncio.Protocol):
         self._memory.refusal(UNREAD)
         self.abort()
         for number in tuple(self._calls):
-            self._dropped(number)
+            self._dropped(number, UNAVAILABLE)
         self._answers.drop(self._unread_bytes)  # it is gone with the transport's buffer
         self._unread_bytes = 0
 
@@ -600,7 +641,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing() or self._end is not None:
             return
         for number in tuple(self._calls):
-            self._dropped(number)
+            self._dropped(number, UNAVAILABLE)
         transport.write(last)
         self._arriving.drop(self._half)
         self._half = 0

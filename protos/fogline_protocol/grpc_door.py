@@ -28,6 +28,7 @@ from fogline_protocol.door_memory import Holder, Memory
 from fogline_protocol.grpc_calls import Admit, Methods
 from fogline_protocol.grpc_connection import HANDSHAKE_S, IDLE_S, Connection, Service
 from fogline_protocol.lingering import LINGER_S
+from fogline_protocol.outcomes import Books
 
 MAX_CONNECTIONS = 4096  # of one door, if the process may open as many files
 CROWDED = 7 / 8  # of all connections; from there on the idle ones give way
@@ -59,19 +60,24 @@ class GrpcDoor:
         max_message_bytes: int,
         admit: Admit | None = None,
         memory: Memory | None = None,
+        books: Books | None = None,
+        counted: Collection[str] = (),
         max_connections: int | None = None,
     ) -> None:
         """Serve ``methods``; those of ``streams`` are streams of requests, the others unary.
 
         ``admit`` is asked in the task of every call, before anything else of it is done there;
         what it notes in context variables, its method finds. ``memory`` is shared with other
-        doors, if there are some. Beyond ``max_connections``, by default
+        doors, if there are some. ``books`` are told how each request of a path in ``counted`` ends.
+        Beyond ``max_connections``, by default
         ``connections_allowed()``, newcomers are closed.
         """
         if memory is None:
             memory = Memory(door_memory.default_limit(max_message_bytes))
         self._memory = memory
-        self._service = Service(methods, frozenset(streams), max_message_bytes, admit, memory)
+        self._service = Service(
+            methods, frozenset(streams), max_message_bytes, admit, memory, books, frozenset(counted)
+        )
         self.max_connections = max_connections or connections_allowed()
         self.connections: set[Connection] = set()
         self.all_gone = asyncio.Event()  # no connection is open

@@ -59,7 +59,8 @@ class Head:
     """What the headers of a request say; whoever reads none of it but what they need is quick."""
 
     __slots__ = (
-        "broken", "encoding", "held", "length", "metadata", "path", "refusal", "timeout_s",
+        "broken", "encoding", "held", "length", "metadata", "path", "problem", "refusal",
+        "timeout_s",
     )  # fmt: skip
 
     def __init__(self, headers: Headers) -> None:
@@ -71,12 +72,13 @@ class Head:
         self.held = CALL_BYTES  # about as many bytes as a call with these headers takes
         self.broken = False  # this is no request of HTTP/2
         self.refusal: Block | None = None  # this is one, but no call of gRPC that we could answer
+        self.problem: InferenceError | None = None  # why, then
         try:
             self._read(headers)
         except (_Broken, UnicodeDecodeError):
             self.broken = True
         except BadRequest as error:
-            self.refusal = headers_only(error)
+            self.refusal, self.problem = headers_only(error), error
 
     def _read(self, headers: Headers) -> None:
         pseudo: dict[bytes, bytes] = {}
@@ -106,8 +108,11 @@ class Head:
             if not length.isdigit() or len(length) > 18:
                 raise _Broken
             self.length = int(length)
-        self.refusal = _refused(pseudo, carriers, size)
-        if self.refusal is None:
+        refused = _refused(pseudo, carriers, size)
+        if refused is not None:
+            self.problem, headers = refused
+            self.refusal = headers_only(self.problem, *headers)
+        else:
             self.encoding = carriers.get(b"grpc-encoding", b"").decode()
             self.timeout_s = _timeout_s(carriers.get(b"grpc-timeout"))
             self.metadata = tuple(
@@ -135,26 +140,30 @@ def _status(error: InferenceError) -> tuple[tuple[bytes, bytes], ...]:
     return (b"grpc-status", b"%d" % code), (b"grpc-message", text.encode()), *hints
 
 
-def _refused(pseudo: dict[bytes, bytes], carriers: dict[bytes, bytes], size: int) -> Block | None:
+def _refused(
+    pseudo: dict[bytes, bytes], carriers: dict[bytes, bytes], size: int
+) -> tuple[InferenceError, Headers] | None:
+    """Return why a call cannot be answered, and the headers that say so beside its status."""
+    error: InferenceError
     method, given = pseudo[b":method"], carriers.get(b"content-type", b"")
     encoding = carriers.get(b"grpc-encoding", b"identity").decode("latin-1")
     if method != b"POST":
         error = Unsupported(f"this door speaks gRPC, whose calls are POST, got {_shown(method)}")
-        return headers_only(error, (b":status", b"405"), (b"allow", b"POST"))
+        return error, ((b":status", b"405"), (b"allow", b"POST"))
     if not _TYPE.fullmatch(given):
         error = Unsupported(
             f"this door speaks gRPC: expected content-type 'application/grpc', got {_shown(given)}"
         )
-        return headers_only(error, (b":status", b"415"))
+        return error, ((b":status", b"415"),)
     if size > http2.MAX_HEADER_LIST_BYTES:
         text = f"the headers have {size} bytes, at most {http2.MAX_HEADER_LIST_BYTES} are taken"
-        return headers_only(Overloaded(text, retry_after_s=math.inf))
+        return Overloaded(text, retry_after_s=math.inf), ()
     if encoding not in ("identity", *ENCODINGS):
         text = (
             f"grpc-encoding {_shown(encoding.encode())} is not known here, known are "
             f"{_ACCEPTED.decode()}"
         )
-        return headers_only(Unsupported(text), _OK, (b"grpc-accept-encoding", _ACCEPTED))
+        return Unsupported(text), (_OK, (b"grpc-accept-encoding", _ACCEPTED))
     return None
 
 

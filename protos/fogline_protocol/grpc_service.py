@@ -28,7 +28,9 @@ from fogline_protocol.shared_memory import RegionStatus, SharedMemory
 from fogline_protocol.v1 import inference_pb2 as pb
 
 SERVICE = "inference.GRPCInferenceService"
+INFER = f"/{SERVICE}/ModelInfer"
 STREAM = f"/{SERVICE}/ModelStreamInfer"
+COUNTED = frozenset((INFER, STREAM))  # whose requests are in the books
 HEALTH = "grpc.health.v1.Health"
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20  # sixteen times grpcio's default, which images exceed
 
@@ -77,6 +79,7 @@ def methods(
 
     async def infer(data: bytes, context: Context) -> InferResponse:
         request = inference.decode_request(data, extras.shared_memory)
+        request.entry = context.entry
         deadline = _deadline(context, inference.timeout_s(request.parameters))
         return await answer(server, request, deadline)
 

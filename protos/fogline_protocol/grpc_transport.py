@@ -13,6 +13,7 @@ from fogline_protocol import grpc_service
 from fogline_protocol.door_memory import Memory
 from fogline_protocol.grpc_calls import Admit, Methods
 from fogline_protocol.grpc_door import GrpcDoor
+from fogline_protocol.outcomes import Books
 
 Kind = Literal["http2", "grpcio"]
 
@@ -56,6 +57,7 @@ def new_door(
     max_message_bytes: int = grpc_service.DEFAULT_MAX_MESSAGE_BYTES,
     admit: Admit | None = None,
     memory: Memory | None = None,
+    books: Books | None = None,
     share_port: bool = False,
 ) -> Door:
     """Return a door for ``methods`` that is not open yet.
@@ -68,11 +70,13 @@ def new_door(
             what it notes in context variables the method finds.
         memory: what callers may make the door hold, shared with other doors; None: a memory of its
             own. Google's library knows none.
+        books: are told how each request for inference ends. What Google's library refuses by
+            itself, a message that is too long or cut short, they do not hear of.
         share_port: this is one of several doors that were started to share a port.
     """
     if kind == "http2":
-        return _Http2(methods, max_message_bytes, admit, memory, share_port)
-    return _Grpcio(methods, max_message_bytes, admit, share_port)
+        return _Http2(methods, max_message_bytes, admit, memory, books, share_port)
+    return _Grpcio(methods, max_message_bytes, admit, books, share_port)
 
 
 class _Http2:
@@ -82,6 +86,7 @@ class _Http2:
         max_message_bytes: int,
         admit: Admit | None,
         memory: Memory | None,
+        books: Books | None,
         share_port: bool,
     ) -> None:
         self._door = GrpcDoor(
@@ -90,6 +95,8 @@ class _Http2:
             max_message_bytes=max_message_bytes,
             admit=admit,
             memory=memory,
+            books=books,
+            counted=grpc_service.COUNTED,
         )
         self._share_port = share_port
 
@@ -109,7 +116,12 @@ class _Http2:
 
 class _Grpcio:
     def __init__(
-        self, methods: Methods, max_message_bytes: int, admit: Admit | None, share_port: bool
+        self,
+        methods: Methods,
+        max_message_bytes: int,
+        admit: Admit | None,
+        books: Books | None,
+        share_port: bool,
     ) -> None:
         from fogline_protocol.grpcio_door import GrpcioDoor  # with it comes Google's library
 
@@ -118,6 +130,8 @@ class _Grpcio:
             streams={grpc_service.STREAM},
             max_message_bytes=max_message_bytes,
             admit=admit,
+            books=books,
+            counted=grpc_service.COUNTED,
             share_port=share_port,
         )
 

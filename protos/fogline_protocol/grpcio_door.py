@@ -12,9 +12,18 @@ from typing import Any, Never, TypeAlias
 
 import grpc
 
-from fogline_protocol import grpc_calls, grpc_service
+from fogline_protocol import grpc_calls, grpc_messages, grpc_service
 from fogline_protocol.errors import InferenceError
 from fogline_protocol.grpc_calls import Admit, Method, Methods
+from fogline_protocol.outcomes import (
+    CANCELLED,
+    OK,
+    UNKNOWN_CALL,
+    Books,
+    Entries,
+    Entry,
+    outcome_of,
+)
 
 Carrier = grpc.aio.ServicerContext[bytes, bytes]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
@@ -32,14 +41,19 @@ class GrpcioDoor:
         streams: Collection[str],
         max_message_bytes: int,
         admit: Admit | None,
+        books: Books | None,
+        counted: Collection[str],
         share_port: bool,
     ) -> None:
+        ledger = None if books is None else _Ledger(books, counted)
         self._server = new_server(
             max_message_bytes=max_message_bytes,
-            interceptors=[] if admit is None else [Admitting(admit)],
+            interceptors=[] if admit is None else [Admitting(admit, ledger)],
             share_port=share_port,
         )
-        self._server.add_generic_rpc_handlers((handler(methods, streams),))
+        self._server.add_generic_rpc_handlers(
+            (_Handler(methods, streams, max_message_bytes, ledger),)
+        )
         self._started = False
 
     async def listen(self, host: str, port: int, tls: tuple[bytes, bytes] | None = None) -> int:
@@ -116,27 +130,70 @@ def handler(methods: Methods, streams: Collection[str] = ()) -> grpc.GenericRpcH
 
     It translates errors at the door.
     """
-    return _Handler(methods, streams)
+    return _Handler(methods, streams, grpc_service.DEFAULT_MAX_MESSAGE_BYTES, None)
+
+
+class _Ledger:
+    """The books, open for the requests of some paths."""
+
+    def __init__(self, books: Books, counted: Collection[str]) -> None:
+        self.books = books
+        self._counted = counted
+
+    def open(self, path: str) -> Entry | None:
+        return self.books.open_entry() if path in self._counted else None
+
+    def entries(self, path: str) -> Entries | None:
+        return Entries(self.books) if path in self._counted else None
+
+
+class _Call:
+    """A call of grpcio and its request in the books (``grpc_calls.Context``)."""
+
+    __slots__ = ("_carrier", "entry")
+
+    def __init__(self, carrier: Carrier, entry: Entry | None) -> None:
+        self._carrier = carrier
+        self.entry = entry
+
+    def time_remaining(self) -> float | None:
+        return self._carrier.time_remaining()
+
+    def invocation_metadata(self) -> Any:
+        return self._carrier.invocation_metadata()
+
+    def left(self) -> str:
+        """Return the outcome of a call that the library has ended."""
+        remaining = self.time_remaining()
+        return "deadline_exceeded" if remaining is not None and remaining <= 0 else CANCELLED
 
 
 class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, methods: Methods, streams: Collection[str]) -> None:
+    def __init__(
+        self, methods: Methods, streams: Collection[str], limit: int, ledger: _Ledger | None
+    ) -> None:
         self._methods = methods
         self._streams = streams
+        self._limit = limit  # of an answer: the library would refuse it unseen by the books
+        self._ledger = ledger
 
     def service(self, details: grpc.HandlerCallDetails) -> Handler:
         path = details.method
         method = self._methods.get(path)
         if method is None:
+            if self._ledger is not None:
+                self._ledger.books.rejected(UNKNOWN_CALL)
             return None
-        return _stream(path, method) if path in self._streams else _unary(path, method)
+        wrap = _stream if path in self._streams else _unary
+        return wrap(path, method, self._limit, self._ledger)
 
 
 class Admitting(grpc.aio.ServerInterceptor):
     """Lets grpcio ask ``admit`` before a byte of a request is parsed."""
 
-    def __init__(self, admit: Admit) -> None:
+    def __init__(self, admit: Admit, ledger: _Ledger | None) -> None:
         self._admit = admit
+        self._ledger = ledger
 
     async def intercept_service(
         self,
@@ -148,6 +205,11 @@ class Admitting(grpc.aio.ServerInterceptor):
             await self._admit(details.method, tuple(details.invocation_metadata or ()))
         except InferenceError as error:
             problem = error  # the name of an except clause ends with it
+            if (
+                self._ledger is not None
+                and (entry := self._ledger.open(details.method)) is not None
+            ):
+                entry.end(outcome_of(error))
 
             # As a stream, so that nothing is waited for: it suits unary calls as well.
             async def refuse(_requests: Any, context: Carrier) -> None:
@@ -157,27 +219,58 @@ class Admitting(grpc.aio.ServerInterceptor):
         return await continuation(details)
 
 
-def _unary(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
+def _unary(
+    path: str, method: Method, limit: int, ledger: _Ledger | None
+) -> "grpc.RpcMethodHandler[Any, Any]":
     async def call(data: bytes, context: Carrier) -> bytes:
+        entry = None if ledger is None else ledger.open(path)
+        asked = _Call(context, entry)
         try:
-            return await grpc_calls.translating(path, method, data, context)
+            answer = await grpc_calls.translating(path, method, data, asked)
+            grpc_messages.check_answer(answer, limit)
         except InferenceError as error:
+            if entry is not None:
+                entry.end(outcome_of(error))
             await _abort(context, error)
+        except asyncio.CancelledError:
+            if entry is not None:
+                entry.end(asked.left())
+            raise
+        if entry is not None:
+            entry.end(OK)
+        return answer
 
     return grpc.unary_unary_rpc_method_handler(call)
 
 
-def _stream(path: str, method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
+def _stream(
+    path: str, method: Method, limit: int, ledger: _Ledger | None
+) -> "grpc.RpcMethodHandler[Any, Any]":
     async def call(requests: AsyncIterator[bytes], context: Carrier) -> None:
+        entries = None if ledger is None else ledger.entries(path)
+        asked = _Call(context, None)
+
         async def arriving() -> AsyncIterator[bytes]:
             with contextlib.suppress(grpc.aio.BaseError):  # the caller broke off
                 async for data in requests:
                     yield data
 
+        async def write(answer: bytes) -> None:
+            grpc_messages.check_answer(answer, limit)
+            await context.write(answer)
+
+        outcome = OK
         try:
-            await grpc_calls.answer_stream(path, method, arriving(), context, context.write)
+            await grpc_calls.answer_stream(path, method, arriving(), asked, write, entries)
         except InferenceError as error:
+            outcome = outcome_of(error)
             await _abort(context, error)
+        except asyncio.CancelledError:
+            outcome = asked.left()
+            raise
+        finally:
+            if entries is not None:
+                entries.end(outcome)
 
     return grpc.stream_stream_rpc_method_handler(call)
 

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from fogline_protocol import known_messages, shared_memory, tensors
 from fogline_protocol.errors import BadRequest, InferenceError, ServerFault
 from fogline_protocol.model_config import ModelConfig
+from fogline_protocol.outcomes import Entry
 from fogline_protocol.shared_memory import Place, SharedMemory
 from fogline_protocol.statistics import ModelStatistics
 from fogline_protocol.tensors import BYTES, Array, TensorError, TensorSpec
@@ -39,6 +40,7 @@ class InferRequest:
     # What the doors do with single outputs once there is an answer, see ``doors.answer``:
     classification: Mapping[str, int] = field(default_factory=dict)  # rank the best k
     places: Mapping[str, Place] = field(default_factory=dict)  # put it into shared memory
+    entry: Entry | None = None  # in the books of whom it is asked; None: ``infer`` is all of it
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -50,7 +50,9 @@ from fogline_protocol import (
 from fogline_protocol.door_memory import Memory
 from fogline_protocol.doors import NOTHING_EXTRA, Extras
 from fogline_protocol.errors import (
+    ERRORS,
     BadRequest,
+    Forbidden,
     InferenceError,
     NotFound,
     Overloaded,
@@ -59,6 +61,15 @@ from fogline_protocol.errors import (
     Unsupported,
 )
 from fogline_protocol.inference import InferenceServer, ModelMetadata
+from fogline_protocol.outcomes import (
+    CANCELLED,
+    INTERNAL,
+    LARGE_JSON,
+    OK,
+    UNKNOWN_CALL,
+    Books,
+    Entry,
+)
 from fogline_protocol.repository import ModelControl
 from fogline_protocol.rest_bodies import Bodies
 from fogline_protocol.rest_codec import HEADER_LENGTH
@@ -69,6 +80,7 @@ log = logging.getLogger("fogline.rest")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 BODIES = web.AppKey("bodies", Bodies)
+ENTRY = web.RequestKey("entry", Entry)
 LARGEST_BYTES = 64 << 20  # of a body, as far as the size of a memory goes that nobody has set
 MAX_DOCUMENT_BYTES = 1 << 16  # of a body that is no inference request
 COMPRESS_FROM = 1024  # bytes; below it the headers cost more than compression saves
@@ -84,10 +96,12 @@ def add_routes(
     control: ModelControl | None = None,
     extras: Extras = NOTHING_EXTRA,
     memory: Memory | None = None,
+    books: Books | None = None,
 ) -> None:
     """Add the protocol's routes to ``app``; its ``client_max_size`` limits the bodies.
 
     ``memory`` holds them, and may be shared with other doors; None: one of its own.
+    ``books`` are told how each request for inference ends, whatever middleware refuses it.
 
     Without ``control`` the repository is neither shown nor changed. Whatever else the protocol
     knows and ``extras`` leave out, answers 501 with a text.
@@ -141,6 +155,7 @@ def add_routes(
                     rest_codec.decode_request, name, version, text, binary, extras.shared_memory
                 ),
             )
+        question.entry = request.get(ENTRY)
         timeout_s = inference.timeout_s(question.parameters)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         response = await doors.answer(server, question, deadline)
@@ -161,8 +176,9 @@ def add_routes(
         memory.remove(bodies)
 
     app.cleanup_ctx.append(arrange)
-    beside = _Beside()
+    beside = _Beside(books)
     app.on_cleanup.append(beside.close)
+    counted: list[web.AbstractRoute] = []
     app.router.add_get("/v2", translating(metadata))
     app.router.add_get("/v2/health/live", translating(live))
     app.router.add_get("/v2/health/ready", translating(ready))
@@ -172,12 +188,14 @@ def add_routes(
         app.router.add_get(f"{model}/ready", translating(model_ready))
         app.router.add_get(f"{model}/config", translating(config))
         app.router.add_get(f"{model}/stats", translating(stats))
-        app.router.add_post(f"{model}/infer", translating(infer))
+        counted.append(app.router.add_post(f"{model}/infer", translating(infer)))
     if control is not None:
         _add_repository(app, control)
     _add_shared_memory(app, extras.shared_memory)
     _add_settings(app, extras)
-    app.router.add_route("*", "/v2/{path:.*}", translating(_not_offered))
+    unknown = app.router.add_route("*", "/v2/{path:.*}", translating(_not_offered))
+    if books is not None:
+        app.middlewares.insert(0, _counting(books, counted, unknown))  # the outermost
 
 
 class _Beside:
@@ -186,7 +204,8 @@ class _Beside:
     One, because threads that compute take the interpreter from the event loop in turns.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, books: Books | None) -> None:
+        self._books = books
         self._thread = ThreadPoolExecutor(1, "fogline-json")
         self._waiting = 0
 
@@ -199,6 +218,8 @@ class _Beside:
         if not large:
             return work()
         if self._waiting >= LARGE_AT_ONCE:
+            if self._books is not None:
+                self._books.rejected(LARGE_JSON)
             raise Overloaded(
                 f"{self._waiting} large JSON bodies are being read or written: come back later, or "
                 "send tensors as raw bytes behind the JSON (binary_data_size), which cost next to "
@@ -324,6 +345,44 @@ async def _not_offered(request: web.Request) -> web.Response:
     if _KNOWN_ELSEWHERE.match(request.match_info["path"]):
         raise Unsupported(f"{request.path} is not offered by this server")
     raise NotFound(f"there is no {request.method} {request.path} here")
+
+
+def _counting(
+    books: Books, counted: Container[web.AbstractRoute], unknown: web.AbstractRoute
+) -> Any:
+    """Return middleware that tells ``books`` what the callers of the ``counted`` routes see."""
+
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        route = request.match_info.route
+        if route not in counted:
+            if route is unknown:
+                books.rejected(UNKNOWN_CALL)
+            return await handler(request)
+        entry = request[ENTRY] = books.open_entry()
+        outcome = INTERNAL
+        try:
+            response = await handler(request)
+            outcome = _outcome(response.status)
+            return response
+        except asyncio.CancelledError:
+            outcome = CANCELLED
+            raise
+        finally:
+            entry.end(outcome)
+
+    return count
+
+
+def _outcome(status: int) -> str:
+    return OK if status == 200 else _OUTCOMES.get(status, INTERNAL)
+
+
+# 421 is what ``local_only`` says to whoever must not come in.
+_OUTCOMES = {error.http_status: error.grpc_code.lower() for error in ERRORS.values()} | {
+    TooLarge.http_status: TooLarge.grpc_code.lower(),
+    421: Forbidden.grpc_code.lower(),
+}
 
 
 @web.middleware

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fogline_protocol.outcomes import OK
 from fogline_protocol.v1 import inference_pb2 as pb
 
 
@@ -61,6 +62,10 @@ class ModelStatistics:
     cache_hit: Duration = field(default_factory=Duration)
     cache_miss: Duration = field(default_factory=Duration)
     batches: dict[int, BatchStatistics] = field(default_factory=dict)  # by rows
+
+    def ended(self, outcome: str, seconds: float) -> None:
+        """Count one request that found this model; whatever was not answered has failed."""
+        (self.success if outcome == OK else self.fail).add(round(seconds * 1e9))
 
     def executed(
         self, rows: int, queued_ns: Sequence[int], input_ns: int, infer_ns: int, output_ns: int

@@ -418,3 +418,43 @@ async def test_a_start_says_where_models_come_from_and_what_is_kept_of_none(
     assert "models    none so far: the hub brings them, or give --bundle DIR" in screen
     assert "what escalates of digit (not served here now), to learn" in screen
     assert "keep digit: this device serves no model digit, only none so far" in caplog.text
+
+
+async def test_an_answer_that_cannot_leave_is_no_success_in_the_statistics(tmp_path: Path) -> None:
+    bundles.make(tmp_path / "bundle", onnx="text.onnx", paired=False, scored=False)
+    classes = {"name": "t", "parameters": {"classification": 1}}
+    async with Agent(config(tmp_path)) as agent, triton_client(agent) as client:
+
+        def counted() -> tuple[int, int]:
+            (found,) = agent.router.model_statistics("", "")
+            return found.success.count, found.fail.count
+
+        def asked(text: bytes) -> triton.InferInput:
+            tensor = triton.InferInput("s", [1, 1], "BYTES")
+            return tensor.set_data_from_numpy(np.array([[text]], object))
+
+        await agent.infer(InferRequest("double", {"s": np.array([[b"x"]], object)}))
+        await client.infer("double", [asked(b"x")])
+        await until(lambda: counted() == (2, 0))
+        with pytest.raises(InferenceServerException, match="classification needs numbers"):
+            await client.infer(
+                "double", [asked(b"x")], outputs=[triton.InferRequestedOutput("t", class_count=1)]
+            )
+        with pytest.raises(InferenceServerException, match="at most 131072 are sent"):
+            await client.infer("double", [asked(b"x" * ((1 << 17) - 100))])
+        body = {
+            "inputs": [{"name": "s", "datatype": "BYTES", "shape": [1, 1], "data": ["x"]}],
+            "outputs": [classes],
+        }
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(
+                f"http://{agent.endpoints['http']}/v2/models/double/infer", json=body
+            ) as answer,
+        ):
+            assert answer.status == 400
+        await until(lambda: counted() == (2, 3))
+
+
+def triton_client(agent: Agent) -> triton.InferenceServerClient:
+    return triton.InferenceServerClient(agent.endpoints["grpc"])

@@ -93,9 +93,11 @@ async def grpc_door(server, control=None, extras=NOTHING_EXTRA, *, kind="http2",
 
 
 @contextlib.asynccontextmanager
-async def rest_door(server, control=None, extras=NOTHING_EXTRA, *, max_bytes=1 << 20, memory=None):
-    app = web.Application(client_max_size=max_bytes)
-    rest_service.add_routes(app, server, control, extras, memory)
+async def rest_door(
+    server, control=None, extras=NOTHING_EXTRA, *, max_bytes=1 << 20, middlewares=(), **options
+):
+    app = web.Application(client_max_size=max_bytes, middlewares=middlewares)
+    rest_service.add_routes(app, server, control, extras, **options)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -102,8 +102,14 @@ class Raw:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def of(cls, door, *, begin=True, settings=b"", **security):
-        reader, writer = await asyncio.open_connection(*door.address.split(":"), **security)
+    async def of(cls, door, **options):
+        async with cls.at(door.address, **options) as raw:
+            yield raw
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def at(cls, address, *, begin=True, settings=b"", **security):
+        reader, writer = await asyncio.open_connection(*address.split(":"), **security)
         raw = cls(reader, writer)
         if begin:
             raw.send(http2_frames.PREFACE + frame(Kind.SETTINGS, 0, 0, settings))

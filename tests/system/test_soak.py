@@ -17,4 +17,6 @@ async def test_every_request_has_one_outcome_and_the_counts_add_up(tmp_path):
         assert report.total(way=way) > 0, way
     assert report.total(outcome=soak.LEFT) > 100
     assert report.total(outcome="DEADLINE_EXCEEDED") > 0
+    assert report.total(way="grpc, too large", outcome="RESOURCE_EXHAUSTED") > 0
+    assert report.unknown_calls > 0
     assert set(report.answered) >= {("inline", "1"), ("inline", "2"), ("apart", "1")}

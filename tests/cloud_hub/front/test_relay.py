@@ -8,11 +8,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloud_hub.front import relay
 from cloud_hub.front.arena import ALIGNMENT
 from cloud_hub.front.relay import INLINE_BELOW, FrontEnd, HubEnd, Kind
 from fogline_protocol.errors import NotFound, Overloaded, Unavailable
+from fogline_protocol.grpc_service import INFER
+from fogline_protocol.outcomes import Entry
 
 ROOM = 8 * INLINE_BELOW
+
+
+class Ledger:
+    """The hub's books."""
+
+    def __init__(self):
+        self.outcomes, self.reasons, self.open_now = [], [], 0
+
+    def open_entry(self):
+        self.open_now += 1
+        return Entry(self._end)
+
+    def rejected(self, reason):
+        self.reasons.append(reason)
+
+    def _end(self, outcome, _took_s):
+        self.open_now -= 1
+        self.outcomes.append(outcome)
 
 
 class Ends:
@@ -22,11 +43,14 @@ class Ends:
         self.gate = asyncio.Event()
         self.gate.set()
         self.calls = []
+        self.books = Ledger()
         memory = mmap.mmap(-1, ROOM)
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         _, self.front = await loop.create_connection(lambda: FrontEnd(memory), sock=ours)
-        _, self.hub = await loop.create_connection(lambda: HubEnd(memory, self.answer), sock=theirs)
+        _, self.hub = await loop.create_connection(
+            lambda: HubEnd(memory, self.answer, self.books), sock=theirs
+        )
         return self
 
     async def __aexit__(self, *_error):
@@ -183,3 +207,45 @@ async def test_whether_a_caller_may_is_asked_apart_from_any_request(ends):
     await ends.ask(b"", admit=True)
     await ends.ask(b"")
     assert [call.admit for call in ends.calls] == [True, False]
+
+
+async def test_the_front_says_how_a_request_ended_whatever_the_hub_answered(ends):
+    for path, outcome in ((INFER, "ok"), (INFER, "resource_exhausted"), ("/somewhere", "ok")):
+        entry = ends.front.open_entry()
+        await ends.ask(b"x", path, entry=entry if path == INFER else None)
+        assert ends.books.outcomes == []  # not even when it has its answer
+        assert ends.books.open_now == (path == INFER)
+        if path == INFER:
+            entry.end(outcome)
+            await settled(ends)
+            assert ends.books.outcomes.pop() == outcome
+    ends.front.open_entry().end("cancelled")  # of one that was not passed on
+    await settled(ends)
+    assert (ends.books.outcomes, ends.books.open_now) == (["cancelled"], 0)
+
+
+async def test_what_a_front_refuses_is_counted_at_the_hub(ends, monkeypatch):
+    monkeypatch.setattr(relay, "MAX_CALLS", 0)
+    entry = ends.front.open_entry()
+    with pytest.raises(Overloaded):
+        await ends.ask(b"x", INFER, entry=entry)
+    entry.end("resource_exhausted")
+    await settled(ends)
+    assert (ends.books.outcomes, ends.books.reasons) == (["resource_exhausted"], ["front_calls"])
+    assert ends.calls == []
+
+
+async def test_requests_of_a_front_that_is_gone_are_not_left_open(ends):
+    entry = ends.front.open_entry()
+    await ends.ask(b"x", INFER, entry=entry)
+    ends.front.close()
+    await ends.hub.lost.wait()
+    assert (ends.books.outcomes, ends.books.open_now) == (["unavailable"], 0)
+
+
+async def settled(ends):
+    """Return when the hub has read what the front had said before."""
+    ends.front.rejected("mark")
+    while "mark" not in ends.books.reasons:
+        await asyncio.sleep(0)
+    ends.books.reasons.remove("mark")
