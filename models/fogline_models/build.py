@@ -27,6 +27,7 @@ from fogline_models import (
     hooks,
     huggingface,
     measure,
+    pairing,
     preprocess,
     quantize,
     report,
@@ -40,8 +41,9 @@ from fogline_models.errors import BadInput, require
 from fogline_models.forms import FORMS, computes_here
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
+from fogline_models.pairing import Contract, by_name
 from fogline_models.quantize import DynamicQuantizer
-from fogline_models.reading import check_head, check_tokens, reading
+from fogline_models.reading import check_head, check_inputs, check_tokens, reading
 from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.splits import TRAINED_ON, made_splits, publish
@@ -50,7 +52,7 @@ from fogline_protocol import documents, hardware, release
 from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.release import BundleDirectory, BundleRefused
 from fogline_protocol.score import PARAMETERS
-from fogline_protocol.tensors import Array
+from fogline_protocol.tensors import Array, TensorSpec
 
 BUNDLES = "bundles"
 LATENCY_BATCHES = (1, 8, 32)
@@ -154,6 +156,9 @@ class _Build:
         for each in recipe.release:
             self._check_given(each)
         splits, self._data = made_splits(recipe, self._steps)
+        for each in recipe.release:
+            if each.escalates_to and not self._is_own(each.escalates_to):
+                self._check_foreseen(each, splits)
         publish(recipe, splits, self._out)
         return tuple(self._release(each, splits) for each in recipe.release)
 
@@ -163,6 +168,7 @@ class _Build:
 
     def _release(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> Built:
         recipe = self._recipe
+        self._check_foreseen(each, splits)
         folder = self._export(each, splits)
         self._exported[each.model, each.version] = folder
         prepared = folder / sources.PREPARED
@@ -171,7 +177,11 @@ class _Build:
         exported = sources.Exported.read(folder)
         signature = sources.signature(folder, each.source)
         read_by = reading(recipe, signature, each)
+        check_inputs(signature, splits, recipe.data.used, each)
         check_head(recipe, exported, signature, splits, each)
+        hub, parent = self._hub(each), self._parent(each)
+        labels = recipe.labels or exported.labels
+        _check_pair(each, by_name(signature.inputs), by_name(signature.outputs), labels, hub)
         if read_by.mask:
             check_tokens(splits, read_by, each)
         files = {FP32: folder / sources.FP32}
@@ -180,7 +190,6 @@ class _Build:
                 files[name] = self._quantize(
                     each, name, files[FP32], splits["ranges"], read_by.mask
                 )
-        hub, parent = self._hub(each), self._parent(each)
         found = Measured(
             recipe=recipe,
             release=each,
@@ -309,8 +318,15 @@ class _Build:
             wanted = tuple(dict.fromkeys((*wanted, head.split_of(splits))))
         output = signature.outputs[0].name
         sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
-        if parent is not None and parent.bundle.inputs == signature.inputs:
-            sessions[PARENT] = parent.file(parent.bundle.variants[0].path)
+        if parent is not None:
+            taken = by_name(parent.bundle.inputs)
+            if pairing.takes(by_name(signature.inputs), taken):
+                sessions[PARENT] = parent.file(parent.bundle.variants[0].path)
+            else:
+                self._say(
+                    f"{each.title}: not compared with {parent.bundle.version}, which takes "
+                    f"different inputs: {', '.join(taken)}"
+                )
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
             "splits": {name: splits[name].sha256 for name in wanted},
@@ -386,12 +402,25 @@ class _Build:
             raise BadInput(
                 f"{where}: source.huggingface: there is no folder {recipe.folder / named}"
             )
-        mine = {other.model for other in recipe.release}
-        if each.escalates_to and each.escalates_to not in mine:
+        if each.escalates_to and not self._is_own(each.escalates_to):
             _bundle(recipe.folder / each.escalates_to, f"{where}: escalates_to")
         versions = {other.version for other in recipe.release if other.model == each.model}
         if each.parent and each.parent not in versions:
             _bundle(recipe.folder / each.parent, f"{where}: parent")
+
+    def _is_own(self, model: str) -> bool:
+        return any(other.model == model for other in self._recipe.release)
+
+    def _check_foreseen(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> None:
+        """Check that a release and its hub will be a pair, as far as that is known untrained.
+
+        A torch module takes what its data has, and gives what the recipe calls its outputs.
+        """
+        if not each.source.torch:
+            return
+        inputs = sources.foreseen(splits["self_test"].inputs, each.source)
+        outputs = dict.fromkeys(each.source.outputs)
+        _check_pair(each, by_name(inputs), outputs, self._recipe.labels, self._hub(each))
 
     def _hub(self, each: ReleaseRecipe) -> Hub | None:
         """Return the model that a release escalates to, of this recipe or from a folder."""
@@ -415,11 +444,12 @@ class _Build:
     def _inputs(self, each: ReleaseRecipe) -> tuple[report.Input, ...]:
         """Return what a release was made from: the recipe's code, files it names, the data."""
         recipe = self._recipe
+        code = hooks.files(recipe.folder) if recipe.has_code else {}
         found = [
-            report.Input(path.name, documents.sha256_of_file(path), path.stat().st_size, what)
-            for path, what in (
-                *((path, "code of the recipe") for path in sorted(recipe.folder.glob("*.py"))),
-                *_given(recipe, each),
+            report.Input(name, documents.sha256_of_file(path), path.stat().st_size, what)
+            for name, path, what in (
+                *((name, path, "code of the recipe") for name, path in code.items()),
+                *((path.name, path, what) for path, what in _given(recipe, each)),
             )
         ]
         return (*found, *self._data)
@@ -427,6 +457,21 @@ class _Build:
     def _golden(self, each: ReleaseRecipe) -> Mapping[str, Array]:
         version = each.version if each.accident is None else each.accident.golden_of
         return archive.read(self._exported[each.model, version] / sources.GOLDEN)
+
+
+def _check_pair(
+    each: ReleaseRecipe,
+    inputs: Mapping[str, TensorSpec],
+    outputs: Mapping[str, TensorSpec | None],
+    labels: tuple[str, ...],
+    hub: Hub | None,
+) -> None:
+    if hub is None:
+        return
+    edge = Contract(each.title, inputs, outputs, labels)
+    problem = pairing.problem(edge, Contract.of(hub.directory.bundle))
+    if problem is not None:
+        raise BadInput(f"release {each.title}: escalates_to: {problem}")
 
 
 def _planned(recipe: Recipe) -> Iterator[str]:

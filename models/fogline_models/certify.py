@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fogline_models import bound
+from fogline_models import bound, data, pairing
 from fogline_models.data import Items
 from fogline_models.errors import BadInput, TooLittle
+from fogline_models.pairing import Contract
 from fogline_models.session import CPU, Session, hardware_class
 from fogline_protocol.answers import Asked, scores_of
 from fogline_protocol.certificate import Certificate
@@ -85,7 +86,7 @@ def certify(
     rows = items.independent
     inputs = {name: array[rows] for name, array in items.inputs.items()}
     for side in (edge, hub):
-        _check_inputs(side.bundle, inputs)
+        _check_inputs(side.bundle, items, inputs)
     allowed = bound.allowed_losses(len(rows), terms.alpha, terms.delta)
     if allowed < 0:
         raise TooLittle(
@@ -175,19 +176,17 @@ def folder_of(bundle: BundleDirectory) -> Path:
 
 
 def _check_pair(edge: BundleDirectory, hub: BundleDirectory) -> None:
-    pairing = edge.bundle.escalates_to
-    if pairing is None:
+    meant = edge.bundle.escalates_to
+    if meant is None:
         raise BadInput(f"{_title(edge.bundle)} escalates to no model: nothing to certify against")
-    if (pairing.model, pairing.bundle_sha256) != (hub.bundle.model, hub.sha256):
+    if (meant.model, meant.bundle_sha256) != (hub.bundle.model, hub.sha256):
         raise BadInput(
-            f"{_title(edge.bundle)} escalates to {pairing.model} with bundle "
-            f"{pairing.bundle_sha256[:16]}, got {_title(hub.bundle)} with bundle {hub.sha256[:16]}"
+            f"{_title(edge.bundle)} escalates to {meant.model} with bundle "
+            f"{meant.bundle_sha256[:16]}, got {_title(hub.bundle)} with bundle {hub.sha256[:16]}"
         )
-    if edge.bundle.inputs != hub.bundle.inputs:
-        raise BadInput(
-            f"{_title(edge.bundle)} and {_title(hub.bundle)} take different inputs: "
-            f"{edge.bundle.inputs} and {hub.bundle.inputs}"
-        )
+    problem = pairing.problem(Contract.of(edge.bundle), Contract.of(hub.bundle))
+    if problem is not None:
+        raise BadInput(problem)
 
 
 def _variant(bundle: Bundle, name: str) -> Variant:
@@ -198,12 +197,17 @@ def _variant(bundle: Bundle, name: str) -> Variant:
         raise BadInput(f"{_title(bundle)} has no variant {name!r}, it has {known}") from None
 
 
-def _check_inputs(bundle: Bundle, inputs: Mapping[str, Array]) -> None:
+def _check_inputs(bundle: Bundle, items: Items, inputs: Mapping[str, Array]) -> None:
     wanted = {spec.name: spec for spec in bundle.inputs}
-    if wanted.keys() != inputs.keys():
+    for name in wanted:
+        if name not in inputs:
+            lacking = data.lacking("the calibration set", items, data.INPUT + name)
+            raise BadInput(f"{_title(bundle)} takes {name!r}, and {lacking}")
+    strange = [f"{data.INPUT}{name}" for name in inputs if name not in wanted]
+    if strange:
         raise BadInput(
-            f"{_title(bundle)} takes the inputs {', '.join(sorted(wanted))}, "
-            f"the calibration set has {', '.join(sorted(inputs))}"
+            f"the calibration set has {', '.join(strange)}, which {_title(bundle)} does not take: "
+            "leave out what it does not ask for"
         )
     for name, array in inputs.items():
         try:

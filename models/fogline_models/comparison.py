@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fogline_models import metrics, report
+from fogline_models import metrics, pairing, report
 from fogline_models.data import read as read_items
 from fogline_models.errors import BadInput
 from fogline_models.evaluate import HeldOut
@@ -278,7 +278,7 @@ def _contract(a: Bundle, b: Bundle) -> Iterator[str]:
         ("Outputs", _specs(a.outputs), _specs(b.outputs)),
         ("Largest batch", str(a.max_batch), str(b.max_batch)),
         ("Score", _said(a.score), _said(b.score)),
-        ("Hub", _said(a.escalates_to), _said(b.escalates_to)),
+        ("Hub", _hub(a), _hub(b)),
     ):
         if before != after:
             yield f"{what}: {before} -> {after}."
@@ -294,7 +294,14 @@ def _contract(a: Bundle, b: Bundle) -> Iterator[str]:
 
 
 def _specs(specs: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"{spec.name} {spec.datatype} {list(spec.shape)}" for spec in specs)
+    """Say what tensors there are, in an order of their own: they are asked for by name."""
+    ordered = sorted(specs, key=lambda spec: spec.name)
+    return ", ".join(f"{spec.name} {spec.datatype} {list(spec.shape)}" for spec in ordered)
+
+
+def _hub(bundle: Bundle) -> str:
+    hub = bundle.escalates_to
+    return "none" if hub is None else f"{hub.model}, bundle {hub.bundle_sha256[:16]}"
 
 
 def _said(part: object) -> str:
@@ -368,8 +375,8 @@ def _blocks(side: BundleDirectory, names: Collection[str]) -> dict[str, int]:
 def _answers(
     a: BundleDirectory, b: BundleDirectory, data: Path | None, variant: str | None
 ) -> tuple[Answers | None, str]:
-    if a.bundle.inputs != b.bundle.inputs:
-        return None, "Not compared: the two take different inputs."
+    if differ := pairing.differences(a.bundle.inputs, b.bundle.inputs):
+        return None, f"Not compared: the two take different inputs: {differ}."
     score = b.bundle.score or Score(MAX_SOFTMAX, b.bundle.outputs[0].name)
     output = score.output
     width = {side.path: _width(side.bundle, score) for side in (a, b)}

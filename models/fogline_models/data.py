@@ -195,6 +195,72 @@ def check_classes(items: Items, what: str) -> None:
         )
 
 
+def check_alike(
+    splits: Mapping[str, Items], vary: Mapping[str, Collection[int]] | None = None
+) -> None:
+    """Check that splits have the same inputs, and in one form: the first is what others are held to.
+
+    Args:
+        splits: by name.
+        vary: axes that may be of different sizes, by input; None: all may.
+
+    Raises:
+        BadInput: an array is missing, or of another type or shape; says what it must be called.
+    """
+    first = next(iter(splits))
+    wanted = _given(splits[first])
+    for name, items in splits.items():
+        found = _given(items)
+        for array in wanted:
+            if array not in found:
+                raise BadInput(
+                    f"data: split {first} has {array}, and {lacking(f'split {name}', items, array)}"
+                )
+        for array in found:
+            if array not in wanted:
+                raise BadInput(
+                    f"data: split {name} has {array}, and {lacking(f'split {first}', splits[first], array)}"
+                )
+            mine, theirs = wanted[array], found[array]
+            open_axes = () if vary is None else vary.get(array.removeprefix(INPUT), ())
+            same = _type(mine) == _type(theirs) and mine.ndim == theirs.ndim
+            if same and vary is not None and array.startswith(INPUT):
+                same = all(
+                    axis in open_axes or mine.shape[axis] == theirs.shape[axis]
+                    for axis in range(1, mine.ndim)
+                )
+            if not same:
+                raise BadInput(
+                    f"data: {array} is {_type(mine)} {_rows(mine)} in split {first} and "
+                    f"{_type(theirs)} {_rows(theirs)} in split {name}: give both in one form"
+                )
+
+
+def lacking(what: str, items: Items, array: str) -> str:
+    """Say that items have no such array, and which of their arrays is only misnamed."""
+    bare = array.partition(".")[2]
+    others = [f"{INPUT}{bare}", f"{RAW}{bare}", bare]
+    there = {**_given(items), **items.extra}
+    for other in others:
+        if other in there:
+            return f"{what} calls it {other}: name the array {array}"
+    return f"{what} has no array {array}, only {', '.join(there) or 'nothing'}"
+
+
+def _given(items: Items) -> dict[str, Array]:
+    return {f"{INPUT}{name}": array for name, array in items.inputs.items()} | {
+        f"{RAW}{name}": array for name, array in items.raw.items()
+    }
+
+
+def _type(array: Array) -> str:
+    return "texts" if array.dtype.kind in "US" else str(array.dtype)
+
+
+def _rows(array: Array) -> str:
+    return f"[{', '.join(('n', *map(str, array.shape[1:])))}]"
+
+
 def check_tokens(labels: Array, counts: Array, what: str) -> None:
     """Check that labels are of the tokens that count: int and bool ``[n, tokens]``.
 

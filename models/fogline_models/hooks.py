@@ -7,6 +7,7 @@ itself is kept as its cause, for ``fogline-models --traceback``.
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -64,13 +65,24 @@ def load(folder: Path, name: str, key: str, *, passed: tuple[str, ...] = ()) -> 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every Python file of a recipe's folder, by name."""
-    return {path.name: documents.sha256_of_file(path) for path in sorted(folder.glob("*.py"))}
+    """Return the SHA-256 of every Python file of a recipe's folder, by its path in it."""
+    return {name: documents.sha256_of_file(path) for name, path in files(folder).items()}
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """Return every Python file of a recipe's folder and of the packages in it, by path in it."""
+    found = {path.name: path for path in sorted(folder.glob("*.py"))}
+    for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        if not inner.is_symlink():  # which could lead back
+            found |= {f"{inner.name}/{name}": path for name, path in files(inner).items()}
+    return found
 
 
 def _module(folder: Path, stem: str, key: str) -> Any:
-    # The digest of the path keeps two families apart that are called alike.
-    where = documents.sha256(str(folder.resolve()).encode())[:8]
+    # Keeps apart two families that are called alike, and one from what it was before an edit:
+    # a step's facts name the code that is on the disk, so that is the code to run.
+    known = json.dumps([str(folder.resolve()), digests(folder)])
+    where = documents.sha256(known.encode())[:8]
     package = f"fogline_family_{folder.resolve().name}_{where}"
     if package not in sys.modules:
         spec = importlib.util.spec_from_loader(package, loader=None, is_package=True)

@@ -1,8 +1,8 @@
 """How the answers of a release are read, and that its data can be held against them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from fogline_models import data, sources
+from fogline_models import data, graph, sources
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.graph import Signature
@@ -35,6 +35,27 @@ def reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
         )
     mask = each.mask or (ATTENTION_MASK if ATTENTION_MASK in taken else "")
     return Score(function, output.name, mask=mask)
+
+
+def check_inputs(
+    signature: Signature, splits: Mapping[str, Items], used: Collection[str], each: ReleaseRecipe
+) -> None:
+    """Check that the splits a model is run on hold what it takes, before it is.
+
+    Raises:
+        BadInput: one does not; says what its arrays must be called, or how they differ.
+    """
+    for name, items in splits.items():
+        if name not in used:
+            continue
+        for spec in signature.inputs:
+            if spec.name not in items.inputs:
+                raise BadInput(
+                    f"data: release {each.title}: the model takes {spec.name!r}, and "
+                    f"{data.lacking(f'split {name}', items, data.INPUT + spec.name)}"
+                )
+        what = f"split {name}, release {each.title}"
+        graph.check_inputs(signature, items.inputs, step="data", what=what)
 
 
 def check_head(

@@ -39,6 +39,7 @@ from fogline_models.certify import Terms
 from fogline_models.errors import BadInput, require
 from fogline_models.forms import FORMS, forms_for
 from fogline_models.gates import Gates
+from fogline_models.hooks import is_function
 from fogline_protocol.release import MODEL_NAME, SEMANTIC_VERSION
 from fogline_protocol.score import FUNCTIONS, LEAST_SOFTMAX, MAX_SOFTMAX, PARAMETERS, PER_TOKEN
 
@@ -77,6 +78,19 @@ class Data:
     together: tuple[tuple[str, ...], ...] = ()  # splits that may share items
     also: tuple[str, ...] = ()  # further splits that every variant is measured on
     publish: tuple[str, ...] = ()  # splits that are written beside the bundles
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The splits that models are run on, if they are there."""
+        return (
+            "training",
+            "ranges",
+            "self_test",
+            "evaluation",
+            "tuning",
+            "calibration",
+            *self.also,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +199,13 @@ class Recipe:
     def per_token(self) -> bool:
         """Whether a row has an answer for each of its tokens."""
         return self.task == TOKENS
+
+    @property
+    def has_code(self) -> bool:
+        """Whether it names functions, so that the Python beside it has a part in what is made."""
+        sources = [each.source for each in self.release]
+        named = (self.data.make, *(part for s in sources for part in (s.torch, s.huggingface)))
+        return any(map(is_function, named))
 
     def score(self, release: ReleaseRecipe) -> str:
         """Return the function that says how certain an answer of a release is."""

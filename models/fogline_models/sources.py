@@ -26,7 +26,7 @@ from fogline_models.recipe import Recipe, ReleaseRecipe, Source
 from fogline_models.session import Session
 from fogline_models.steps import Say
 from fogline_protocol.release import Processing
-from fogline_protocol.tensors import Array, TensorSpec, datatype_of
+from fogline_protocol.tensors import Array, TensorError, TensorSpec, datatype_of
 
 GOLDEN = "golden.npz"
 FP32 = "fp32.onnx"
@@ -116,7 +116,7 @@ def _from_torch(
     examples = _as_forward_takes_them(module, splits["self_test"].inputs)
     answers = export(
         module,
-        _specs(examples, source),
+        foreseen(examples, source),
         tuple(TensorSpec(name, "FP32", (-1,)) for name in source.outputs),  # only their names
         examples,
         release.max_batch,
@@ -201,13 +201,26 @@ def save_golden(into: Path, inputs: Mapping[str, Array], outputs: Mapping[str, A
     archive.save(into / GOLDEN, arrays)
 
 
-def _specs(inputs: Mapping[str, Array], source: Source) -> tuple[TensorSpec, ...]:
+def foreseen(inputs: Mapping[str, Array], source: Source) -> tuple[TensorSpec, ...]:
+    """Return what a torch module that is given these inputs will be said to take.
+
+    Raises:
+        BadInput: one is of a type that requests cannot carry.
+    """
+
     def shape(name: str, array: Array) -> tuple[int, ...]:
         open_axes = source.dynamic.get(name, {})
         return (-1, *(-1 if at in open_axes else n for at, n in enumerate(array.shape[1:], 1)))
 
+    def datatype(name: str, array: Array) -> str:
+        try:
+            return datatype_of(array)
+        except TensorError as error:
+            raise BadInput(f"export: {data.INPUT}{name}: {error}") from None
+
     return tuple(
-        TensorSpec(name, datatype_of(array), shape(name, array)) for name, array in inputs.items()
+        TensorSpec(name, datatype(name, array), shape(name, array))
+        for name, array in inputs.items()
     )
 
 

@@ -76,6 +76,7 @@ def made_splits(
 
     place = steps.make(recipe.family, "data", facts, make)
     splits = {path.stem: data.read(path) for path in sorted(place.glob("*.npz"))}
+    _check_alike(recipe, splits)
     inputs = tuple(
         report.Input(path.name, splits[path.stem].sha256, path.stat().st_size, "data")
         for path in sorted(place.glob("*.npz"))
@@ -115,6 +116,18 @@ def _splits_of(made: object, recipe: Recipe) -> Mapping[str, Items]:
         f"data.make: {recipe.data.make} returned {wrong}, expected Items by the name of their "
         "split: {'training': Items(...), ...}"
     )
+
+
+def _check_alike(recipe: Recipe, splits: Mapping[str, Items]) -> None:
+    """Check that what models are run on looks the same in all splits: before one is trained."""
+    vary: dict[str, set[int]] = {}
+    for each in recipe.release:
+        for name, axes in each.source.dynamic.items():
+            vary.setdefault(name, set()).update(axes)
+    # What transformers exported has lengths of its own, which the recipe does not name.
+    named = not any(each.source.huggingface for each in recipe.release)
+    used = {name: splits[name] for name in recipe.data.used if name in splits}
+    data.check_alike(used, vary if named else None)
 
 
 def _completed(found: Mapping[str, Items], *, only_training: bool) -> dict[str, Items]:

@@ -190,8 +190,69 @@ def test_overlap_is_looked_for_again_when_what_may_overlap_changes(family: Path)
 
 def test_a_hub_whose_answers_are_called_otherwise_is_refused(with_torch: Path) -> None:
     change(with_torch / "recipe.toml", 'outputs = ["y"]', 'outputs = ["logits"]')
-    assert "points 1.0.0: run: points-hub " in (said := sentence(build(with_torch)))
-    assert "gives no output 'logits', only y: what is compared must call its answers alike" in said
+    result = build(with_torch)
+    assert (
+        "release points 1.0.0: escalates_to: points-hub 1.0.0 gives no output 'logits', only"
+        in (sentence(result))
+    )
+    assert "points 1.0.0: export" not in result.stderr  # so before the edge's net is trained
+
+
+PAIRS = """
+import numpy as np
+
+from fogline_models.data import Items
+
+
+def make():
+    return {name: pairs(seed) for seed, name in enumerate(("training", "evaluation", "calibration"))}
+
+
+def pairs(seed, count=400):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    corners = np.array([[-1, 0], [1, 0], [0, 1]])
+    b = rng.normal(0, 1, (count, 2)).astype(np.float32)
+    a = (corners[labels] + rng.normal(0, 0.3, (count, 2)) - b).astype(np.float32)
+    return Items({"a": a, "b": b}, labels, 1000 * seed + np.arange(count))
+"""
+
+
+def of_two_inputs(first: str, second: str) -> object:
+    """A net of the sum of two inputs, which it takes in the order that they are named in."""
+    model = small_family.net(0)
+    model.graph.node.insert(0, onnx.helper.make_node("Add", [first, second], ["x"], name="sum"))
+    del model.graph.input[:]
+    model.graph.input.extend(onnx_nets.tensor(name, ["n", 2]) for name in (first, second))
+    return model
+
+
+def test_a_hub_may_take_its_inputs_in_another_order(family: Path, tmp_path: Path) -> None:
+    (family / "data.py").write_text(PAIRS)
+    onnx.save(of_two_inputs("a", "b"), str(family / "hub.onnx"))
+    onnx.save(of_two_inputs("b", "a"), str(family / "edge.onnx"))
+    result = build(family)
+    assert result.exit_code == 0, result.output
+    made = release.read(family.parent / "out/bundles/points-1.0.0")
+    assert [spec.name for spec in made.bundle.inputs] == ["b", "a"]
+    assert made.certificates
+    hub = family.parent / "out/bundles/points-hub-1.0.0"
+    assert "Not compared" not in run("compare", hub, made.path).output
+
+
+def test_a_hub_of_other_inputs_is_told_before_anything_is_trained(with_torch: Path) -> None:
+    assert build(with_torch, "--out", with_torch.parent / "other").exit_code in (0, 1)
+    hub = with_torch.parent / "other/bundles/points-hub-1.0.0"
+    change(with_torch / "recipe.toml", 'escalates_to = "points-hub"', f'escalates_to = "{hub}"')
+    change(with_torch / "data.py", 'Items({"x": x}', 'Items({"readings": x}')
+    change(with_torch / "nets.py", "forward(self, x)", "forward(self, readings)")
+    change(with_torch / "nets.py", "self.dense(x)", "self.dense(readings)")
+    result = build(with_torch)
+    assert sentence(result) == (
+        "release points 1.0.0: escalates_to: points 1.0.0 and points-hub 1.0.0 take different "
+        "inputs: points-hub 1.0.0 does not take 'readings'; points-hub 1.0.0 also needs 'x'"
+    )
+    assert "export" not in result.stderr
 
 
 def with_a_score_of_its_own(family: Path, tuning: int | None = 4) -> None:
@@ -327,6 +388,32 @@ BAD: dict[str, tuple[Change, str, str]] = {
         altered("data.py", '"calibration": 3', '"calibration": 1'),
         "points: data: splits training and calibration overlap: 400 items are in both",
         "split before copying or augmenting, and drop duplicates",
+    ),
+    "an input that one split calls otherwise": (
+        altered("data.py", "for name, seed in SEEDS.items()}",
+                "for name, seed in SEEDS.items()} | {'calibration': misnamed(points(3))}\n\n"
+                "def misnamed(items):\n"
+                "    return Items({'z': items.inputs['x']}, items.labels, items.scenes)"),
+        "data: split training has input.x, and split calibration has no array input.x", "only input.z",
+    ),
+    "an input without its prefix": (
+        altered("data.py", "for name, seed in SEEDS.items()}",
+                "for name, seed in SEEDS.items()} | {'calibration': misnamed(points(3))}\n\n"
+                "def misnamed(items):\n    z = items.inputs['x'][:, :1]\n"
+                "    return Items({'z': z}, items.labels, items.scenes, extra=items.inputs)"),
+        "data: split training has input.x, and split calibration calls it x", "name the array input.x",
+    ),
+    "an input of another form in one split": (
+        altered("data.py", "for name, seed in SEEDS.items()}",
+                "for name, seed in SEEDS.items()} | {'calibration': doubled(points(3))}\n\n"
+                "def doubled(items):\n    x = items.inputs['x'].astype('f8')\n"
+                "    return Items({'x': x}, items.labels, items.scenes)"),
+        "data: input.x is float32 [n, 2] in split training and float64 [n, 2] in split calibration",
+        "give both in one form",
+    ),
+    "inputs that the model does not take": (
+        altered("data.py", 'Items({"x": x}', 'Items({"x": x, "more": x}'),
+        "points-hub 1.0.0: export: the model takes x", "has more, x",
     ),
     "a calibration set of one class": (
         altered("data.py", "for name, seed in SEEDS.items()}",

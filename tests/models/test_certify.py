@@ -194,8 +194,19 @@ def test_inputs_of_another_name_are_refused(
     edge: BundleDirectory, hub: BundleDirectory, items: Items
 ) -> None:
     renamed = dataclasses.replace(items, inputs={"picture": items.inputs["image"]})
-    with pytest.raises(BadInput, match="takes the inputs image, the calibration set has picture"):
+    with pytest.raises(
+        BadInput,
+        match=r"takes 'image', and the calibration set has no array input\.image, only input\.picture",
+    ):
         issue(edge, hub, renamed)
+    bare = dataclasses.replace(renamed, extra=items.inputs)
+    with pytest.raises(BadInput, match=r"calls it image: name the array input\.image"):
+        issue(edge, hub, bare)
+    more = dataclasses.replace(items, inputs={**items.inputs, **renamed.inputs})
+    with pytest.raises(
+        BadInput, match=r"set has input\.picture, which digits 1\.0\.0 does not take"
+    ):
+        issue(edge, hub, more)
 
 
 def test_bundles_that_are_no_pair_are_refused(

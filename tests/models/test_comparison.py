@@ -257,7 +257,10 @@ def test_another_contract_is_told_and_answers_are_not_compared(
     )
     found = comparison.compare(first, wider)
     assert found.answers is None
-    assert found.answers_missing == "Not compared: the two take different inputs."
+    assert found.answers_missing == (
+        "Not compared: the two take different inputs: 'image' is FP32 [-1, 1, 8, 8] for A and "
+        "FP32 [-1, 1, 16, 16] for B."
+    )
     assert "Inputs: image FP32 [-1, 1, 8, 8] -> image FP32 [-1, 1, 16, 16]." in found.contract
 
 
