@@ -32,6 +32,7 @@ from fogline_models.forms import precision_of, processors_of, providers_of
 from fogline_models.gates import Decision, Verdict
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
+from fogline_models.provenance import SOURCES
 from fogline_models.recipe import FP32, VECTORS, Recipe, ReleaseRecipe
 from fogline_models.session import CPU, Session
 from fogline_models.sources import Exported
@@ -52,7 +53,6 @@ from fogline_protocol.score import PARAMETERS, Score
 from fogline_protocol.tensors import Array, TensorError
 
 SELF_TEST = "selftest.npz"
-SOURCES = "sources.json"
 PARENT = "the parent"  # its name among the outputs
 
 # A provider that was not measured here gets a tolerance wider by a factor: other kernels add in

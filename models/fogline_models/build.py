@@ -29,6 +29,7 @@ from fogline_models import (
     measure,
     pairing,
     preprocess,
+    provenance,
     quantize,
     report,
     sensitivity,
@@ -159,6 +160,7 @@ class _Build:
         for each in recipe.release:
             if each.escalates_to and not self._is_own(each.escalates_to):
                 self._check_foreseen(each, splits)
+                self._check_unseen(each, splits)
         publish(recipe, splits, self._out)
         return tuple(self._release(each, splits) for each in recipe.release)
 
@@ -421,6 +423,15 @@ class _Build:
         inputs = sources.foreseen(splits["self_test"].inputs, each.source)
         outputs = dict.fromkeys(each.source.outputs)
         _check_pair(each, by_name(inputs), outputs, self._recipe.labels, self._hub(each))
+
+    def _check_unseen(self, each: ReleaseRecipe, splits: Mapping[str, Items]) -> None:
+        """Check that the hub of another recipe has not learnt from what is calibrated on."""
+        hub = self._hub(each)
+        if hub is None or "calibration" not in splits:
+            return
+        what = f"release {each.title}: split calibration"
+        if caution := provenance.check_unseen(hub.directory, splits["calibration"], what):
+            self._say(f"warning: {caution}")
 
     def _hub(self, each: ReleaseRecipe) -> Hub | None:
         """Return the model that a release escalates to, of this recipe or from a folder."""

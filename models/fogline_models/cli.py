@@ -314,10 +314,14 @@ def certify(
 
         from fogline_models import certify as step
         from fogline_models import data as datasets
+        from fogline_models import provenance
 
         edge, peer = _read(bundle), _read(hub)
         terms = step.Terms(alpha, delta, datetime.timedelta(days=valid_days))
         calibration = datasets.read(data)
+        for side in (edge, peer):
+            if caution := provenance.check_unseen(side, calibration, str(data)):
+                _say(f"Warning: {caution}")
         # All are found before any is written: a refusal leaves the folder as it was.
         found = [
             step.certify(

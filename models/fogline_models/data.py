@@ -117,6 +117,11 @@ def save(path: Path, items: Items) -> None:
     archive.save(path, _arrays(items))
 
 
+def digest(items: Items) -> str:
+    """Return the SHA-256 of the file that ``save`` makes here of items, whatever they came from."""
+    return documents.sha256(archive.to_bytes(_arrays(items), compress=True))
+
+
 def check(items: Items, what: str) -> None:
     """Check that the arrays of a split fit together.
 
@@ -294,16 +299,16 @@ def check_disjoint(splits: Mapping[str, Items], together: Iterable[Collection[st
         BadInput: two splits overlap; says which, by how much, and shows one item.
     """
     allowed = [frozenset(group) for group in together]
-    contents = {name: _contents(items) for name, items in splits.items()}
+    found = {name: contents(items) for name, items in splits.items()}
     scenes = {name: set(items.scenes.tolist()) for name, items in splits.items()}
     names = list(splits)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             if any({one, other} <= group for group in allowed):
                 continue
-            shared = contents[one].keys() & contents[other].keys()
+            shared = found[one].keys() & found[other].keys()
             if shared:
-                at = min(contents[one][content] for content in shared)
+                at = min(found[one][content] for content in shared)
                 raise BadInput(
                     f"data: splits {one} and {other} overlap: {_items(len(shared))} in both, the "
                     f"first is item {at} of {one}; split before copying or augmenting, and drop "
@@ -326,8 +331,8 @@ def _items(count: int) -> str:
     return "1 item is" if count == 1 else f"{count} items are"
 
 
-def _contents(items: Items) -> dict[bytes, int]:
-    """Return the first row of every content, by its digest."""
+def contents(items: Items) -> dict[bytes, int]:
+    """Return the first row of every content, by its digest; equal inputs are equal contents."""
     arrays = [
         _comparable(array)
         for _, array in sorted((items.inputs if items.inputs else items.raw).items())

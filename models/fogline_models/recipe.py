@@ -40,6 +40,7 @@ from fogline_models.errors import BadInput, require
 from fogline_models.forms import FORMS, forms_for
 from fogline_models.gates import Gates
 from fogline_models.hooks import is_function
+from fogline_models.provenance import LEARNT_FROM
 from fogline_protocol.release import MODEL_NAME, SEMANTIC_VERSION
 from fogline_protocol.score import FUNCTIONS, LEAST_SOFTMAX, MAX_SOFTMAX, PARAMETERS, PER_TOKEN
 
@@ -59,7 +60,6 @@ Task = Literal[
 # nothing to escalate.
 VECTORS = ("feature-extraction",)
 TOKENS = "token-classification"  # a row of this has an answer for each of its tokens
-LEARNT_FROM = ("training", "ranges", "self_test", "tuning")
 _OF_TRANSFORMERS = ("text-classification", "token-classification", "feature-extraction")
 
 

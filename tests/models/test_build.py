@@ -292,6 +292,20 @@ def test_a_fitted_score_is_shipped_certified_and_its_worth_is_said(
     assert release.read(family.parent / "again/bundles/points-1.0.0").sha256 == made.sha256
 
 
+def test_a_hub_that_has_learnt_from_the_calibration_items_is_refused(
+    built: Path, family: Path
+) -> None:
+    hub = built / "out/bundles/points-hub-1.0.0"
+    change(family / "recipe.toml", 'escalates_to = "points-hub"', f'escalates_to = "{hub}"')
+    change(family / "data.py", '"training": 1, "evaluation": 2, "calibration": 3',
+           '"training": 3, "evaluation": 2, "calibration": 1')  # fmt: skip
+    result = build(family)
+    assert "release points 1.0.0: split calibration: points-hub 1.0.0 has learnt from these" in (
+        sentence(result)
+    )
+    assert "export" not in result.stderr
+
+
 def test_a_score_is_never_fitted_on_calibration_items(family: Path) -> None:
     with_a_score_of_its_own(family, tuning=3)
     assert "data: splits calibration and tuning overlap: 400 items are in both" in (
@@ -611,6 +625,11 @@ def test_a_file_that_nobody_here_made_goes_through_every_command(
         "--out", tmp_path / "out", "--cache", cache,
     )  # fmt: skip
     assert made.exit_code == 0, made.output
+    result = run(
+        "certify", tmp_path / "out/bundles/points-2.0.0", "--alpha", "0.1", "--data", training,
+        "--hub", built / "out/bundles/points-hub-1.0.0",
+    )  # fmt: skip
+    assert "points 2.0.0 has learnt from these items, as training.npz" in sentence(result)
     found = release.read(tmp_path / "out" / "bundles" / "points-2.0.0")
     assert found.bundle.labels == ("left", "right", "up")
     assert found.bundle.parent is not None
