@@ -327,6 +327,7 @@ def _rate(found: Any) -> Said:
     low, high = _share(_at(found, "lower")), _share(_at(found, "upper"))
     if low is None or high is None:
         return Said(figures.percent(value))
+    low, high = _outward(low, high)
     return Said(figures.percent(value), f"{100 * low:.1f} to {figures.percent(high)}")
 
 
@@ -338,8 +339,15 @@ def _loss(found: Any, sign: int = 1) -> Said:
     low, high = ends[::sign]
     if low is None or high is None or max(abs(low), abs(high)) > 1:
         return Said(_points(sign * value))
-    noise = ", within noise" if sign * low <= 0 <= sign * high else ""
-    return Said(_points(sign * value), f"{_points(sign * low)} to {_points(sign * high)}{noise}")
+    low, high = sorted((sign * low, sign * high))
+    noise = ", within noise" if low <= 0 <= high else ""
+    low, high = _outward(low, high)
+    return Said(_points(sign * value), f"{_points(low)} to {_points(high)}{noise}")
+
+
+def _outward(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of an interval to a tenth of a point, never narrower than it is."""
+    return math.floor(1000 * low + 1e-9) / 1000, math.ceil(1000 * high - 1e-9) / 1000
 
 
 def _points(share: float) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fogline_models import (
     archive,
+    bundle,
     data,
     export,
     forms,
@@ -49,9 +50,9 @@ from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.splits import TRAINED_ON, made_splits, publish
 from fogline_models.steps import Say, Steps, code, digest, tools
-from fogline_protocol import documents, hardware, release
+from fogline_protocol import documents, hardware
 from fogline_protocol.answers import ATTENTION_MASK
-from fogline_protocol.release import BundleDirectory, BundleRefused
+from fogline_protocol.release import BundleDirectory
 from fogline_protocol.score import PARAMETERS
 from fogline_protocol.tensors import Array, TensorSpec
 
@@ -405,10 +406,10 @@ class _Build:
                 f"{where}: source.huggingface: there is no folder {recipe.folder / named}"
             )
         if each.escalates_to and not self._is_own(each.escalates_to):
-            _bundle(recipe.folder / each.escalates_to, f"{where}: escalates_to")
+            bundle.read(recipe.folder / each.escalates_to, f"{where}: escalates_to")
         versions = {other.version for other in recipe.release if other.model == each.model}
         if each.parent and each.parent not in versions:
-            _bundle(recipe.folder / each.parent, f"{where}: parent")
+            bundle.read(recipe.folder / each.parent, f"{where}: parent")
 
     def _is_own(self, model: str) -> bool:
         return any(other.model == model for other in self._recipe.release)
@@ -441,7 +442,7 @@ class _Build:
         if mine:
             directory = mine[-1].directory
         else:
-            directory = _bundle(self._recipe.folder / each.escalates_to, "escalates_to")
+            directory = bundle.read(self._recipe.folder / each.escalates_to, "escalates_to")
         return Hub(directory)
 
     def _parent(self, each: ReleaseRecipe) -> BundleDirectory | None:
@@ -450,7 +451,7 @@ class _Build:
         mine = self._finished.get((each.model, each.parent))
         if mine is not None:
             return mine.directory
-        return _bundle(self._recipe.folder / each.parent, "parent")
+        return bundle.read(self._recipe.folder / each.parent, "parent")
 
     def _inputs(self, each: ReleaseRecipe) -> tuple[report.Input, ...]:
         """Return what a release was made from: the recipe's code, files it names, the data."""
@@ -542,10 +543,3 @@ def _sweeping(say: Say) -> sensitivity.Progress:
 
 def _micros(cost: Cost) -> str:
     return f"{next(iter(cost.latency_us.values())).median:.0f} us"
-
-
-def _bundle(path: Path, key: str) -> BundleDirectory:
-    try:
-        return release.read(path)
-    except BundleRefused as refusal:
-        raise BadInput(f"{key}: {path} is not an intact bundle: {refusal}") from None

@@ -21,6 +21,10 @@ from fogline_protocol.release import Bundle, BundleDirectory, File
 from fogline_protocol.tensors import Array
 
 CARD = "README.md"
+HOW_TO_MAKE_ONE = (
+    "a bundle is the folder of a release that 'fogline-models build RECIPE', or 'fogline-models "
+    "bundle MODEL', writes below OUT/bundles"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,27 @@ def assembled(target: Path, contents: Contents) -> Iterator[BundleDirectory]:
         raise BadInput(f"bundle: {title}: {refusal}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read(path: Path, key: str = "") -> BundleDirectory:
+    """Read and verify a bundle that a person named, as ``key`` of a recipe or an argument.
+
+    Raises:
+        BadInput: there is none, or it is not intact; says which and how one is made.
+    """
+    where = f"{key}: {path}" if key else str(path)
+    if not (path / release.ROOT).is_file():
+        inside = [
+            file.parent
+            for pattern in ("*", "*/*")
+            for file in sorted(path.glob(f"{pattern}/{release.ROOT}"))
+        ]
+        meant = f"do you mean {inside[0]}?" if inside else HOW_TO_MAKE_ONE
+        raise BadInput(f"{where} is no bundle, there is no {release.ROOT} in it: {meant}")
+    try:
+        return release.read(path)
+    except release.BundleRefused as refusal:
+        raise BadInput(f"{where} is not an intact bundle: {refusal}") from None
 
 
 def model_card(head: Mapping[str, object], body: str) -> str:

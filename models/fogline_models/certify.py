@@ -165,8 +165,8 @@ def sentence(issued: Certificate) -> str:
     return (
         f"{issued.variant} on {issued.hardware_class} answers locally above "
         f"{issued.threshold:.4f}, escalates {issued.escalation_rate:.1%}; disagreement at most "
-        f"{issued.alpha:g} with confidence {1 - issued.delta:g}, from {issued.scenes} "
-        f"independent scenes ({issued.sampling})"
+        f"{issued.alpha:g} with confidence {1 - issued.delta:g}, from {issued.scenes:,} "
+        f"independent scenes ({data.drawn(issued.sampling)})"
     )
 
 

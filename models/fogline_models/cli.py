@@ -395,12 +395,9 @@ def _print(told: Mapping[str, object], as_json: bool, lines: Iterable[str]) -> N
 
 
 def _read(folder: Path) -> "BundleDirectory":
-    from fogline_protocol import release
+    from fogline_models import bundle
 
-    try:
-        return release.read(folder)
-    except release.BundleRefused as refusal:
-        raise BadInput(f"{folder} is not an intact bundle: {refusal}") from None
+    return bundle.read(folder)
 
 
 def _build(recipe: "Recipe", out: Path | None, cache: Path | None, again: tuple[str, ...]) -> None:

@@ -78,6 +78,13 @@ class Items:
         )
 
 
+def drawn(sampling: str) -> str:
+    """Say how items were drawn, or where that is to be stated."""
+    if sampling != UNSTATED:
+        return sampling
+    return f"how they were drawn is not stated: give the items a text {SAMPLING!r} that says it"
+
+
 def read(path: Path) -> Items:
     """Read a split.
 

@@ -23,6 +23,7 @@ from fogline_models.data import check_tokens
 from fogline_models.errors import BadInput
 from fogline_models.metrics import Bin, Difference, Point, Rate
 from fogline_models.session import CPU, Session
+from fogline_models.wording import outward
 from fogline_protocol import hardware
 from fogline_protocol.answers import NO_LABEL, Asked, scores_of
 from fogline_protocol.certificate import Certificate
@@ -284,6 +285,7 @@ class Combined:
     def sentence(self) -> str:
         """What it buys, for people."""
         saved = self.saved
+        low, high = outward(saved.lower, saved.upper)
         verdict = "so it buys nothing that this data could tell from chance"
         if saved.lower > 0:
             verdict = "so it buys that much"
@@ -293,8 +295,7 @@ class Combined:
             f"score {self.function}, fitted on split {self.fitted_on}: where disagreement is at "
             f"most {self.alpha:g}, {self.variant} escalates {self.escalated:.1%} of the evaluation "
             f"items instead of {self.escalated_by_max_softmax:.1%} by max_softmax, "
-            f"{100 * saved.value:+.1f} points saved ({100 * saved.lower:+.1f} to "
-            f"{100 * saved.upper:+.1f}), {verdict}"
+            f"{100 * saved.value:+.1f} points saved ({low:+.1f} to {high:+.1f}), {verdict}"
         )
 
 

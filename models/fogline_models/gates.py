@@ -22,7 +22,7 @@ from fogline_models.errors import BadInput
 from fogline_models.evaluate import Evaluation, Figures
 from fogline_models.measure import Cost
 from fogline_models.metrics import Difference, Rate
-from fogline_models.wording import interval, percent
+from fogline_models.wording import interval, outward, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,11 +290,9 @@ def _costs(
 
 def _loss(loss: Difference) -> str:
     sign, verb = (1, "loses") if loss.value >= 0 else (-1, "gains")
-    ends = sorted((100 * sign * loss.lower, 100 * sign * loss.upper))
+    low, high = outward(*sorted((sign * loss.lower, sign * loss.upper)))
     noise = ", within noise" if loss.within_noise and loss.value != 0 else ""
-    return (
-        f"{verb} {100 * abs(loss.value):.1f} points (95 %: {ends[0]:.1f} to {ends[1]:.1f}{noise})"
-    )
+    return f"{verb} {100 * abs(loss.value):.1f} points (95 %: {low:.1f} to {high:.1f}{noise})"
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fogline_models import report
+from fogline_models.data import drawn
 from fogline_models.wording import percent, size
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import GoldenVectors, VectorsUnusable
@@ -168,6 +169,6 @@ def _certificate(found: BundleDirectory, each: Certificate) -> dict[str, Any]:
         "issued_at": each.issued_at.isoformat(),
         "expires_at": each.expires_at.isoformat(),
         "said": said + f"at most {each.alpha:.3g} of all requests differ from {each.hub_model}, "
-        f"with confidence {1 - each.delta:g}, from {each.scenes:,} scenes ({each.sampling})",
+        f"with confidence {1 - each.delta:g}, from {each.scenes:,} scenes ({drawn(each.sampling)})",
         "objection": objection or None,
     }

@@ -13,9 +13,13 @@ def percent(share: float, digits: int = 1) -> str:
 
 def interval(lower: float, upper: float) -> str:
     """Return the ends of a rate's interval in per cent, rounded outwards."""
-    low = math.floor(1000 * lower + 1e-9) / 10
-    high = math.ceil(1000 * upper - 1e-9) / 10
+    low, high = outward(lower, upper)
     return f"{low:.1f}\N{EN DASH}{high:.1f} %".replace("100.0", "100")
+
+
+def outward(lower: float, upper: float) -> tuple[float, float]:
+    """Return the ends of an interval in hundredths, to one digit: never narrower than it is."""
+    return math.floor(1000 * lower + 1e-9) / 10, math.ceil(1000 * upper - 1e-9) / 10
 
 
 def points(share: float) -> str:

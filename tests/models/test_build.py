@@ -471,7 +471,7 @@ BAD: dict[str, tuple[Change, str, str]] = {
     "a hub that is not there": (
         altered("recipe.toml", 'escalates_to = "points-hub"',
                 'escalates_to = "../hub/points"'),
-        "release points 1.0.0: escalates_to: ", "is not an intact bundle",
+        "release points 1.0.0: escalates_to: ", "is no bundle, there is no bundle.json in it: a bundle",
     ),
     "a published split that is not there": (
         altered("recipe.toml", '"data.py:make"', '"data.py:make"\npublish = ["traffic"]'),

@@ -96,7 +96,10 @@ def test_a_missing_calibration_file_is_named(edge: Path, hub: Path, tmp_path: Pa
 
 def test_a_missing_bundle_is_named(hub: Path, data: Path, tmp_path: Path) -> None:
     said = one_sentence(invoke("certify", tmp_path / "none", "--hub", hub, "--data", data))
-    assert "none is not an intact bundle" in said
+    assert "none is no bundle, there is no bundle.json in it: a bundle is the folder of a" in said
+    assert "fogline-models build RECIPE" in said
+    said = one_sentence(invoke("certify", hub.parent, "--hub", hub, "--data", data))
+    assert f"is no bundle, there is no bundle.json in it: do you mean {hub.parent}/digits-" in said
 
 
 def test_a_bundle_altered_in_one_byte_is_refused(edge: Path, hub: Path, data: Path) -> None:

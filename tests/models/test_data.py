@@ -216,3 +216,10 @@ def test_one_item_per_scene_is_independent_the_first() -> None:
     part = split.rows(split.independent)
     assert part.scenes.tolist() == [3, 1, 2]
     assert np.array_equal(part.inputs["x"], split.inputs["x"][[0, 1, 4]])
+
+
+def test_items_of_unknown_origin_say_where_it_is_to_be_stated() -> None:
+    assert data.drawn("all of one day") == "all of one day"
+    assert data.drawn(data.UNSTATED) == (
+        "how they were drawn is not stated: give the items a text 'sampling' that says it"
+    )

@@ -309,6 +309,14 @@ def test_figures_read_well_and_never_claim_more_than_they_are(said: str, wanted:
     assert said == wanted
 
 
+@given(st.floats(-1, 1), st.floats(-1, 1))
+def test_an_interval_is_never_said_narrower_than_it_is(one: float, other: float) -> None:
+    lower, upper = sorted((one, other))
+    low, high = wording.outward(lower, upper)
+    assert low <= 100 * lower + 1e-6 < low + 0.1 + 2e-6
+    assert high - 0.1 - 2e-6 < 100 * upper - 1e-6 <= high
+
+
 # The card
 
 

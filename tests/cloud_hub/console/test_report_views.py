@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_hub.console import figures, report_views
+from fogline_models import wording
 from tests.cloud_hub.console import workshop
 
 MINUS = "\N{MINUS SIGN}"
@@ -50,12 +51,25 @@ def spoilt(draw: st.DrawFn) -> dict[str, Any]:
     return document
 
 
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_the_console_rounds_intervals_as_the_workshop_does(one: float, other: float) -> None:
+    lower, upper = sorted((one, other))
+    document = workshop.report()
+    accuracy = document["figures"]["evaluation"]["variants"]["fp32"]["accuracy"]
+    accuracy |= {"lower": lower, "upper": upper}
+    found = report_views.read(document)
+    assert found is not None
+    low, high = found.variants["fp32"].accuracy.note.removesuffix("%").split(" to ")
+    if float(upper) >= 0.001:  # below, the console says that it is less
+        assert (float(low), float(high)) == wording.outward(lower, upper)
+
+
 def test_figures_are_said_with_their_intervals() -> None:
     found = report_views.read(workshop.report())
     assert found is not None
     assert found.held_out == "2,100 held-out items of 105 scenes: scanned copies of digits"
     int8, fp32, fp16 = found.variants.values()
-    assert (int8.accuracy.value, int8.accuracy.note) == ("94.5%", "93.5 to 95.5%")
+    assert (int8.accuracy.value, int8.accuracy.note) == ("94.5%", "93.4 to 95.5%")
     assert (int8.loss.value, int8.loss.note) == (f"{MINUS}0.1", f"{MINUS}0.5 to +0.3, within noise")
     assert (fp16.loss.value, fp16.loss.note) == ("+3.1", "+2.7 to +3.5")
     assert fp32.loss.value == fp32.agreement.value == figures.NOTHING
