@@ -2,6 +2,9 @@
 
     cli.py            fogline-models build | export | quantize | evaluate | bundle | certify | ...
     recipe.py         what a family of releases is made from, as one file says it
+    reference.py      every key of a recipe, printed from recipe.py's own comments
+    pairing.py        which hub can answer what an edge is asked; pure
+    provenance.py     what a bundle has learnt from, so that nothing is certified on it
     build.py          a recipe, step by step: data, export, quantize, run, measure
     steps.py          steps kept by content, so that a build goes on where it stopped
     assemble.py       what was measured becomes what ships: gates, bundle, certificates, report

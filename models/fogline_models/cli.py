@@ -53,7 +53,7 @@ def main(traceback: bool) -> None:
     """Turn trained models into releases that a fleet can trust.
 
     \b
-    From a recipe:     build
+    From a recipe:     recipe (every key of one), build
     Step by step:      export, quantize, evaluate, bundle, certify
     To look at it:     inspect, compare, doctor
     To the fleet:      fogline release push BUNDLE
@@ -72,6 +72,7 @@ def build(recipe: Path, out: Path | None, cache: Path | None, again: tuple[str, 
     """Make every release of RECIPE: from data to certified bundles.
 
     RECIPE is a recipe.toml, the folder that holds one, or the name of a family below ./models.
+    To write one, start from what 'fogline-models recipe' prints: it has every key.
     A build that was interrupted goes on where it stopped; steps whose inputs did not change are
     not run again. Bundles are written below OUT/bundles, each whole or not at all.
     """
@@ -79,6 +80,19 @@ def build(recipe: Path, out: Path | None, cache: Path | None, again: tuple[str, 
         from fogline_models import recipe as recipes
 
         _build(recipes.read(recipe), out, cache, again)
+
+
+@main.command("recipe")
+def print_recipe() -> None:
+    """Print a recipe to start from, with every key, what it means, and its default.
+
+    \b
+    fogline-models recipe > pumps/recipe.toml
+    """  # noqa: D301 - click reads the backspace as "leave this paragraph as it is"
+    with _one_sentence():
+        from fogline_models import reference
+
+        click.echo(reference.text(), nl=False)
 
 
 @main.command()
@@ -90,7 +104,10 @@ def build(recipe: Path, out: Path | None, cache: Path | None, again: tuple[str, 
     "--out", required=True, type=FOLDER, help="A folder for fp32.onnx and what is known of it."
 )
 @click.option(
-    "--task", default="image-classification", show_default=True, help="Hugging Face's name."
+    "--task",
+    default="image-classification",
+    show_default=True,
+    help="Of a Hugging Face model: what it was trained for.",
 )
 @click.option(
     "--output",
@@ -211,7 +228,9 @@ def evaluate(
 @click.option("--evaluation", required=True, type=FILE, help="Held-out items, an .npz.")
 @click.option("--calibration", type=FILE, help="Items for certificates, an .npz.")
 @click.option(
-    "--task", default="image-classification", show_default=True, help="Hugging Face's name."
+    "--task",
+    required=True,
+    help="What it is asked, in Hugging Face's words: tabular-classification, image-classification, ...",
 )
 @click.option("--labels", default="", help="Names of the classes, separated by commas.")
 @_mask

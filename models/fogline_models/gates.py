@@ -29,16 +29,17 @@ from fogline_models.wording import interval, outward, percent
 class Gates:
     """The bars of a recipe; None asks nothing."""
 
-    max_accuracy_loss: float | None = 0.01  # against the reference, as a share: 0.01 is a point
-    max_slice_loss: float | None = None  # the same, in every slice
-    min_accuracy: float | None = None
-    min_agreement: float | None = 0.99  # of top answers with the reference
+    max_accuracy_loss: float | None = 0.01  # against fp32, as a share: 0.01 is a point
+    max_slice_loss: float | None = None  # as max_accuracy_loss, in every slice
+    min_accuracy: float | None = None  # on the held-out items, where they have labels
+    min_agreement: float | None = 0.99  # of top answers with fp32
     max_relative_error: float | None = 0.02  # of vectors, mean over items
-    max_latency_ratio: float | None = 1.0  # slower than the reference is refused
-    max_size_ratio: float | None = None
-    latency_batch: int = 1  # devices answer one request at a time
+    max_latency_ratio: float | None = 1.0  # of time to fp32: slower is refused
+    max_size_ratio: float | None = None  # of bytes to fp32
+    latency_batch: int = 1  # rows that times are compared for; devices answer one request at a time
     confident: bool = False  # hold the bars against the worse end of the interval
-    allow: Mapping[str, str] = field(default_factory=dict)  # variant: why it ships all the same
+    # Why a variant ships all the same, by its name: {int8-qdq = "it ships for half of the bytes"}
+    allow: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in _SHARES:

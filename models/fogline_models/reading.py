@@ -6,7 +6,7 @@ from fogline_models import data, graph, sources
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.graph import Signature
-from fogline_models.recipe import Recipe, ReleaseRecipe
+from fogline_models.recipe import VECTORS, Recipe, ReleaseRecipe
 from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.score import Score
 
@@ -72,7 +72,7 @@ def check_head(
     """
     output = signature.outputs[0]
     width = output.shape[-1] if output.shape else -1
-    if recipe.task == "feature-extraction" or width < 0:
+    if recipe.task in VECTORS or width < 0:
         return
     labels = recipe.labels or exported.labels
     if labels and len(labels) != width:

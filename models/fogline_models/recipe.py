@@ -22,8 +22,9 @@
     source = { torch = "nets.py:edge", arguments = { width = 12 } }
     escalates_to = "digits-hub"
 
-What a key means is said at the field of its name below. A key that there is not, is an error, and
-so is a value that cannot be: found before anything is trained, in one sentence.
+What a key means is said at the field of its name below, and ``fogline-models recipe`` prints it all
+(``reference.py``). A key that there is not, is an error, and so is a value that cannot be: found
+before anything is trained, in one sentence.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fogline_models.certify import Terms
 from fogline_models.errors import BadInput, require
@@ -53,12 +54,16 @@ Task = Literal[
     "image-classification",
     "audio-classification",
     "text-classification",
+    "tabular-classification",
+    "video-classification",
     "token-classification",
     "feature-extraction",
+    "image-feature-extraction",
 ]
 # A row of these is no answer: variants are compared as vectors, without accuracy, and there is
 # nothing to escalate.
-VECTORS = ("feature-extraction",)
+VECTORS = ("feature-extraction", "image-feature-extraction")
+_OF_NUMBERS = ("regression", "forecasting", "estimation")  # in the names of tasks of other kinds
 TOKENS = "token-classification"  # a row of this has an answer for each of its tokens
 _OF_TRANSFORMERS = ("text-classification", "token-classification", "feature-extraction")
 
@@ -73,9 +78,14 @@ class Data:
     and ``publish``.
     """
 
-    make: str = ""  # file.py:function, returns {split: Items}
-    files: Mapping[str, Path] = field(default_factory=dict)  # split: an .npz, beside the recipe
-    together: tuple[tuple[str, ...], ...] = ()  # splits that may share items
+    # Instead of files: file.py:function beside the recipe. It takes nothing and returns {split: Items}
+    # (fogline_models.data).
+    make: str = ""
+    # The .npz of each split, beside the recipe. training, evaluation and, for certificates,
+    # calibration are needed. ranges, for int8, and self_test are taken from training if they are not
+    # named; a fitted score takes tuning, or ranges without one. Others may be added for also, publish.
+    files: Mapping[str, Path] = field(default_factory=dict)
+    together: tuple[tuple[str, ...], ...] = ()  # groups of splits that may share items
     also: tuple[str, ...] = ()  # further splits that every variant is measured on
     publish: tuple[str, ...] = ()  # splits that are written beside the bundles
 
@@ -97,14 +107,16 @@ class Data:
 class Source:
     """What a release is made from: exactly one of the first three."""
 
-    torch: str = ""  # file.py:function, returns a module in eval mode
+    # file.py:function(splits, progress) beside the recipe. It returns a module in eval mode;
+    # splits["training"] holds the items, progress(done, total, note) may tell how far it is.
+    torch: str = ""
     # A folder that transformers wrote, with tokenizer or image processor; or file.py:function,
     # which trains a model and writes that folder.
     huggingface: str = ""
     onnx: Path | None = None  # a file, taken as it is
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the function
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the function
     outputs: tuple[str, ...] = ("logits",)  # names for what a torch module returns
-    # Axes besides the batch that vary, by input: {tokens = {1 = ["length", 1, 128]}}
+    # Axes besides the batch that vary, by input, with their bounds: {tokens = {1 = ["length", 1, 128]}}
     dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]] = field(default_factory=dict)
 
 
@@ -112,9 +124,10 @@ class Source:
 class Certificate:
     """What local answers may cost, as ``certify.Terms``."""
 
+    # At most this share of all requests is answered differently than by the hub.
     alpha: float = 0.01
-    delta: float = 0.05
-    valid_days: int = 365
+    delta: float = 0.05  # the chance that this does not hold
+    valid_days: int = 365  # until it expires
 
     @property
     def terms(self) -> Terms:
@@ -131,24 +144,27 @@ class Accident:
     """
 
     golden_of: str  # the version of the release, of the same model, that it pretends to be
-    why: str
+    why: str  # what happened, for people
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRecipe:
     """One release of the family."""
 
-    model: str
-    version: str
-    source: Source
-    description: str = ""
-    max_batch: int = 64
+    model: str  # its name, as requests name it: lower-case letters, digits, "_" and "-"
+    version: str  # a semantic one, such as 1.0.0
+    source: Source  # what it is made from: name one of torch, huggingface and onnx
+    description: str = ""  # the first words of its model card
+    max_batch: int = 64  # rows in one run; 0: the model has no batch axis
     # Best first: the form that devices try first. By default fp32 and what the targets call for.
     variants: tuple[str, ...] = ()
-    keep: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # form: nodes left fp32
-    # form: the agreement with fp32 for which a sweep finds the fewest nodes to leave fp32
+    # Nodes that stay fp32, by form: {int8-qdq = ["dense1"]}
+    keep: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # The agreement with fp32, by form, for which a sweep finds the fewest nodes to leave fp32: {int8-qdq = 0.99}
     sweep: Mapping[str, float] = field(default_factory=dict)
-    escalates_to: str = ""  # a model of this recipe, or the path of a bundle
+    # The hub's model that answers what this one is not sure of: further up in this recipe, or the path
+    # of a bundle. It takes the same inputs, by name, and tells the same classes apart.
+    escalates_to: str = ""
     parent: str = ""  # the version that it replaces, of this recipe; or the path of a bundle
     examples: Path | None = None  # what `fogline data export` wrote: handed to the torch function
     # How certain an answer is: by default max_softmax, for tokens least_softmax. logistic is fitted
@@ -159,7 +175,7 @@ class ReleaseRecipe:
     mask: str = ""
     gates: Gates | None = None  # instead of the family's
     certificate: Certificate | None = None  # instead of the family's
-    accident: Accident | None = None
+    accident: Accident | None = None  # it is broken on purpose, to show that this is found out
 
     @property
     def title(self) -> str:
@@ -176,18 +192,18 @@ class ReleaseRecipe:
 class Recipe:
     """A family of releases."""
 
-    family: str
-    task: Task
-    data: Data
-    release: tuple[ReleaseRecipe, ...]
-    labels: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ("x86_64",)  # classes of hardware
-    license: str = "apache-2.0"
-    datasets: tuple[str, ...] = ()  # names for the model card
+    family: str  # what the releases are called together
+    task: Task  # Hugging Face's name of what is asked; sensor readings are tabular
+    data: Data  # where the splits come from
+    release: tuple[ReleaseRecipe, ...]  # one or more, built in this order
+    labels: tuple[str, ...] = ()  # the names of the classes, in the order of the outputs
+    targets: tuple[str, ...] = ("x86_64",)  # classes of hardware that it is quantized for
+    license: str = "apache-2.0"  # of the models, for their cards
+    datasets: tuple[str, ...] = ()  # what the data is called, for model cards
     # For every model card, by heading, in Markdown: what the data is, what it does not show.
     notes: Mapping[str, str] = field(default_factory=dict)
-    gates: Gates = field(default_factory=Gates)
-    certificate: Certificate = field(default_factory=Certificate)
+    gates: Gates = field(default_factory=Gates)  # which variants may ship
+    certificate: Certificate = field(default_factory=Certificate)  # what local answers may cost
     folder: Path = Path()  # set by ``read``: where the recipe lies
 
     def variants(self, release: ReleaseRecipe) -> tuple[str, ...]:
@@ -237,6 +253,12 @@ def checked(document: Mapping[str, Any], where: str) -> Recipe:
         BadInput: a value is wrong; the message opens with ``where``.
         MissingExtra: pydantic is not installed.
     """
+    task = document.get("task")
+    if isinstance(task, str) and task.endswith(_OF_NUMBERS):
+        raise BadInput(
+            f"{where}: task: {task} asks for numbers, and no figure here says how wrong a number is: "
+            f"only classes and features can be released ({', '.join(get_args(Task))})"
+        )
     require("pydantic", extra="models")
     from pydantic import TypeAdapter, ValidationError
 

@@ -18,7 +18,7 @@ CLASSES = 3
 
 RECIPE = """
 family = "points"
-task = "image-classification"
+task = "tabular-classification"
 labels = ["left", "right", "up"]
 
 [data]

@@ -15,7 +15,7 @@ from tests.models import onnx_nets, small_family
 RECIPE = (
     small_family.RECIPE.replace('"points"', '"texts"')
     .replace('"points-hub"', '"texts-hub"')
-    .replace("image-classification", "token-classification")
+    .replace("tabular-classification", "token-classification")
     .replace('version = "1.0.0"', 'version = "1.0.0"\nmask = "counts"')
     .replace('onnx = "hub.onnx" }', 'onnx = "hub.onnx" }\nvariants = ["fp32"]')
     .replace("alpha = 0.1", "alpha = 0.05")

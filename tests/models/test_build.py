@@ -619,6 +619,7 @@ def test_a_file_that_nobody_here_made_goes_through_every_command(
     assert "as hub " in result.output
     made = run(
         "bundle", fp32, "--name", "points", "--version", "2.0.0", "--training", training,
+        "--task", "tabular-classification",
         "--evaluation", held_out, "--calibration", calibration, "--labels", "left, right, up",
         "--escalates-to", built / "out" / "bundles" / "points-hub-1.0.0", "--alpha", "0.1",
         "--variant", "fp32", "--parent", built / "out" / "bundles" / "points-1.0.0",
@@ -688,7 +689,7 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
         ),
         (
             ("bundle", "{family}/edge.onnx", "--name", "A", "--version", "1", "--training", "{data}",
-             "--evaluation", "{data}", "--out", "{out}"), "must be lower-case letters",
+             "--task", "tabular-classification", "--evaluation", "{data}", "--out", "{out}"), "must be lower-case letters",
         ),
         (
             ("bundle", "{family}/edge.onnx", "--name", "a", "--version", "1.0.0", "--task", "chess",
@@ -697,7 +698,7 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
         ),
         (
             ("bundle", "{family}/edge.onnx", "--name", "a", "--version", "1.0.0",
-             "--training", "{data}", "--evaluation", "{data}", "--out", "{out}"), "overlap",
+             "--task", "tabular-classification", "--training", "{data}", "--evaluation", "{data}", "--out", "{out}"), "overlap",
         ),
     ],
 )  # fmt: skip

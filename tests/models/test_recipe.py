@@ -114,6 +114,10 @@ WRONG: Mapping[str, tuple[str, str, str]] = {
     "a type": ('version = "1.0.0"', "version = 1.0", "release.0.version: input should be a valid"),
     "a table": ('[data]\nmake = "data.py:make"', "data = 1", "data: input should be a dictionary"),
     "a task": ("image-classification", "image-classificatio", "task: input should be 'image-class"),
+    "a task of numbers": (
+        "image-classification", "tabular-regression",
+        "task: tabular-regression asks for numbers, and no figure here says how wrong a number is",
+    ),
     "no task": ('task = "image-classification"', "", "task: field required"),
     "a share": ("[data]", "[gates]\nmin_agreement = 2\n[data]", "min_agreement must lie between"),
     "terms": ("[data]", "[certificate]\nalpha = 1.5\n[data]", "alpha must lie between 0 and 1"),
