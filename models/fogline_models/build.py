@@ -233,6 +233,10 @@ class _Build:
                 if name in splits
             }
             data.check_disjoint({"examples": seen["examples"], **kept_apart})
+        functions: dict[str, object] = {
+            "hooks": hooks.digests(recipe.folder),
+            "reads": hooks.hashed(hooks.reads(recipe.folder, recipe.reads)),
+        }
         facts: dict[str, object] = {
             "props": sources.props(recipe, each, FP32),
             "task": recipe.task,
@@ -243,16 +247,17 @@ class _Build:
             "arguments": source.arguments,
             "splits": {name: items.sha256 for name, items in seen.items()},
             "machine": hardware.this_machine(),  # weights differ in their last bits elsewhere
-            **code(export, graph, sources),
+            **code(archive, export, graph, session, sources),
+            **tools("onnxruntime", extra="models"),  # answers the self-test, and checks
         }
         if source.torch:
             packages = ["torch", "onnx", "onnxscript", "numpy"]
-            facts |= {"torch": source.torch, "hooks": hooks.digests(recipe.folder)}
+            facts |= {"torch": source.torch, **functions}
         elif source.huggingface:
-            packages = ["torch", "onnx", "transformers", "optimum-onnx", "numpy"]
+            packages = ["torch", "onnx", "transformers", "tokenizers", "optimum-onnx", "numpy"]
             facts |= {"huggingface": source.huggingface, **code(huggingface, preprocess)}
             if hooks.is_function(source.huggingface):
-                facts["hooks"] = hooks.digests(recipe.folder)
+                facts |= functions
             else:
                 place = recipe.folder / source.huggingface
                 facts["folder"] = {
@@ -261,9 +266,12 @@ class _Build:
                     if path.is_file()
                 }
         else:
-            packages = ["onnx"]
+            packages = ["onnx", "numpy"]
             assert source.onnx is not None
-            facts["onnx"] = digest(recipe.folder / source.onnx, "source.onnx")
+            path = recipe.folder / source.onnx
+            facts["onnx"] = digest(path, "source.onnx")
+            beside = graph.external_files(path)
+            facts["weights"] = {each.name: documents.sha256_of_file(each) for each in beside}
         return self._steps.make(
             each.title,
             "export",
@@ -282,7 +290,8 @@ class _Build:
             "keep": each.keep.get(form, ()),
             "sweep": each.sweep.get(form),
             "mask": mask,
-            **code(forms, graph, quantize, sensitivity),
+            "machine": hardware.this_machine(),  # ranges are read off runs here
+            **code(archive, forms, graph, quantize, sensitivity, session),
             **tools("onnx", "onnxruntime", extra="models"),
         }
         dynamic: DynamicQuantizer = quantize.with_onnxruntime
@@ -336,7 +345,7 @@ class _Build:
             "output": output,
             "rows": (rows := min(RUN_ROWS, each.max_batch) if signature.batched else 1),
             "hardware": hardware_class(),
-            **code(session),
+            **code(archive, forms, session),
         }
 
         def make(into: Path, say: Say) -> None:
@@ -377,7 +386,7 @@ class _Build:
             "split": items.sha256,
             "batches": batches,
             "hardware": hardware_class(),
-            **code(measure, session),
+            **code(forms, measure, session),
         }
 
         def make(into: Path, say: Say) -> None:
@@ -457,10 +466,12 @@ class _Build:
         """Return what a release was made from: the recipe's code, files it names, the data."""
         recipe = self._recipe
         code = hooks.files(recipe.folder) if recipe.has_code else {}
+        read = hooks.reads(recipe.folder, recipe.reads) if recipe.has_code else {}
         found = [
             report.Input(name, documents.sha256_of_file(path), path.stat().st_size, what)
             for name, path, what in (
                 *((name, path, "code of the recipe") for name, path in code.items()),
+                *((name, path, "read by it") for name, path in read.items()),
                 *((path.name, path, what) for path, what in _given(recipe, each)),
             )
         ]
@@ -499,7 +510,8 @@ def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
     """Yield the files that the recipe names as what a release is made from."""
     source = each.source
     if source.onnx is not None:
-        yield recipe.folder / source.onnx, "the model"
+        yield (path := recipe.folder / source.onnx), "the model"
+        yield from ((beside, "weights of the model") for beside in graph.external_files(path))
     if source.huggingface:
         for path in sorted((recipe.folder / source.huggingface).rglob("*")):
             if path.is_file():

@@ -421,6 +421,29 @@ def _tensors(model: Any) -> Iterator[Any]:
                 yield from attribute.tensors
 
 
+def external_files(path: Path) -> list[Path]:
+    """Return the files beside a model that hold its weights, as far as they are there.
+
+    Of a file that cannot be read there are none: ``load`` says what is wrong with it.
+
+    Raises:
+        MissingExtra: onnx is not installed.
+    """
+    require("onnx", extra="models")
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError):
+        return []
+    names = {
+        ExternalDataInfo(each).location for each in _tensors(model) if uses_external_data(each)
+    }
+    return [found for name in sorted(names) if (found := path.parent / name).is_file()]
+
+
 def _check_external(path: Path, tensor: Any, step: str) -> None:
     from onnx.external_data_helper import ExternalDataInfo
 

@@ -8,9 +8,10 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,12 @@ def load(folder: Path, name: str, key: str, *, passed: tuple[str, ...] = ()) -> 
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every Python file of a recipe's folder, by its path in it."""
-    return {name: documents.sha256_of_file(path) for name, path in files(folder).items()}
+    return hashed(files(folder))
+
+
+def hashed(found: Mapping[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of every file, by its name."""
+    return {name: documents.sha256_of_file(path) for name, path in found.items()}
 
 
 def files(folder: Path) -> dict[str, Path]:
@@ -75,6 +81,27 @@ def files(folder: Path) -> dict[str, Path]:
     for inner in sorted(path.parent for path in folder.glob("*/__init__.py")):
         if not inner.is_symlink():  # which could lead back
             found |= {f"{inner.name}/{name}": path for name, path in files(inner).items()}
+    return found
+
+
+def reads(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Return the files that a recipe says its functions read, by path in its folder.
+
+    Raises:
+        BadInput: a name fits none.
+    """
+    found: dict[str, Path] = {}
+    for name in names:
+        places = [folder / name] if Path(name).is_absolute() else sorted(folder.glob(name))
+        inside = [
+            path
+            for place in places
+            for path in (sorted(place.rglob("*")) if place.is_dir() else [place])
+            if path.is_file()
+        ]
+        if not inside:
+            raise BadInput(f"reads: there is no file {name!r} in {folder}")
+        found |= {os.path.relpath(path, folder): path for path in inside}
     return found
 
 

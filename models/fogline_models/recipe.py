@@ -202,6 +202,9 @@ class Recipe:
     datasets: tuple[str, ...] = ()  # what the data is called, for model cards
     # For every model card, by heading, in Markdown: what the data is, what it does not show.
     notes: Mapping[str, str] = field(default_factory=dict)
+    # Files beside the recipe that its functions read, by name or pattern: weights/*.pt, readings.csv.
+    # A change of one makes what they made anew, and bundles list them. Python files are known anyway.
+    reads: tuple[str, ...] = ()
     gates: Gates = field(default_factory=Gates)  # which variants may ship
     certificate: Certificate = field(default_factory=Certificate)  # what local answers may cost
     folder: Path = Path()  # set by ``read``: where the recipe lies
@@ -327,6 +330,8 @@ def _contradiction(recipe: Recipe) -> str | None:
     data = recipe.data
     if bool(data.make) == bool(data.files):
         return "data: name either make or files"
+    if recipe.reads and not recipe.has_code:
+        return "reads: no function is named that could read them"
     for group in data.together:
         learnt = [name for name in group if name in LEARNT_FROM]
         if "calibration" in group and learnt:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fogline_models import data, hooks, report
+from fogline_models import archive, data, hooks, report
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.recipe import Recipe
@@ -39,15 +39,17 @@ def made_splits(
     folder = recipe.folder
     facts: dict[str, object] = {
         "labels": recipe.labels,
+        "per token": recipe.per_token,
         "together": recipe.data.together,
         "only_training": only_training,
         "taken from training": [SELF_TEST_SCENES, RANGE_SCENES],
-        **code(data, sys.modules[__name__]),
+        **code(archive, data, sys.modules[__name__]),
     }
     if recipe.data.make:
         facts |= {
             "make": recipe.data.make,
             "hooks": hooks.digests(folder),
+            "reads": hooks.hashed(hooks.reads(folder, recipe.reads)),
             **tools("numpy", extra="models"),
         }
     else:

@@ -111,3 +111,28 @@ def test_a_changed_file_has_another_digest(tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text("def edge(): return 2\n")
     assert before.keys() == hooks.digests(tmp_path).keys() == {"nets.py"}
     assert before != hooks.digests(tmp_path)
+
+
+def test_files_that_functions_read_are_found_by_name_pattern_and_folder(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name in ("a.csv", "b.csv", "weights/w.pt"):
+        (tmp_path / name).write_text(name)
+    found = hooks.reads(tmp_path, ["*.csv", "weights"])
+    assert list(found) == ["a.csv", "b.csv", "weights/w.pt"]
+    assert list(hooks.reads(tmp_path, [str(tmp_path / "a.csv")])) == ["a.csv"]
+    with pytest.raises(BadInput, match=r"reads: there is no file '\*\.txt' in "):
+        hooks.reads(tmp_path, ["*.txt"])
+
+
+def test_code_is_that_of_the_folder_and_of_the_packages_in_it(tmp_path: Path) -> None:
+    for name in ("nets.py", "parts/__init__.py", "parts/deep/__init__.py", "out/left.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "parts" / "again").symlink_to(tmp_path / "parts")  # which would lead back
+    assert list(hooks.files(tmp_path)) == ["nets.py", "parts/__init__.py", "parts/deep/__init__.py"]
+
+
+def test_code_that_was_edited_is_the_code_that_runs(tmp_path: Path) -> None:
+    for answer in (1, 2):
+        (tmp_path / "data.py").write_text(f"def make():\n    return {answer}\n")
+        assert hooks.load(tmp_path, "data.py:make", "data.make")() == answer

@@ -114,6 +114,14 @@ WRONG: Mapping[str, tuple[str, str, str]] = {
     "a type": ('version = "1.0.0"', "version = 1.0", "release.0.version: input should be a valid"),
     "a table": ('[data]\nmake = "data.py:make"', "data = 1", "data: input should be a dictionary"),
     "a task": ("image-classification", "image-classificatio", "task: input should be 'image-class"),
+    "files that nothing reads": (
+        '[data]\nmake = "data.py:make"\n\n[[release]]\nmodel = "digits-hub"\nversion = "1.0.0"\n'
+        'source = { torch = "nets.py:hub" }\n\n[[release]]\nmodel = "digits"\nversion = "1.0.0"\n'
+        'source = { torch = "nets.py:edge", arguments = { width = 12 } }\nescalates_to = "digits-hub"',
+        'reads = ["*.csv"]\n[data]\nfiles = { training = "a.npz" }\n[[release]]\nmodel = "digits"\n'
+        'version = "1.0.0"\nsource = { onnx = "a.onnx" }',
+        "reads: no function is named that could read them",
+    ),
     "a task of numbers": (
         "image-classification", "tabular-regression",
         "task: tabular-regression asks for numbers, and no figure here says how wrong a number is",
