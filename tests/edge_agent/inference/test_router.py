@@ -207,8 +207,8 @@ async def test_a_silent_hub_takes_no_more_than_half_of_the_time(
     async with routed(door.address, release) as r:
         hub.gate.clear()
         began = time.monotonic()
-        response = await r.ask(UNSURE, timeout_s=0.4)
-        assert 0.15 < time.monotonic() - began < 0.35
+        response = await r.ask(UNSURE, timeout_s=2.0)
+        assert 0.9 < time.monotonic() - began < 1.9
         assert said(response) == "edge degraded link"
         hub.gate.set()
 
