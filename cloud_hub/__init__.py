@@ -1,6 +1,7 @@
 """The hub: answers what devices escalate, and brings models to the fleet.
 
-cli.py          the command `fogline`
+cli.py          the command `fogline`; of the fleet cli_fleet.py, of kept examples cli_data.py
+command.py      what its commands share: options, the log, how one ends
 operate.py      the operator's commands, over the hub's API
 doctor.py       what a hub would find on this machine
 tuning/         which batch, instances and threads suit a model on this machine
