@@ -71,6 +71,7 @@ def bundled(model, folder):
     # Whether int8 pays for a net this small is the machine's to say, so fp32 ships in any case.
     made = ran(
         "fogline-models", "bundle", fp32, "--name", "foreign", "--version", "1.0.0",
+        "--task", "image-classification",
         "--training", training, "--evaluation", held_out, "--variant", "int8-qdq",
         "--variant", "fp32", "--out", folder / "made", *cache,
     )  # fmt: skip
