@@ -1,6 +1,5 @@
 """The commands ``fogline release``, ``certificate`` and ``device``: the fleet, over the hub's REST."""
 
-import json
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -75,7 +74,7 @@ def release_show(config_file: Path | None, data: Path | None, hub: str | None, n
     model, _, number = name.partition("@")
 
     async def work() -> None:
-        path = f"/api/v1/releases/{model}/{number or '0'}"
+        path = f"/api/v1/releases/{quote(model, safe='')}/{quote(number or '0', safe='')}"
         found = await operate.call(url_of(config_file, data, hub), "GET", path)
         operate.echo(found, True, iter(()))
 
@@ -215,7 +214,8 @@ def device_show(config_file: Path | None, data: Path | None, hub: str | None, na
     from cloud_hub import operate
 
     async def work() -> None:
-        found = await operate.call(url_of(config_file, data, hub), "GET", f"/api/v1/devices/{name}")
+        path = f"/api/v1/devices/{quote(name, safe='')}"
+        found = await operate.call(url_of(config_file, data, hub), "GET", path)
         operate.echo(found, True, iter(()))
 
     run(work)
@@ -323,13 +323,15 @@ def device_forget(
     async def work() -> None:
         url = url_of(config_file, data, hub)
         gone = []
-        for name in names:
-            path = f"/api/v1/devices/{quote(name, safe='')}"
-            found = await operate.call(url, "DELETE", path)
-            gone.append(found)
-            if not as_json:  # at once: the next one may be unknown
-                click.echo(f"{found['device']} is forgotten")
-        if as_json:
-            click.echo(json.dumps(gone, indent=2))
+        try:
+            for name in names:
+                path = f"/api/v1/devices/{quote(name, safe='')}"
+                found = await operate.call(url, "DELETE", path)
+                gone.append(found)
+                if not as_json:
+                    click.echo(f"{found['device']} is forgotten")
+        finally:  # the next one may be unknown, and those before it are gone for good
+            if as_json and gone:
+                operate.echo(gone, True, iter(()))
 
     run(work)

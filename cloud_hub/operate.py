@@ -118,7 +118,7 @@ async def export(url: HubUrl, model: str, params: Query, dataset: Dataset) -> tu
     try:
         async with (
             _session(url) as session,
-            session.get(f"/api/v1/examples/{model}", params=params) as answer,
+            session.get(f"/api/v1/examples/{quote(model, safe='')}", params=params) as answer,
         ):
             if answer.status >= 400:
                 raise _refused(url, answer.status, await answer.text(errors="replace"))

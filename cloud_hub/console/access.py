@@ -187,6 +187,11 @@ def is_loopback_name(host: str) -> bool:
         return False
 
 
+def is_of_this_site(request: web.Request) -> bool:
+    """Return whether a browser says that a form is from this console, or says nothing."""
+    return request.headers.get("Sec-Fetch-Site", "same-origin") in ("same-origin", "none")
+
+
 def is_same_origin(request: web.Request) -> bool:
     """Return whether a request came from a page of this console, or from no page at all.
 

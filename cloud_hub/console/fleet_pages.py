@@ -8,6 +8,7 @@
 What was asked for and cannot be is a page with a sentence.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from cloud_hub.console.fleet_views import Detail
 from cloud_hub.console.pages import Pages, once, readable
 from cloud_hub.console.roster import SERVES, SIZES, STATUSES, UPDATES, Line, Query, Roster, select
 from cloud_hub.console.views import Page
-from cloud_hub.fleet.certificates import Certificates, Issued
+from cloud_hub.fleet.certificates import CertificateRefused, Certificates, Issued
 from cloud_hub.fleet.controller import Controller, UnknownDevice
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.insight.history import DeviceLine
@@ -143,9 +144,10 @@ class DeviceTopic:
             # A device may say anything, and not every database takes it.
             known = MODEL_NAME.fullmatch(model.model) and model.running in _NUMBERS
             if served and served.certificate and known:
-                for one in await self._certificates.list(model.model, model.running):
-                    if one.id == served.certificate:
-                        found[model.model, one.id] = one
+                with contextlib.suppress(CertificateRefused):
+                    found[model.model, served.certificate] = await self._certificates.show(
+                        model.model, model.running, served.certificate
+                    )
         return found
 
     def _of_this_second(self) -> Mapping[str, DeviceLine]:
@@ -233,7 +235,7 @@ class FleetPages:
 
     async def forget(self, request: web.Request) -> web.StreamResponse:
         """Forget a device, and show those that are left."""
-        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        if not access.is_of_this_site(request):
             return access.problem(403, "this came from a page of another site")
         await self._fleet.forget(request.match_info["name"], self._clock())
         raise web.HTTPSeeOther("/devices")

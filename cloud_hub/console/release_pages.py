@@ -38,7 +38,7 @@ from cloud_hub.console.model_views import MODELS_AT_ONCE, RELEASES_AT_ONCE
 from cloud_hub.console.pages import Pages, once, read_form, readable
 from cloud_hub.console.roster import Line, Query, Roster, natural, select
 from cloud_hub.fleet import lineage
-from cloud_hub.fleet.certificates import LONGEST_REASON
+from cloud_hub.fleet.certificates import LONGEST_REASON, reason_in
 from cloud_hub.fleet.controller import UnknownRelease
 from cloud_hub.fleet.fleet import Fleet
 from cloud_hub.fleet.lineage import Lineage
@@ -201,9 +201,9 @@ class ReleasePages:
 
     async def withdraw(self, request: web.Request) -> web.StreamResponse:
         """Withdraw a certificate, for the reason that was given when it was confirmed."""
-        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        if not access.is_of_this_site(request):
             return access.problem(403, "this came from a page of another site")
-        reason = (await read_form(request)).get("reason", "").strip()
+        reason = reason_in((await read_form(request)).get("reason", ""))
         if not 0 < len(reason) <= LONGEST_REASON:
             raise BadParameter(
                 f"A certificate is withdrawn for a reason, of 1 to {LONGEST_REASON} characters."
@@ -232,7 +232,7 @@ class ReleasePages:
 
     async def deploy(self, request: web.Request) -> web.StreamResponse:
         """Want a release on the devices that were named when it was confirmed."""
-        if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
+        if not access.is_of_this_site(request):
             return access.problem(403, "this came from a page of another site")
         form = await read_form(request, LONGEST_PLAN)
         found = await self._find(form.get("release", ""))

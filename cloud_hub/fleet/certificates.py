@@ -39,6 +39,11 @@ LONGEST_REASON = 500  # characters
 _ID = re.compile("[0-9a-f]{16}")
 
 
+def reason_in(text: str) -> str:
+    """Return the reason that a text gives, as one printable line; empty: none."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
 class CertificateRefused(Exception):
     """It does not speak of this release, or there is no such thing: the sentence says what differs."""
 
@@ -163,7 +168,7 @@ class Certificates:
             StoreFailed: the database cannot take it; it still holds.
         """
         now = self._clock()
-        told = "".join(c if c.isprintable() else " " for c in reason)[:LONGEST_REASON]
+        told = reason_in(reason)[:LONGEST_REASON]
 
         def disbelieve(connection: Connection) -> Sequence[str]:
             connection.execute(

@@ -5,9 +5,9 @@ device's generation, and ``published_generation < generation`` is the outbox. Th
 sends such rows until the broker has acknowledged them; a hub killed in between sends them
 again, and a device ignores what it has. Likewise ``departed`` names the devices that were
 forgotten and still have something on the broker: it is cleared before anything is published,
-so that a device that comes back finds what is wanted of it then. A report is taken if its sequence number is above the
-last one, so repetition and order mean nothing; births and wills likewise by start and
-connection of the device.
+so that a device that comes back finds what is wanted of it then. A report is taken if its
+sequence number is above the last one, so repetition and order mean nothing; births and wills
+likewise by start and connection of the device.
 """
 
 import asyncio
@@ -161,7 +161,7 @@ def falls_back(serving: pb.Serving) -> bool:
 
 
 class Controller:
-    """The fleet's rows. Owner of the tables ``twin``, ``device_event`` and ``departed``."""
+    """The fleet's rows. Owner of ``twin``, ``device_event``, ``departed``, ``hub_epoch``."""
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class Controller:
         return names
 
     def restated(self) -> None:
-        """Publish what was restated: that transaction was committed."""
+        """Publish what is due: the transaction that made it so was committed."""
         self.revision += 1
         self._due.set()
 
@@ -306,8 +306,7 @@ class Controller:
             return changed
 
         names = await self._store.write(write)
-        self.revision += 1
-        self._due.set()
+        self.restated()
         return names
 
     async def forget(self, device: str) -> bool:
@@ -329,8 +328,7 @@ class Controller:
             return True
 
         found = await self._store.write(write)
-        self.revision += 1
-        self._due.set()
+        self.restated()
         return found
 
     # What devices say --------------------------------------------------------------------
@@ -358,8 +356,7 @@ class Controller:
             self._doubted.update(connection.execute(select(twin.c.device)).scalars())
 
         await self._store.write(write)
-        self.revision += 1
-        self._due.set()
+        self.restated()
 
     async def epoch_published(self, epoch: str) -> None:
         """Remember the epoch for the next start of the hub."""

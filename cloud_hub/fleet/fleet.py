@@ -1,9 +1,9 @@
 """The model story on the hub, joined: releases, trust, desired states, and the way to devices.
 
-    release push → releases (check, try, number, sign) ─┐
-    device set   → controller (desired, generation) ────┼→ link → broker → devices
-    certificate issue, withdraw → certificates (sign) ──┘
-    devices      → link → controller (reported, counts) → console
+    release push              → releases (check, try, number, sign) ─┐
+    device set, unset, forget → controller (desired, generation) ────┼→ link → broker → devices
+    certificate issue, withdraw → certificates (sign) ───────────────┘
+    devices                   → link → controller (reported, counts) → console
 
 Serving inference never depends on any of it: a broker that is missing or dies is said, waited
 for and started again, and so is whatever of the below ends by a mistake of our own.
@@ -139,7 +139,7 @@ class Fleet:
     async def forget(self, device: str, now: float) -> None:
         """Forget a device: what it said, counted and is to run. One that returns is a new one.
 
-        What it let the hub keep as examples stays; that is forgotten by itself.
+        What it let the hub keep as examples stays; that is deleted with ``fogline data delete``.
 
         Raises:
             StillOnline: it is in touch with the hub, by the clock ``now``.

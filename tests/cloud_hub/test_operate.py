@@ -283,6 +283,13 @@ async def test_devices_are_forgotten(hub: Hub) -> None:
     told = said(await fogline("device", "forget", "c", "z", *at), 6)
     assert told.splitlines()[0] == "c is forgotten"
     assert "no device 'z'" in told
+    await tell(hub, birth("d"))
+    told = said(await fogline("device", "forget", "d", "z", "--json", *at), 6)
+    assert json.loads(told[: told.index("]") + 1]) == [{"device": "d"}]  # it is gone all the same
+    for name in ("a?x", "a#x", "a/x"):
+        told = said(await fogline("device", "show", name, *at), 6)
+        assert f"no device {name!r}" in told
+        assert "there is no release" in said(await fogline("release", "show", name, *at), 6)
     assert said(await fogline("device", "forget", "--json", *at), 2)
     await tell(hub, birth("a"))
     shown = json.loads(said(await fogline("device", "show", "a", *at), 0))

@@ -481,6 +481,7 @@ async def test_what_is_no_certificate_of_a_release_is_refused_and_changes_nothin
         ("%00", b'{"reason": "x"}', 404, "digits has no certificate"),
         (edge.id, b"", 400, 'expected {"reason": "TEXT"}'),
         (edge.id, b'{"reason": " "}', 400, 'expected {"reason": "TEXT"}'),
+        (edge.id, b'{"reason": "\\u0001\\n"}', 400, 'expected {"reason": "TEXT"}'),
         (edge.id, b'{"reason": 1}', 400, 'expected {"reason": "TEXT"}'),
         (edge.id, b'{"reason": "x", "more": 1}', 400, 'expected {"reason": "TEXT"}'),
         (edge.id, json.dumps({"reason": "x" * 501}).encode(), 400, "of 1 to 500 characters"),
