@@ -559,6 +559,8 @@ class Router:
             return
         # A request may lie in memory that its caller writes to as soon as it has the answer.
         own = replace(request, inputs={name: np.copy(a) for name, a in request.inputs.items()})
+        # The same holds of the answer: a caller in this process is handed the very arrays.
+        said = replace(said, outputs={name: np.copy(a) for name, a in said.outputs.items()})
         groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
         questions = self._questions(
             served, own, [bundle.score.output], groups, len(said.scores), said

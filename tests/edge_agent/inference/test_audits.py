@@ -140,6 +140,19 @@ async def test_what_the_caller_does_to_its_memory_after_the_answer_is_not_audite
     np.testing.assert_array_equal(hub.requests[0].inputs["x"], SURE)
 
 
+async def test_what_the_caller_does_to_its_answer_is_not_audited(
+    hub: FakeHub, door: Serving, release: Release
+) -> None:
+    hub.keeps = True
+    async with routed(door.address, release, keep=["double"], device="kiosk", audits=always()) as r:
+        r.router._keeping["judge"] = True
+        response = await r.router.infer(InferRequest("double", {"x": SURE}), None)
+        response.outputs["logits"][:] = 0
+        await until(lambda: len(hub.kept) == 1)
+    (kept,) = hub.kept
+    np.testing.assert_array_equal(kept.outputs["logits"], 2 * SURE)
+
+
 async def test_a_router_that_closes_gives_up_its_audits(
     hub: FakeHub, door: Serving, release: Release
 ) -> None:
