@@ -141,7 +141,7 @@ class Slots:
         self._boot = 0
         self._desired = Desired(0)
         self._pointers: dict[str, Pointer] = {}  # always what the disk says
-        self._withdrawn: dict[str, frozenset[str]] = {}  # by model
+        self._withdrawn: dict[str, frozenset[str]] = {}  # by model; as above
         self.damaged: dict[str, str] = {}  # state files that could not be read, and why
 
     @property
@@ -243,9 +243,9 @@ class Slots:
             DiskFull: it is not remembered.
             DiskFault: it may not be remembered.
         """
-        self._withdrawn[model] = ids
-        document = {"schema": 1, "model": model, "ids": sorted(ids)}
+        document = {"schema": 1, "ids": sorted(ids)}
         self._replace(f"{MODELS}/{model}/{WITHDRAWN}", document)
+        self._withdrawn[model] = ids
 
     def folder(self, target: Target) -> str:
         """Return the folder that is the slot of ``target`` once it is sealed."""

@@ -97,6 +97,17 @@ def test_what_was_withdrawn_is_read_as_it_was_written_until_it_is_told_anew() ->
     assert again.withdrawn("digits") == frozenset()
 
 
+def test_what_a_full_disk_did_not_take_is_not_taken_for_withdrawn() -> None:
+    disk = ModelDisk()
+    slots = opened(disk)
+    sealed(disk, slots, target(1))
+    slots.withdraw("digits", frozenset({"a"}))
+    disk.capacity = 0
+    with pytest.raises(DiskFull):
+        slots.withdraw("digits", frozenset({"b"}))
+    assert slots.withdrawn("digits") == opened(disk).withdrawn("digits") == {"a"}
+
+
 def test_a_slot_is_named_after_the_release_and_its_certificates() -> None:
     assert target(3).slot.startswith("3-")
     assert len({target(3).slot, target(3, "a").slot, target(3, "b").slot, target(4).slot}) == 4
