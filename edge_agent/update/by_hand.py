@@ -135,7 +135,9 @@ def _remembered(file: Path) -> dict[str, Passed]:
             str(key): Passed(str(one["at"]), {k: float(v) for k, v in one["figures"].items()})
             for key, one in document.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError
+    ):  # fmt: skip
         return {}
 
 

@@ -104,7 +104,16 @@ async def test_wrong_answers_are_found_by_the_child_that_runs_the_real_model(
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"[]", b"3", b'{"key": 1}', b'{"key": {"at": "", "figures": {"a": "b"}}}', b"\xff"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"key": 1}',
+        b'{"key": {"at": "", "figures": {"a": "b"}}}',
+        b"\xff",
+        b'{"key": {"at": "", "figures": {"a": 1%s}}}' % (b"0" * 400),
+    ],
 )
 async def test_a_damaged_memory_costs_a_test_and_nothing_else(
     tmp_path: Path, damage: bytes
