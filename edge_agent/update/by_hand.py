@@ -57,6 +57,9 @@ class ByHand:
         self._self_test = self_test
         self._provider = provider
         self._threads = threads
+        # What is known to have passed, so that a way back never waits for a self-test that the
+        # disk did not remember.
+        self._passed: dict[str, Passed] = {}
 
     async def load(self, path: Path) -> Release:
         """Return the release in ``path``, proven on this device and loaded.
@@ -66,21 +69,22 @@ class ByHand:
         """
         directory, choice = await asyncio.to_thread(read, path, self._provider)
         key = _verdict_depends_on(directory, choice)
-        passed = await asyncio.to_thread(_remembered, self._memory)
+        remembered = await asyncio.to_thread(_remembered, self._memory)
+        self._passed = remembered | self._passed
         told = _log.bind(
             release=f"{directory.bundle.model}@{directory.bundle.version}",
             variant=choice.variant.name,
             provider=choice.provider,
         )
-        if key in passed:
-            told.info("self-test passed at an earlier start", at=passed[key].at)
+        if key in self._passed:
+            told.info("self-test passed earlier", at=self._passed[key].at)
         else:
             figures = await prove(directory, choice, self._self_test)
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             told.info("self-test passed", **figures)
-            passed[key] = Passed(now, figures)
+            self._passed[key] = Passed(now, figures)
             try:
-                await asyncio.to_thread(_remember, self._memory, passed)
+                await asyncio.to_thread(_remember, self._memory, dict(self._passed))
             except OSError as error:
                 told.warning("the self-test will be run again at the next start", why=str(error))
         return await asyncio.to_thread(
