@@ -75,6 +75,8 @@ async def renewed(
     place = Place(target.release, choice.variant.name, choice.provider)
     if place != around.serving.place(target.model):
         return None
+    if sealed and not (found.path / choice.variant.path).is_file():
+        return None  # it was fetched when another variant was the better choice
     if not sealed:
         await around.on_disk(around.slots.renew, held, target, fetched)
     return found

@@ -45,6 +45,7 @@ class Device:
         self.disk = FullDisk(root)
         self.reports = Reports()
         self.serving = FakeServing()
+        self.choose = choose
         self.updater = self._new()
         root.mkdir()
 
@@ -55,7 +56,7 @@ class Device:
             self_test=self.self_test,
             serving=self.serving,
             report=self.reports,
-            choose=choose,
+            choose=lambda directory: self.choose(directory),
             timings=self.timings,
             disk=self.disk,
             jitter=lambda: 1.0,
@@ -322,6 +323,27 @@ async def test_a_variant_that_becomes_the_better_choice_takes_the_whole_way(
     async with device.on():
         assert device.serving.variants == {"doubler": "fp32"}
         assert device.serving.certificate() == ""
+
+
+async def test_a_slot_without_what_serves_is_not_committed_as_what_serves(
+    device, shelf, certified
+) -> None:
+    """It was fetched when another variant was the better choice under its certificates."""
+    old = replace(certified, certificate_targets=(shelf.certify(certified, 2, variant="fp32"),))
+    more = (*old.certificate_targets, *certified.certificate_targets)
+    await install(device, old, 1)
+    await install(device, replace(old, certificate_targets=more), 2)
+    async with device.on() as updater:
+        assert device.serving.variants == {"doubler": "int8"}
+        assert len(device.slots()) == 2
+        device.choose = lambda bundle: choose(replace(bundle, certificates=()))  # they expire
+        await updater.apply(desired(3, old))
+        await device.reports.until(lambda m: committed(1)(m) and updater.is_settled)
+        serves = device.serving.active["doubler"]
+        variant = serves.bundle.variant(device.serving.variants["doubler"])
+        assert serves.path.name == old.slot
+        assert serves.file(variant.path).is_file()
+    assert device.self_test.calls == 3
 
 
 async def test_other_certificates_do_not_take_a_candidate_back(device, shelf, certified) -> None:
