@@ -113,14 +113,20 @@ class Machine:
 
     def restrict(self) -> None:
         """Answer under no certificate that the hub has taken back, as far as it is known."""
-        active, place = self._pointer.active, self._around.serving.place(self.model)
-        serves = self._committed
-        if self._pointer.life.state in SERVING_CANDIDATE:
-            serves = self._candidate and self._candidate[0]
-        if active is None or serves is None or place is None or place.release != active.release:
+        p, place = self._pointer, self._around.serving.place(self.model)
+        if place is None:
+            return
+        target, serves = p.active, self._committed
+        # While a rollback does not succeed, what it takes back goes on answering.
+        stuck = p.life.state is State.ROLLING_BACK and (
+            target is None or target.release != place.release
+        )
+        if stuck or p.life.state in SERVING_CANDIDATE:
+            target, serves = p.candidate, self._candidate and self._candidate[0]
+        if target is None or serves is None or place.release != target.release:
             return  # it is being loaded, and restricted then
         # Also where none is missing: one may be named again before its slot was renewed.
-        held = certificates.holding(serves, active, self._wish(), self._gone)
+        held = certificates.holding(serves, target, self._wish(), self._gone)
         self._around.serving.certify(self.model, held)
 
     async def doubt(self) -> None:

@@ -439,6 +439,30 @@ async def test_what_was_withdrawn_is_not_gone_back_to(device, shelf, certified) 
         assert device.serving.certificate() == ""
 
 
+async def test_what_cannot_be_gone_back_from_is_not_answered_under_what_was_withdrawn(
+    device, shelf, certified
+) -> None:
+    await install(device, shelf.put(9, "0.9.0"), 1)
+    device.timings = LATER
+    activate = device.serving.activate
+
+    async def refuse(model: str, bundle: BundleDirectory | None) -> None:
+        raise ReleaseRefused("no memory")
+
+    async with device.on() as updater:
+        await updater.apply(desired(2, certified))
+        await device.until_probation()
+        device.serving.activate = refuse
+        device.serving.engine_faults = 1
+        await device.reports.until(lambda m: "going back failed" in m.sentence)
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        await updater.apply(desired(3, replace(certified, certificate_targets=())))
+        assert (device.version, device.serving.certificate()) == ("1.0.0", "")
+        device.serving.activate = activate
+        back = ["0.9.0", "1.0.0", "0.9.0"]
+        await device.reports.until(lambda _: device.serving.history[:3] == back)
+
+
 async def test_what_serves_in_the_place_of_something_refused_is_asked_about(
     device, shelf, certified
 ) -> None:
