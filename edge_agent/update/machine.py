@@ -143,9 +143,11 @@ class Machine:
             if held is not None and held.certificate_targets and not spoken_of:
                 try:
                     gone = await around.fetch.withdrawn(held.certificate_targets)
-                except Exception as error:
-                    # As in a step: whatever comes from outside must not end the agent.
+                except (StepEnded, OSError) as error:
                     _log.info("certificates in doubt", model=self.model, why=str(error))
+                except Exception:
+                    # As in a step: whatever comes from outside must not end the agent.
+                    _log.exception("what is withdrawn could not be found out", model=self.model)
                 else:
                     await self._believe(gone)
             with contextlib.suppress(TimeoutError):

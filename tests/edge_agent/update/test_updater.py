@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -461,6 +461,37 @@ async def test_what_cannot_be_gone_back_from_is_not_answered_under_what_was_with
         device.serving.activate = activate
         back = ["0.9.0", "1.0.0", "0.9.0"]
         await device.reports.until(lambda _: device.serving.history[:3] == back)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StepInterrupted("download/unreachable", "the hub does not answer"), None),
+        (OSError(errno.EIO, "a bad disk"), None),
+        (RuntimeError("a bug"), "what is withdrawn could not be found out"),
+    ],
+)
+async def test_a_mistake_of_our_own_about_certificates_is_logged_with_its_trace(
+    device, shelf, certified, error, told
+) -> None:
+    await install(device, certified, 1)
+    asked = asyncio.Event()
+
+    async def withdrawn(targets: Collection[str]) -> frozenset[str]:
+        asked.set()
+        raise error
+
+    device.fetch.withdrawn = withdrawn
+    with capture_logs() as logs:
+        async with device.on() as updater:
+            await updater.apply(desired(2, shelf.put(2, "2.0.0", factor=WRONG)))
+            await asyncio.wait_for(asked.wait(), 20)
+            await device.reports.until(phase("rejected"))  # and the update goes on
+    assert device.version == "1.0.0"
+    (line,) = [one for one in logs if one["event"] in ("certificates in doubt", told)]
+    assert (line["log_level"], "exc_info" in line) == (
+        ("info", False) if told is None else ("error", True)
+    )
 
 
 async def test_what_serves_in_the_place_of_something_refused_is_asked_about(

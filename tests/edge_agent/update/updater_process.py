@@ -163,7 +163,7 @@ class FolderFetch:
         raise AssertionError("these bundles bring their certificates")
 
     async def withdrawn(self, targets: Collection[str]) -> frozenset[str]:
-        raise AssertionError("no wish names a certificate")
+        raise SystemExit("no wish names a certificate")  # anything less is logged and survived
 
 
 class Log:
