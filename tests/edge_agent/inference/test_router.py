@@ -208,7 +208,7 @@ async def test_a_silent_hub_takes_no_more_than_half_of_the_time(
         hub.gate.clear()
         began = time.monotonic()
         response = await r.ask(UNSURE, timeout_s=2.0)
-        assert 0.9 < time.monotonic() - began < 1.9
+        assert 0.9 < time.monotonic() - began < 1.5  # of which the hub had 1.0
         assert said(response) == "edge degraded link"
         hub.gate.set()
 
@@ -347,13 +347,11 @@ async def test_input_that_is_not_finite_is_never_certified_and_costs_only_its_ow
             "hub hub input", "hub hub uncertain",
         ]  # fmt: skip
         await door.stop()
-        hub_rows = hub.rows_asked
         response = await r.ask(SURE, UNSURE, NAN, NAN, per_row=True)
         assert r.noted.seen[-1][3] == [
             "edge certified confident", "edge degraded link",
             "edge degraded input", "edge degraded input",
         ]  # fmt: skip
-        assert hub.rows_asked == hub_rows
         assert said(await r.ask(NAN, private=True)) == "edge degraded input"
 
 

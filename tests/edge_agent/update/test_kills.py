@@ -31,6 +31,10 @@ BUNDLES = Path(__file__).parents[3] / "models/digits/bundles"
 KILLED = -signal.SIGKILL
 MIN_KILLS, RANDOM_KILLS = 240, 60  # 300 in all: the budget of a run in CI
 
+# One process after the other, up to hundreds or with real models in them. A busy machine takes
+# four times as long as an idle one.
+patiently = pytest.mark.timeout(400)
+
 
 class Agents:
     """Starts agents, one at a time."""
@@ -166,7 +170,7 @@ def killed_at(
         log.unlink()
 
 
-@pytest.mark.timeout(400)  # 300 processes; a busy machine takes four times as long
+@patiently
 def test_an_agent_killed_at_every_instant_of_an_update_converges(
     agents: Agents, shelf: Shelf, installed: Path
 ) -> None:
@@ -181,7 +185,7 @@ def test_an_agent_killed_at_every_instant_of_an_update_converges(
     assert set(rows) == set(State) - {State.REJECTED, State.ROLLED_BACK}, rows
 
 
-@pytest.mark.timeout(400)  # 300 processes; a busy machine takes four times as long
+@patiently
 def test_an_agent_killed_at_every_instant_of_a_renewal_converges_without_a_test(
     agents: Agents, shelf: Shelf, installed: Path
 ) -> None:
@@ -207,7 +211,7 @@ def test_an_agent_killed_at_every_instant_of_a_renewal_converges_without_a_test(
     assert instant > 30
 
 
-@pytest.mark.timeout(400)  # 300 processes; a busy machine takes four times as long
+@patiently
 def test_a_device_killed_at_random_again_and_again_converges_each_time(
     agents: Agents, shelf: Shelf, installed: Path
 ) -> None:
@@ -243,7 +247,7 @@ def test_a_candidate_that_kills_its_agent_every_time_is_given_up(
     assert alive.code == "trial/restart"
 
 
-@pytest.mark.timeout(400)  # 300 processes; a busy machine takes four times as long
+@patiently
 def test_kills_during_a_real_self_test_and_a_real_switch_converge(
     agents: Agents, tmp_path: Path
 ) -> None:
