@@ -275,7 +275,7 @@ async def _examine(config: AgentConfig) -> bool:
             directory, choice = await asyncio.to_thread(by_hand.read, path, config.provider)
             figures = await by_hand.prove(directory, choice, ChildSelfTest())
             release = await asyncio.to_thread(
-                releases.load_intact, directory, threads=config.threads, choice=choice
+                releases.load, directory, threads=config.threads, choice=choice
             )
         except ReleaseRefused as error:
             say(False, "bundle", str(error))

@@ -543,7 +543,7 @@ class _Serving:
 
     async def _load(self, bundle: BundleDirectory) -> Release:
         return await asyncio.to_thread(
-            releases.load_intact,
+            releases.load,
             bundle,
             provider=self._config.provider,
             threads=self._config.threads,

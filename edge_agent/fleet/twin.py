@@ -18,7 +18,7 @@ from fogline_protocol.release_index import MAX_CERTIFICATES
 from fogline_protocol.v1 import fleet_pb2 as pb
 
 SCHEMA = 1
-REVISION = 1  # of Reported: the latest that this agent can write
+HAS_SERVING = 1  # the revision of Reported since when it says what serves
 MAX_DESIRED_BYTES = 4 << 10
 # JSON numbers are exact up to here, and no honest counter gets near it: a document beyond it
 # would make the device deaf to every later one.
@@ -213,7 +213,7 @@ def reported(
     sequence: int,
     generation: int,
     standings: Sequence[ModelStanding],
-    revision: int = REVISION,
+    revision: int,
 ) -> bytes:
     """Return the document that tells the hub how all models of ``device`` stand.
 
@@ -233,7 +233,7 @@ def reported(
             figures=_figures(one.figures),
             bytes_done=one.bytes_done,
             bytes_total=one.bytes_total,
-            serving=_serving(one.serving) if one.serving and revision >= 1 else None,
+            serving=_serving(one.serving) if one.serving and revision >= HAS_SERVING else None,
         )
         for one in standings
     ]

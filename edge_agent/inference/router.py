@@ -35,6 +35,7 @@ from edge_agent.inference.rows import (
     HUB,
     cannot_merge,
     count_rows,
+    in_groups,
     merge,
     not_finite,
     per_row,
@@ -490,7 +491,7 @@ class Router:
         assert uplink is not None  # the policy escalates only over a link that is up
         assert pairing is not None  # and only for a paired release
         timeout_s = policy.hub_leg_s(situation.time_left_s)
-        groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
+        groups = in_groups(rows, uplink.max_rows)
         questions = self._questions(served, request, list(local), groups, len(decisions), said)
         merged = local
         answers = await asyncio.gather(*(self._ask(uplink, q, timeout_s) for q in questions))
@@ -561,7 +562,7 @@ class Router:
         own = replace(request, inputs={name: np.copy(a) for name, a in request.inputs.items()})
         # The same holds of the answer: a caller in this process is handed the very arrays.
         said = replace(said, outputs={name: np.copy(a) for name, a in said.outputs.items()})
-        groups = [rows[at : at + uplink.max_rows] for at in range(0, len(rows), uplink.max_rows)]
+        groups = in_groups(rows, uplink.max_rows)
         questions = self._questions(
             served, own, [bundle.score.output], groups, len(said.scores), said
         )

@@ -48,6 +48,11 @@ def select(inputs: Mapping[str, Array], rows: Sequence[int], total: int) -> Mapp
     return {name: array[index] for name, array in inputs.items()}
 
 
+def in_groups(rows: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Return ``rows`` in their order, at most ``most`` at a time."""
+    return [rows[at : at + most] for at in range(0, len(rows), most)]
+
+
 def cannot_merge(local: Mapping[str, Array], hub: Mapping[str, Array]) -> str | None:
     """Say why the hub's rows cannot stand beside local ones, or None if they can."""
     for name, array in local.items():

@@ -59,18 +59,7 @@ def read(path: Path) -> BundleDirectory:
         raise ReleaseRefused(f"bundle {path}: {error}") from None
 
 
-def load(path: Path, *, provider: str = "", threads: int = 0, number: int = 0) -> Release:
-    """Read and verify the bundle in ``path``, choose its variant for this device, load it.
-
-    ``provider`` restricts the choice to one execution provider.
-
-    Raises:
-        ReleaseRefused: the bundle is not intact or cannot run here; the text says why.
-    """
-    return load_intact(read(path), provider=provider, threads=threads, number=number)
-
-
-def load_intact(
+def load(
     directory: BundleDirectory,
     *,
     provider: str = "",
@@ -78,7 +67,10 @@ def load_intact(
     number: int = 0,
     choice: Choice | None = None,
 ) -> Release:
-    """Load a bundle that has been read already: ``choice``, or what would be chosen now.
+    """Load a verified bundle: ``choice``, or the best variant for this device now.
+
+    ``provider`` restricts that to one execution provider, ``threads`` 0 leaves their number to
+    the engine, and ``number`` is the release's in the fleet, 0 if it came by hand.
 
     Raises:
         ReleaseRefused: it cannot run here; the text says why.

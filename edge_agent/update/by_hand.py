@@ -88,7 +88,7 @@ class ByHand:
             except OSError as error:
                 told.warning("the self-test will be run again at the next start", why=str(error))
         return await asyncio.to_thread(
-            releases.load_intact, directory, threads=self._threads, choice=choice
+            releases.load, directory, threads=self._threads, choice=choice
         )
 
 

@@ -32,13 +32,13 @@ ROLLED_BACK if it did. A candidate that is certain to fail again (``REFUSED``: w
 graph that does not load) is rejected at once. ``INTERRUPTED`` (the hub cannot be reached) is
 nobody's fault and never counts, so an outage of any length ends in the wanted release.
 
-Where only certificates differ from what serves, there is nothing to test: once they are fetched
-the candidate *is* what serves (``RENEWED``, from FETCHING straight to IDLE). Another variant that
-they make the better choice takes the whole way.
-
 So a restart during TRIAL or PROBATION rolls back at once and still leaves further attempts:
 the device serves what is known to be good while it finds out, and one power cut does not cost
 it the release.
+
+Where only certificates differ from what serves, there is nothing to test: once they are fetched
+the candidate *is* what serves (``RENEWED``, from FETCHING straight to IDLE). Another variant that
+they make the better choice takes the whole way.
 """
 
 import enum

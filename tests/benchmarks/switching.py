@@ -47,7 +47,8 @@ async def _keep_switching(agent: Agent, bundles: tuple[Path, ...], switched: lis
     """Load and install one release after the other, as an update does, twice a second."""
     while True:
         for bundle in bundles:
-            agent.router.install(await asyncio.to_thread(releases.load, bundle, threads=1))
+            directory = await asyncio.to_thread(releases.read, bundle)
+            agent.router.install(await asyncio.to_thread(releases.load, directory, threads=1))
             switched.append(bundle)
             await asyncio.sleep(0.5)
 

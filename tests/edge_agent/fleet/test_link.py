@@ -56,7 +56,7 @@ class Agent:
         return self.document([standing])
 
     def document(self, standings: list[twin.ModelStanding]) -> bytes:
-        return twin.reported("dev", next(self._numbers), self.applied, standings)
+        return twin.reported("dev", next(self._numbers), self.applied, standings, twin.HAS_SERVING)
 
 
 class Hub:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.fleet.twin import (
+    HAS_SERVING,
     MAX_DESIRED_BYTES,
     DesiredRefused,
     ModelStanding,
@@ -113,7 +114,7 @@ def test_no_json_is_more_than_refused_and_the_refusal_can_be_said(value: object)
     try:
         read_desired(json.dumps(value).encode())
     except DesiredRefused as error:
-        read_report(reported("dev", 1, 1, refused([], error.refusal)))
+        read_report(reported("dev", 1, 1, refused([], error.refusal), HAS_SERVING))
 
 
 @given(
@@ -147,7 +148,7 @@ def test_a_report_says_how_every_model_stands() -> None:
         ModelStanding("digits", Phase.SELF_TEST, desired_release=2, active_release=1),
         ModelStanding("shelf", Phase.DOWNLOADING, bytes_done=5, bytes_total=9, attempt=2),
     ]
-    report = read_report(reported("dev", 7, 4, standings))
+    report = read_report(reported("dev", 7, 4, standings, HAS_SERVING))
     assert (report.schema, report.device, report.sequence, report.generation) == (1, "dev", 7, 4)
     digits, shelf = report.models
     assert (digits.phase, digits.desired_release, digits.active_release) == ("self-test", 2, 1)
@@ -170,7 +171,7 @@ def test_a_report_says_what_answers_and_what_was_left_aside() -> None:
         ModelStanding("digits", Phase.COMMITTED, active_release=1, serving=SERVING),
         ModelStanding("shelf", Phase.DOWNLOADING),
     ]
-    digits, shelf = read_report(reported("dev", 7, 4, standings)).models
+    digits, shelf = read_report(reported("dev", 7, 4, standings, HAS_SERVING)).models
     assert {name: getattr(digits.serving, name) for name in Serving.__slots__} == {
         name: getattr(SERVING, name) for name in Serving.__slots__
     }
@@ -180,7 +181,7 @@ def test_a_report_says_what_answers_and_what_was_left_aside() -> None:
 def test_an_older_hub_is_sent_no_field_that_it_would_refuse_the_document_for() -> None:
     standing = ModelStanding("digits", Phase.COMMITTED, active_release=1)
     told = reported("dev", 7, 4, [replace(standing, serving=SERVING)], revision=0)
-    assert told == reported("dev", 7, 4, [standing])
+    assert told == reported("dev", 7, 4, [standing], HAS_SERVING)
     assert b"serving" not in told
 
 
@@ -200,7 +201,7 @@ def test_whatever_a_bundle_and_a_runtime_call_things_the_report_can_be_sent(
 ) -> None:
     serving = replace(SERVING, variant=variant, meant_variant=variant, aside=aside + "\n\udcff")
     standings = [ModelStanding(f"m{n}", Phase.COMMITTED, serving=serving) for n in range(32)]
-    document = reported("dev", 1, 1, standings)
+    document = reported("dev", 1, 1, standings, HAS_SERVING)
     assert len(document) < MAX_PACKET_BYTES
     for model in read_report(document).models:
         assert len(model.serving.variant) <= 500
@@ -216,7 +217,7 @@ def test_whatever_went_wrong_the_report_can_be_sent_and_read(
     sentence: str, figures: dict[str, float]
 ) -> None:
     standing = ModelStanding("digits", Phase.REJECTED, sentence=sentence, figures=figures)
-    document = reported("dev", 1, 1, [standing])
+    document = reported("dev", 1, 1, [standing], HAS_SERVING)
     assert len(document) < MAX_PACKET_BYTES
     (model,) = read_report(document).models
     assert all(math.isfinite(value) for value in model.figures.values())
@@ -224,5 +225,5 @@ def test_whatever_went_wrong_the_report_can_be_sent_and_read(
 
 def test_a_file_name_that_is_no_utf8_does_not_silence_the_device() -> None:
     standing = ModelStanding("digits", Phase.REJECTED, sentence="cannot read 'a\udcff'")
-    (model,) = read_report(reported("dev", 1, 1, [standing])).models
+    (model,) = read_report(reported("dev", 1, 1, [standing], HAS_SERVING)).models
     assert model.sentence == "cannot read 'a?'"

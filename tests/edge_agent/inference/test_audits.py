@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.inference.audits import MOST_AT_ONCE, Audits
 from edge_agent.inference.policy import Decision, Mode, Quality, Reason, Situation
-from edge_agent.runtime.release import Release, load
+from edge_agent.runtime.release import Release, load, read
 from fogline_protocol.errors import Unavailable
 from fogline_protocol.examples import KEEP
 from fogline_protocol.inference import InferRequest
@@ -28,7 +28,7 @@ LINKED = Situation(Mode.PREFER_EDGE, False, True, 1.0, 0.0)
 
 @pytest.fixture
 def release(tmp_path: Path) -> Release:
-    return load(bundles.make(tmp_path / "double").path)
+    return load(read(bundles.make(tmp_path / "double").path))
 
 
 def always() -> Audits:

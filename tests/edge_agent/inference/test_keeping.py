@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.runtime.release import Release, load
+from edge_agent.runtime.release import Release, load, read
 from fogline_protocol.errors import BadRequest
 from fogline_protocol.examples import KEEP
 from fogline_protocol.inference import InferRequest
@@ -18,7 +18,7 @@ from tests.fakes import FakeHub, Serving
 
 @pytest.fixture
 def release(tmp_path: Path) -> Release:
-    return load(bundles.make(tmp_path / "double").path)
+    return load(read(bundles.make(tmp_path / "double").path))
 
 
 def own(hub: FakeHub, at: int = -1) -> set[str]:
@@ -159,7 +159,7 @@ async def test_a_model_without_rows_is_one_example(
 ) -> None:
     hub.keeps = True
     made = bundles.make(tmp_path / "b", onnx="double_one.onnx", max_batch=0)
-    async with routed(door.address, load(made.path), device="kiosk") as r:
+    async with routed(door.address, load(read(made.path)), device="kiosk") as r:
         r.router._keeping["judge"] = True  # the fake hub knows rows only, and answers nothing else
         request = InferRequest("double", {"x": UNSURE[0]}, parameters={KEEP: True})
         await r.router.infer(request, None)
@@ -188,9 +188,9 @@ async def test_consent_for_a_model_that_is_not_served_is_noticed_when_the_set_of
             "did you mean double?",
             "keep other: this device serves no model other, only double",
         ]
-        r.router.install(load(bundles.make(tmp_path / "next", version="2.0.0").path))
+        r.router.install(load(read(bundles.make(tmp_path / "next", version="2.0.0").path)))
         assert warned() == []  # another release of the same models
-        r.router.install(load(bundles.make(tmp_path / "other", model="other").path))
+        r.router.install(load(read(bundles.make(tmp_path / "other", model="other").path)))
         assert len(warned()) == 1
         r.router.remove("other")
         assert len(warned()) == 2

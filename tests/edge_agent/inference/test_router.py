@@ -13,7 +13,7 @@ import pytest
 from edge_agent.inference.policy import Decision
 from edge_agent.inference.router import Router
 from edge_agent.inference.uplink import Uplink
-from edge_agent.runtime.release import Release, certified, load
+from edge_agent.runtime.release import Release, certified, load, read
 from fogline_protocol import doors
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.client import Client
@@ -92,7 +92,7 @@ async def routed(
 
 @pytest.fixture
 def release(tmp_path: Path) -> Release:
-    return load(bundles.make(tmp_path / "double").path)
+    return load(read(bundles.make(tmp_path / "double").path))
 
 
 def said(response: InferResponse) -> str:
@@ -272,7 +272,7 @@ async def test_private_requests_never_leave(hub: FakeHub, door: Serving, release
 
 
 def release_again(release: Release) -> Release:
-    return load(release.directory.path)
+    return load(read(release.directory.path))
 
 
 async def test_modes(hub: FakeHub, door: Serving, release: Release) -> None:
@@ -359,7 +359,9 @@ async def test_a_model_that_quantizes_its_input_away_does_not_make_it_certain(
     tmp_path: Path,
 ) -> None:
     """8 bits know no NaN: the model answers as if nothing were wrong, and with a high score."""
-    async with routed(None, load(bundles.make(tmp_path / "mixes", onnx="mixes.onnx").path)) as r:
+    async with routed(
+        None, load(read(bundles.make(tmp_path / "mixes", onnx="mixes.onnx").path))
+    ) as r:
         for x in (NAN, INFINITE):
             response = await r.ask(x)
             assert said(response) == "edge degraded input"
@@ -411,7 +413,7 @@ async def test_an_expired_certificate_certifies_nothing_any_more(
     made = bundles.make(tmp_path / "b", certified=False)
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=0.5)
     bundles.add_certificate(made, expires_at=soon)
-    release = load(made.path)
+    release = load(read(made.path))
     async with routed(door.address, release) as r:
         assert said(await r.ask(SURE)) == "edge certified confident"
         await until(lambda: datetime.datetime.now(datetime.UTC) > soon)
@@ -458,7 +460,7 @@ async def test_a_certificate_is_replaced_and_withdrawn_between_two_requests(
 async def test_an_engine_is_closed_when_the_last_request_of_any_certificate_is_done(
     hub: FakeHub, door: Serving, release: Release, tmp_path: Path
 ) -> None:
-    newer = load(bundles.make(tmp_path / "newer", version="1.1.0").path, number=2)
+    newer = load(read(bundles.make(tmp_path / "newer", version="1.1.0").path), number=2)
     async with routed(door.address, release) as r:
         hub.gate.clear()
         first_one = asyncio.create_task(r.ask(UNSURE))
@@ -509,7 +511,7 @@ async def test_certifying_under_load_fails_no_request(
 async def test_a_pair_without_a_certificate_escalates_everything(
     hub: FakeHub, door: Serving, tmp_path: Path
 ) -> None:
-    release = load(bundles.make(tmp_path / "b", certified=False).path)
+    release = load(read(bundles.make(tmp_path / "b", certified=False).path))
     async with routed(door.address, release) as r:
         assert said(await r.ask(SURE)) == "hub hub no-certificate"
         await door.stop()
@@ -522,7 +524,7 @@ async def test_a_pair_without_a_certificate_escalates_everything(
 async def test_a_model_without_a_pair_answers_uncertified(
     hub: FakeHub, door: Serving, tmp_path: Path, scored: bool
 ) -> None:
-    release = load(bundles.make(tmp_path / "b", paired=False, scored=scored).path)
+    release = load(read(bundles.make(tmp_path / "b", paired=False, scored=scored).path))
     async with routed(door.address, release) as r:
         response = await r.ask(SURE, mode="prefer_hub", per_row=True)
     assert said(response) == "edge uncertified no-certificate"
@@ -546,7 +548,7 @@ def tagger(tmp_path: Path) -> Release:
     made = bundles.make(
         tmp_path / "tagger", onnx="tokens.onnx", model="tagger", score=bundles.LEAST_SOFTMAX
     )
-    return load(made.path)
+    return load(read(made.path))
 
 
 async def test_a_text_is_as_certain_as_its_least_certain_token(tagger: Release) -> None:
@@ -582,7 +584,7 @@ async def test_a_mask_of_other_tokens_is_refused_with_both_shapes(tagger: Releas
 
 
 async def test_the_best_classes_carry_the_labels_of_the_release() -> None:
-    async with routed(None, load(bundles.DIGITS)) as r:
+    async with routed(None, load(read(bundles.DIGITS))) as r:
         image = np.zeros((2, 1, 8, 8), np.float32)
         request = InferRequest("digits", {"image": image}, classification={"logits": 2})
         ranked = (await doors.answer(r.router, request, None)).outputs["logits"]
@@ -596,7 +598,7 @@ async def test_a_model_without_rows_is_decided_as_one(
     hub: FakeHub, door: Serving, tmp_path: Path
 ) -> None:
     made = bundles.make(tmp_path / "b", onnx="double_one.onnx", max_batch=0)
-    async with routed(door.address, load(made.path)) as r:
+    async with routed(door.address, load(read(made.path))) as r:
         request = InferRequest("double", {"x": SURE[0]})
         response = await r.router.infer(request, None)
         assert said(response) == "edge certified confident"
@@ -695,7 +697,7 @@ async def test_beyond_the_limit_callers_are_told_to_come_back(
 async def test_a_new_release_takes_over_between_two_requests_and_the_old_one_drains(
     hub: FakeHub, door: Serving, release: Release, tmp_path: Path
 ) -> None:
-    newer = load(bundles.make(tmp_path / "newer", version="1.1.0").path, number=2)
+    newer = load(read(bundles.make(tmp_path / "newer", version="1.1.0").path), number=2)
     async with routed(door.address, release) as r:
         hub.gate.clear()
         before = asyncio.create_task(r.ask(UNSURE))
@@ -716,7 +718,7 @@ async def test_install_under_load_fails_no_request(
     hub: FakeHub, door: Serving, tmp_path: Path
 ) -> None:
     made = [
-        load(bundles.make(tmp_path / str(i), version=f"1.{i}.0").path, number=i + 1)
+        load(read(bundles.make(tmp_path / str(i), version=f"1.{i}.0").path), number=i + 1)
         for i in range(5)
     ]
     async with routed(door.address, made[0]) as r:
@@ -765,7 +767,7 @@ async def test_serving_is_said_with_the_reason_of_the_choice(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    release = load(bundles.make(tmp_path / "b", certified=False).path)
+    release = load(read(bundles.make(tmp_path / "b", certified=False).path))
     async with routed(None, release):
         assert "no certificate was issued for it" in caplog.text
 
@@ -775,7 +777,7 @@ async def test_a_row_is_answered_as_if_it_came_alone_where_the_variant_would_mix
     tmp_path: Path, max_rows: int, alone: bool
 ) -> None:
     made = bundles.make(tmp_path / "b", onnx="mixes.onnx", max_rows=max_rows)
-    async with routed(None, load(made.path)) as r:
+    async with routed(None, load(read(made.path))) as r:
         by_itself = (await r.ask(UNSURE)).outputs["logits"]
         beside = (await r.ask(UNSURE, SURE * 100)).outputs["logits"][:1]
     assert np.array_equal(by_itself, beside) is alone

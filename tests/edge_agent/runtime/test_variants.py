@@ -217,7 +217,7 @@ def test_a_demanded_provider_that_is_not_here_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ReleaseRefused, match="provider TensorrtExecutionProvider cannot be used on this device"
     ):
-        release.load(made.path, provider="TensorrtExecutionProvider")
+        release.load(release.read(made.path), provider="TensorrtExecutionProvider")
 
 
 def test_a_changed_file_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -225,16 +225,16 @@ def test_a_changed_file_is_refused_with_its_name(tmp_path: Path) -> None:
     with (made.path / "fp32.onnx").open("r+b") as file:
         file.write(b"X")
     with pytest.raises(ReleaseRefused, match=r"fp32\.onnx: SHA-256 is .*, the root document says"):
-        release.load(made.path)
+        release.read(made.path)
 
 
 def test_a_directory_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReleaseRefused, match=r"bundle\.json: No such file"):
-        release.load(tmp_path)
+        release.read(tmp_path)
 
 
 def test_the_committed_digits_run_here() -> None:
-    digits = release.load(bundles.DIGITS)
+    digits = release.load(release.read(bundles.DIGITS))
     assert digits.label == "digits@1.0.0"
     assert digits.version == "1"
     digits.engine.close()

@@ -125,7 +125,7 @@ class EngineServing:
         if bundle is None:
             del self.active[model]
         else:
-            self.active[model] = loading.load_intact(bundle, threads=1)
+            self.active[model] = loading.load(bundle, threads=1)
 
     def place(self, model: str) -> Place | None:
         active = self.active.get(model)
