@@ -1,43 +1,27 @@
-"""Keeps what the hub wants of each device and what each device says, and publishes the former.
+"""Keeps what the hub wants of each device and what each device says: one row each.
 
-The database is the truth and the broker a cache. Wanting is one row: a change raises the
-device's generation, and ``published_generation < generation`` is the outbox. The publisher
-sends such rows until the broker has acknowledged them; a hub killed in between sends them
-again, and a device ignores what it has. Likewise ``departed`` names the devices that were
-forgotten and still have something on the broker: it is cleared before anything is published,
-so that a device that comes back finds what is wanted of it then. A report is taken if its
-sequence number is above the last one, so repetition and order mean nothing; births and wills
-likewise by start and connection of the device.
+A change of what is wanted raises the device's generation, which puts it into the outbox
+(``outbox.py``). What devices say is written down by ``arrivals.py``.
 """
 
 import asyncio
 import functools
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from sqlalchemy import Column, Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from cloud_hub.errors import StoreFailed
-from cloud_hub.fleet.link import MAX_COUNTER, MAX_DESIRED_BYTES, Arrival
+from cloud_hub.fleet.arrivals import take
+from cloud_hub.fleet.link import MAX_DESIRED_BYTES, Arrival
+from cloud_hub.fleet.outbox import BATCH, Outbox, WantedRelease
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import documents
-from fogline_protocol.mqtt import MqttError, PacketTooLarge, PublishRefused
 from fogline_protocol.v1 import fleet_pb2 as pb
-
-log = logging.getLogger("fogline.controller")
-
-SCHEMA = 1
-RETRY_S = 2.0  # between attempts to publish while the broker is away
-BATCH = 200  # desired states read, published and recorded together; a crash repeats so many
-MAX_GENERATION = MAX_COUNTER - 1  # a device refuses any beyond it
-EVENTS_KEPT = 200  # of one device
-MAX_SENTENCE = 500  # characters; an agent's are no longer
 
 twin = schema.twin
 event = schema.device_event
@@ -54,39 +38,6 @@ class UnknownRelease(Exception):
 
 class TooMuchWanted(Exception):
     """A device's desired state would not fit into one document: want fewer models of it."""
-
-
-class Publisher(Protocol):
-    """Where desired states go."""
-
-    async def publish_desired(self, tenant: str, device: str, desired: pb.Desired) -> None:
-        """Return when the broker has it.
-
-        Raises:
-            ValueError, PublishRefused, PacketTooLarge: it never will.
-            MqttError: not this time.
-        """
-        ...
-
-    async def remove_desired(self, tenant: str, device: str) -> None:
-        """Return when the broker has nothing for this device any more.
-
-        Raises:
-            PublishRefused: it never will.
-            MqttError: not this time.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class WantedRelease:
-    """One release as it stands in a desired state."""
-
-    model: str
-    number: int
-    version: str
-    index_target: str
-    certificate_targets: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +112,7 @@ def falls_back(serving: pb.Serving) -> bool:
 
 
 class Controller:
-    """The fleet's rows. Owner of ``twin``, ``device_event``, ``departed``, ``hub_epoch``."""
+    """The fleet's rows: its tables are written here, by its outbox and by ``arrivals`` alone."""
 
     def __init__(
         self,
@@ -185,14 +136,7 @@ class Controller:
         self._wanted = wanted
         self._telemetry = telemetry
         self._seen = seen
-        self._wait = wait
-        self._due = asyncio.Event()
-        self._due.set()  # whatever a killed hub left unpublished
-        # Devices of which it became doubtful, since the outbox was last read, that the broker
-        # has what is being published. Filled and asked on the store's writer thread only.
-        self._doubted: set[str] = set()
-        self._unpublishable: dict[str, str] = {}  # by device: why, as it was logged
-        self.epoch = ""
+        self.outbox = Outbox(store, wanted=wanted, published=self._changed, wait=wait)
         self.revision = 0  # raised after every change, so that readers know when to read again
 
     # What operators want -----------------------------------------------------------------
@@ -218,7 +162,7 @@ class Controller:
                     continue
                 desired[model] = number
                 generation = row.generation + 1
-                size = len(documents.canonical(self._document(generation, desired, describe)))
+                size = len(documents.canonical(self.outbox.document(generation, desired, describe)))
                 if size > MAX_DESIRED_BYTES:
                     raise TooMuchWanted(
                         f"with {model}@{number} the desired state of {name} would take {size} "
@@ -255,7 +199,7 @@ class Controller:
         @functools.cache  # a fleet wants much the same of all its devices
         def size(desired: str, magnitude: int) -> int:
             wanted = json.loads(desired)
-            return len(documents.canonical(self._document(magnitude, wanted, describe)))
+            return len(documents.canonical(self.outbox.document(magnitude, wanted, describe)))
 
         query = select(twin.c.device, twin.c.desired, twin.c.generation, twin.c.reported)
         for row in connection.execute(query.order_by(twin.c.device)).all():
@@ -279,8 +223,11 @@ class Controller:
 
     def restated(self) -> None:
         """Publish what is due: the transaction that made it so was committed."""
+        self._changed()
+        self.outbox.wake()
+
+    def _changed(self) -> None:
         self.revision += 1
-        self._due.set()
 
     async def unwant(self, devices: Sequence[str] | None, model: str) -> Sequence[str]:
         """Want no release of a model on these devices, None: on all; return those that change.
@@ -336,31 +283,26 @@ class Controller:
     async def commit(self, arrivals: Sequence[Arrival]) -> None:
         """Take documents in this order; return when they are durable."""
         now = time.time()
-        states, due = await self._store.write(
-            lambda connection: self._apply(connection, arrivals, now)
+        taken = await self._store.write(
+            lambda connection: take(connection, arrivals, now, self.outbox.doubt)
         )
-        self.revision += 1
+        self._changed()
         for arrival in arrivals:
             if isinstance(arrival.document, pb.Telemetry):
                 self._telemetry(arrival.document)
-        for state in states:
+        for state in taken.states:
             self._seen(state)
-        if due:
-            self._due.set()
+        if taken.due:
+            self.outbox.wake()
 
     async def broker_forgot(self) -> None:
         """Note that the broker holds no desired state, so that all are published again."""
-
-        def write(connection: Connection) -> None:
-            connection.execute(update(twin).values(published_generation=0))
-            self._doubted.update(connection.execute(select(twin.c.device)).scalars())
-
-        await self._store.write(write)
+        await self._store.write(self.outbox.doubt)
         self.restated()
 
     async def epoch_published(self, epoch: str) -> None:
         """Remember the epoch for the next start of the hub."""
-        self.epoch = epoch
+        self.outbox.epoch = epoch
 
         def write(connection: Connection) -> None:
             connection.execute(delete(schema.hub_epoch))
@@ -368,216 +310,13 @@ class Controller:
 
         await self._store.write(write)
         # A broker that has been connected anew may take what it did not take before.
-        self._due.set()
+        self.outbox.wake()
 
     async def last_epoch(self) -> str | None:
         """Return the epoch that was published last, by this start of the hub or an earlier one."""
         return await self._store.read(
             lambda connection: connection.execute(select(schema.hub_epoch.c.epoch)).scalar()
         )
-
-    def _apply(
-        self, connection: Connection, arrivals: Sequence[Arrival], now: float
-    ) -> tuple[list[pb.DeviceState], bool]:
-        """Return the births and wills that count, and whether something is to be published."""
-        states: list[pb.DeviceState] = []
-        due = False
-        for arrival in arrivals:
-            document = arrival.document
-            if isinstance(document, pb.Telemetry):
-                continue
-            will = isinstance(document, pb.DeviceState) and not document.online
-            row = _row(connection, arrival.device, new=not will)
-            if row is None:
-                continue  # it was forgotten, and only now its broker notices that it is gone
-            if isinstance(document, pb.Reported):
-                due |= self._apply_report(connection, row, document, now)
-            elif _moment(document) > (row.boot, row.connection, not row.connected):
-                due |= self._apply_state(connection, row, document)
-                states.append(document)
-        return states, due
-
-    def _apply_state(self, connection: Connection, row: Row[Any], state: pb.DeviceState) -> bool:
-        changes: dict[str, Any] = {
-            "boot": state.boot,
-            "connection": state.connection,
-            "connected": state.online,
-        }
-        due = _ahead(row, state.generation)
-        if state.online and state.generation < row.generation:
-            # It has not got what was published: perhaps the broker has not either.
-            due = {"published_generation": 0}
-            self._doubted.add(row.device)
-        changes |= due
-        connection.execute(update(twin).where(twin.c.device == row.device).values(**changes))
-        return bool(due)
-
-    def _apply_report(
-        self, connection: Connection, row: Row[Any], report: pb.Reported, now: float
-    ) -> bool:
-        if report.sequence <= row.report_sequence:
-            return False
-        before = {m.model: m for m in pb.Reported.FromString(row.reported).models}
-        for model in report.models:
-            last = before.get(model.model)
-            swapped = last is not None and _swapped(last, model)
-            if last is None or swapped or _notable(last) != _notable(model):
-                connection.execute(
-                    insert(event).values(
-                        device=row.device,
-                        at=now,
-                        generation=report.generation,
-                        model=_text(event.c.model, model.model),
-                        release=min(model.desired_release or model.active_release, MAX_COUNTER),
-                        phase=_text(event.c.phase, model.phase),
-                        code=_text(event.c.code, model.code),
-                        sentence=_text(
-                            event.c.sentence,
-                            model.sentence or (_answers(model.serving) if swapped else ""),
-                        ),
-                    )
-                )
-        due = _ahead(row, report.generation)
-        connection.execute(
-            update(twin)
-            .where(twin.c.device == row.device)
-            .values(
-                report_sequence=report.sequence,
-                reported=report.SerializeToString(deterministic=True),
-                reported_at=now,
-                **due,
-            )
-        )
-        oldest = (
-            select(event.c.id)
-            .where(event.c.device == row.device)
-            .order_by(event.c.id.desc())
-            .offset(EVENTS_KEPT)
-        )
-        connection.execute(delete(event).where(event.c.id.in_(oldest)))
-        return bool(due)
-
-    # What goes out -----------------------------------------------------------------------
-
-    async def publish(self, publisher: Publisher, tenant: str) -> None:
-        """Publish whatever is due, for ever. A broker that is away is waited for."""
-        while True:
-            await self._due.wait()
-            self._due.clear()
-            try:
-                await self._publish_due(publisher, tenant)
-            except (MqttError, StoreFailed) as error:
-                log.info("desired states wait: %s", error)
-                self._due.set()
-                await self._wait(RETRY_S)
-
-    async def _publish_due(self, publisher: Publisher, tenant: str) -> None:
-        """Go once through the outbox, by name, a batch at a time."""
-        await self._clear_departed(publisher, tenant)
-        last = ""
-        while True:
-            self._doubted = set()
-            due = await self._store.read(functools.partial(self._outbox, after=last))
-            if not due:
-                return
-            results = await asyncio.gather(
-                *(publisher.publish_desired(tenant, name, document) for name, document in due),
-                return_exceptions=True,
-            )
-            sent: list[tuple[str, int]] = []
-            failure: BaseException | None = None
-            for (name, document), result in zip(due, results, strict=True):
-                match result:
-                    case None:
-                        sent.append((name, document.generation))
-                        self._unpublishable.pop(name, None)
-                    case ValueError() | PublishRefused() | PacketTooLarge():
-                        self._note_unpublishable(name, str(result))
-                    case _:
-                        failure = result
-            if sent:
-                await self._store.write(functools.partial(self._record, sent=sent))
-                self.revision += 1
-            if failure is not None:
-                raise failure
-            last = due[-1][0]
-
-    async def _clear_departed(self, publisher: Publisher, tenant: str) -> None:
-        """Clear what the broker has for devices that were forgotten, a batch at a time."""
-        last = ""
-        while True:
-            names = await self._store.read(functools.partial(_departed, after=last))
-            if not names:
-                return
-            results = await asyncio.gather(
-                *(publisher.remove_desired(tenant, name) for name in names), return_exceptions=True
-            )
-            cleared: list[str] = []
-            failure: BaseException | None = None
-            for name, result in zip(names, results, strict=True):
-                match result:
-                    case None:
-                        cleared.append(name)
-                        self._unpublishable.pop(name, None)
-                    case PublishRefused():
-                        self._note_unpublishable(name, str(result), "cleared")
-                    case _:
-                        failure = result
-            if cleared:
-                # Nobody but this publisher sends, so nothing newer was sent meanwhile.
-                await self._store.write(functools.partial(_is_cleared, devices=cleared))
-            if failure is not None:
-                raise failure
-            last = names[-1]
-
-    def _note_unpublishable(self, device: str, why: str, verb: str = "published") -> None:
-        # It stays in the outbox and is tried again whenever that is gone through.
-        if self._unpublishable.get(device) != why:
-            log.error("the desired state of %s cannot be %s: %s", device, verb, why)
-        self._unpublishable[device] = why
-
-    def _record(self, connection: Connection, sent: Sequence[tuple[str, int]]) -> None:
-        for name, generation in sent:
-            if name in self._doubted:
-                continue  # the broker may have forgotten it since: it is published again
-            # Only if nothing newer was wanted meanwhile.
-            connection.execute(
-                update(twin)
-                .where(twin.c.device == name, twin.c.generation == generation)
-                .values(published_generation=generation)
-            )
-
-    def _outbox(self, connection: Connection, after: str) -> list[tuple[str, pb.Desired]]:
-        rows = connection.execute(
-            select(twin.c.device, twin.c.generation, twin.c.desired)
-            .where(twin.c.generation > twin.c.published_generation, twin.c.device > after)
-            .order_by(twin.c.device)
-            .limit(BATCH)
-        )
-        describe = functools.cache(functools.partial(self._wanted, connection))
-        return [
-            (row.device, self._document(row.generation, json.loads(row.desired), describe))
-            for row in rows
-        ]
-
-    def _document(
-        self,
-        generation: int,
-        desired: Mapping[str, int],
-        describe: Callable[[str, int], WantedRelease | None],
-    ) -> pb.Desired:
-        document = pb.Desired(schema=SCHEMA, generation=generation, hub_epoch=self.epoch)
-        for model, number in sorted(desired.items()):
-            wanted = describe(model, number)
-            if wanted is not None:
-                document.releases.add(
-                    model=model,
-                    release=number,
-                    version=wanted.version,
-                    index_target=wanted.index_target,
-                    certificate_targets=wanted.certificate_targets,
-                )
-        return document
 
     # What the console reads --------------------------------------------------------------
 
@@ -654,83 +393,11 @@ def _named(connection: Connection, devices: Sequence[str] | None) -> Mapping[str
     return {name: known[name] for name in (sorted(known) if devices is None else devices)}
 
 
-def _departed(connection: Connection, after: str) -> list[str]:
-    query = select(departed.c.device).where(departed.c.device > after)
-    return list(connection.execute(query.order_by(departed.c.device).limit(BATCH)).scalars())
-
-
-def _is_cleared(connection: Connection, devices: Sequence[str]) -> None:
-    connection.execute(delete(departed).where(departed.c.device.in_(devices)))
-
-
-def _row(connection: Connection, device: str, *, new: bool) -> Row[Any] | None:
-    """Return a device's row, which is made if it is ``new``."""
-    query = select(twin).where(twin.c.device == device)
-    row = connection.execute(query).one_or_none()
-    if row is None and new:
-        connection.execute(insert(twin).values(device=device))
-        row = connection.execute(query).one()
-    return row
-
-
 def _runs(reported: bytes, model: str, number: int) -> bool:
     return any(
         one.model == model and one.active_release == number
         for one in pb.Reported.FromString(reported).models
     )
-
-
-def _moment(state: pb.DeviceState) -> tuple[int, int, bool]:
-    """Return what orders the births and wills of one device; a will follows its own birth."""
-    return state.boot, state.connection, not state.online
-
-
-def _text(column: Column[str], value: str) -> str:
-    """Return what a device said in a form that every database takes."""
-    length: int = getattr(column.type, "length", None) or MAX_SENTENCE
-    return value.replace("\0", "?")[:length]
-
-
-def _ahead(row: Row[Any], generation: int) -> dict[str, Any]:
-    """Return the changes for a device that has been told by a database that we lost.
-
-    Below its generation it would ignore everything we want for ever, so ours goes above it.
-    """
-    if generation <= row.generation:
-        return {}
-    if generation >= MAX_GENERATION:
-        log.error(
-            "device %s claims generation %d, above which there is none: it cannot be told "
-            "anything until its data directory is replaced",
-            row.device,
-            generation,
-        )
-        return {}
-    log.warning("device %s is at generation %d, above ours", row.device, generation)
-    return {"generation": generation + 1, "published_generation": 0}
-
-
-def _notable(model: pb.ReportedModel) -> tuple[object, ...]:
-    return model.phase, model.desired_release, model.active_release, model.code, model.attempt
-
-
-def _swapped(before: pb.ReportedModel, now: pb.ReportedModel) -> bool:
-    """Return whether something else of the same release answers, without an update."""
-    return (
-        before.active_release == now.active_release
-        and before.HasField("serving")
-        and now.HasField("serving")
-        and _place(before.serving) != _place(now.serving)
-    )
-
-
-def _place(serving: pb.Serving) -> str:
-    return f"{serving.variant} on {serving.provider}"
-
-
-def _answers(serving: pb.Serving) -> str:
-    said = f"answers with {_place(serving)} now"
-    return f"{said}: {serving.aside}" if serving.aside else said
 
 
 def _twin(row: Row[Any]) -> Twin:

@@ -24,11 +24,12 @@ from sqlalchemy import Connection, select
 from cloud_hub.fleet import artifacts, certificates, reports
 from cloud_hub.fleet.artifacts import Blobs
 from cloud_hub.fleet.certificates import Certificates
-from cloud_hub.fleet.controller import Controller, UnknownDevice, WantedRelease
+from cloud_hub.fleet.controller import Controller, UnknownDevice
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.golden import Load
 from cloud_hub.fleet.link import REVISION, HubLink, HubLinkOptions
 from cloud_hub.fleet.mosquitto import Mosquitto, MosquittoFailed, MosquittoMissing
+from cloud_hub.fleet.outbox import WantedRelease
 from cloud_hub.fleet.releases import Releases
 from cloud_hub.fleet.trust import Repository, keep_fresh
 from cloud_hub.fleet.workshop_report import ReportPages
@@ -174,7 +175,7 @@ class Fleet:
         self._link = link
         async with asyncio.TaskGroup() as group:
             group.create_task(link.run())
-            group.create_task(self.controller.publish(link, TENANT))
+            group.create_task(self.controller.outbox.publish(link, TENANT))
 
     async def _find_broker(
         self, mqtt: str, stack: contextlib.AsyncExitStack

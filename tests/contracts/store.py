@@ -11,12 +11,14 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, delete, insert, select, text, update
 
 from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet.arrivals import EVENTS_KEPT
 from cloud_hub.fleet.callers import NO_LIMITS, CallerLimits
 from cloud_hub.fleet.certificates import CertificateRefused, Certificates, named
-from cloud_hub.fleet.controller import EVENTS_KEPT, Controller, Running, WantedRelease
+from cloud_hub.fleet.controller import Controller, Running
 from cloud_hub.fleet.devices import Devices
 from cloud_hub.fleet.identity import Identity
 from cloud_hub.fleet.link import Arrival, Document
+from cloud_hub.fleet.outbox import WantedRelease
 from cloud_hub.fleet.trust import Repository
 from cloud_hub.insight.example_files import ExampleFiles
 from cloud_hub.insight.example_rows import Selection
@@ -240,7 +242,7 @@ class StoreContract:
         ahead = pb.DeviceState(schema=1, device="b", online=True, boot=1, generation=1 << 50)
         await tell(birth, ahead)
         await controller().want(None, "digits", 1)
-        publishing = asyncio.ensure_future(controller().publish(Broker(), "default"))
+        publishing = asyncio.ensure_future(controller().outbox.publish(Broker(), "default"))
         await asyncio.wait_for(everything.wait(), 20)
         publishing.cancel()
         await asyncio.gather(publishing, return_exceptions=True)
@@ -277,7 +279,7 @@ class StoreContract:
         assert await controller().unwant(None, "digits") == ["a", "b"]
         assert await controller().forget("a")
         assert [one.device for one in await controller().twins()] == ["b"]
-        publishing = asyncio.ensure_future(controller().publish(Broker(), "default"))
+        publishing = asyncio.ensure_future(controller().outbox.publish(Broker(), "default"))
         async with asyncio.timeout(20):
             while "a" in published or published["b"] != (1 << 50) + 3:
                 await asyncio.sleep(0.01)

@@ -104,7 +104,9 @@ class Stage:
             metrics = Metrics().of_examples()
             self.examples = Examples(self.store, files, Bounds(1 << 20, 86400.0), metrics)
             self.console.examples = self.examples
-            publishing = asyncio.create_task(self.fleet.controller.publish(self.broker, "default"))
+            publishing = asyncio.create_task(
+                self.fleet.controller.outbox.publish(self.broker, "default")
+            )
             try:
                 async with self.examples, self.console.served():
                     yield self

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from cloud_hub.fleet.controller import Answered, Controller, WantedRelease
+from cloud_hub.fleet.controller import Answered, Controller
 from cloud_hub.fleet.devices import Device, Devices
 from cloud_hub.fleet.link import Arrival
+from cloud_hub.fleet.outbox import WantedRelease
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol.v1 import fleet_pb2 as pb

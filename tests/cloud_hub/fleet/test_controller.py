@@ -11,19 +11,17 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, delete, select, update
 
 from cloud_hub.errors import StoreFailed
+from cloud_hub.fleet.arrivals import EVENTS_KEPT, MAX_GENERATION
 from cloud_hub.fleet.controller import (
-    BATCH,
-    EVENTS_KEPT,
-    MAX_GENERATION,
     Controller,
     Running,
     TooMuchWanted,
     Twin,
     UnknownDevice,
     UnknownRelease,
-    WantedRelease,
 )
 from cloud_hub.fleet.link import MAX_COUNTER, MAX_DESIRED_BYTES, Arrival
+from cloud_hub.fleet.outbox import BATCH, WantedRelease
 from cloud_hub.store import schema
 from cloud_hub.store.store import Store
 from fogline_protocol import documents
@@ -120,7 +118,7 @@ async def until(store: Store, due: Sequence[str], task: asyncio.Future[None]) ->
 
 @contextlib.asynccontextmanager
 async def publishing(hub: Hub, broker: Any) -> AsyncIterator[asyncio.Future[None]]:
-    task = asyncio.ensure_future(hub.controller.publish(broker, TENANT))
+    task = asyncio.ensure_future(hub.controller.outbox.publish(broker, TENANT))
     try:
         yield task
     finally:
@@ -596,6 +594,18 @@ async def test_a_thousand_devices_are_published_in_batches(hub: Hub, store: Stor
     assert sorted(broker.retained) == names
     assert all(generations == [1] for generations in broker.given.values())
     assert broker.most_at_once <= BATCH
+
+
+async def test_what_was_published_is_a_change_for_who_reads(hub: Hub, store: Store) -> None:
+    await hub.tell(birth())
+    await hub.controller.want(None, "digits", 1)
+    revision = hub.controller.revision
+    async with publishing(hub, Broker()) as task:
+        await until(store, [], task)
+        async with asyncio.timeout(10):
+            while hub.controller.revision == revision:
+                await asyncio.sleep(0)
+    assert (await hub.twin()).published_generation == 1
 
 
 async def test_a_broker_that_forgot_gets_everything_again(hub: Hub, store: Store) -> None:
