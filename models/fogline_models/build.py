@@ -40,7 +40,7 @@ from fogline_models import (
 from fogline_models.assemble import PARENT, Built, Hub, Measured, finish
 from fogline_models.data import Items
 from fogline_models.errors import BadInput, require
-from fogline_models.forms import FORMS, computes_here
+from fogline_models.forms import FORMS, computes_here, processors_of
 from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.pairing import Contract, by_name
@@ -329,18 +329,26 @@ class _Build:
         if PARAMETERS[self._recipe.score(each)]:
             wanted = tuple(dict.fromkeys((*wanted, head.split_of(splits))))
         output = signature.outputs[0].name
-        sessions = {**files, **({} if hub is None else {hub.name: hub.file})}
+        sessions = dict(files)
+        processors = {name: processors_of(name) for name in files}
+        if hub is not None:
+            sessions[hub.name], processors[hub.name] = hub.file, hub.variant.processors
         if parent is not None:
             taken = by_name(parent.bundle.inputs)
             if pairing.takes(by_name(signature.inputs), taken):
-                sessions[PARENT] = parent.file(parent.bundle.variants[0].path)
+                first = parent.bundle.variants[0]
+                sessions[PARENT], processors[PARENT] = parent.file(first.path), first.processors
             else:
                 self._say(
                     f"{each.title}: not compared with {parent.bundle.version}, which takes "
                     f"different inputs: {', '.join(taken)}"
                 )
+        # What this processor's kernels would cut off is run as it is written.
+        here = hardware.this_machine()
+        as_written = {name for name in sessions if not hardware.suits(here, processors[name])}
         facts = {
             "files": {name: documents.sha256_of_file(path) for name, path in sessions.items()},
+            "as written": sorted(as_written),
             "splits": {name: splits[name].sha256 for name in wanted},
             "output": output,
             "rows": (rows := min(RUN_ROWS, each.max_batch) if signature.batched else 1),
@@ -351,8 +359,7 @@ class _Build:
         def make(into: Path, say: Say) -> None:
             arrays: dict[str, Array] = {}
             for name, path in sessions.items():
-                # What this processor's kernels would cut off is run as it is written.
-                running = Session(path, as_written=not computes_here(name))
+                running = Session(path, as_written=name in as_written)
                 for split in wanted:
                     answers = running.run(splits[split].inputs, rows)
                     if output not in answers:

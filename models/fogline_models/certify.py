@@ -26,6 +26,7 @@ from fogline_models.data import Items
 from fogline_models.errors import BadInput, TooLittle
 from fogline_models.pairing import Contract
 from fogline_models.session import CPU, Session, hardware_class
+from fogline_protocol import hardware
 from fogline_protocol.answers import Asked, scores_of
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.release import CERTIFICATES, Bundle, BundleDirectory, Variant
@@ -96,8 +97,15 @@ def certify(
         )
     # One row at a time, as a device answers: kernels may round otherwise in a batch.
     local = _outputs(edge, edge_variant, provider, inputs, score.output, rows_at_once=1)
+    # The hub's processor is another: what kernels here would cut off is run as it is written.
     remote = _outputs(
-        hub, peer, CPU, inputs, score.output, peer.max_rows or hub.bundle.max_batch or 1
+        hub,
+        peer,
+        CPU,
+        inputs,
+        score.output,
+        peer.max_rows or hub.bundle.max_batch or 1,
+        as_written=not hardware.suits(hardware.this_machine(), peer.processors),
     )
     try:
         asked = Asked.of(score, local, inputs)
@@ -234,8 +242,11 @@ def _outputs(
     inputs: Mapping[str, Array],
     output: str,
     rows_at_once: int,
+    *,
+    as_written: bool = False,
 ) -> Array:
-    outputs = Session(directory.file(variant.path), provider).run(inputs, rows_at_once)
+    session = Session(directory.file(variant.path), provider, as_written=as_written)
+    outputs = session.run(inputs, rows_at_once)
     if output not in outputs:
         raise BadInput(f"{_title(directory.bundle)} has no output {output!r} to compare")
     return outputs[output]

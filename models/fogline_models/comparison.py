@@ -21,6 +21,7 @@ from fogline_models.evaluate import HeldOut
 from fogline_models.metrics import Rate
 from fogline_models.session import Session
 from fogline_models.wording import interval, percent
+from fogline_protocol import hardware
 from fogline_protocol.answers import NO_LABEL, Asked
 from fogline_protocol.golden import GoldenVectors, VectorsUnusable
 from fogline_protocol.release import ROOT, Bundle, BundleDirectory
@@ -463,7 +464,9 @@ def _run(side: BundleDirectory, variant: str, inputs: Mapping[str, Array], outpu
         raise BadInput(
             f"{side.bundle.model} {side.bundle.version} has no variant {variant!r}, it has {known}"
         ) from None
-    outputs = Session(side.file(found.path)).run(inputs, found.max_rows or side.bundle.max_batch)
+    here = hardware.suits(hardware.this_machine(), found.processors)
+    session = Session(side.file(found.path), as_written=not here)
+    outputs = session.run(inputs, found.max_rows or side.bundle.max_batch)
     if output not in outputs:
         raise BadInput(f"{side.bundle.model} {side.bundle.version} gives no output {output!r}")
     return outputs[output]

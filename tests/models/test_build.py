@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("pydantic", reason="needs pydantic: pip install 'fogline[mod
 from fogline_models import archive  # noqa: E402
 from fogline_models.cli import main  # noqa: E402
 from fogline_models.session import Session  # noqa: E402
-from fogline_protocol import documents, release  # noqa: E402
+from fogline_protocol import documents, hardware, release  # noqa: E402
 from tests.models import onnx_nets, small_family  # noqa: E402
 from tests.models.small_family import build, change  # noqa: E402
 
@@ -238,6 +239,40 @@ def test_a_hub_may_take_its_inputs_in_another_order(family: Path, tmp_path: Path
     assert made.certificates
     hub = family.parent / "out/bundles/points-hub-1.0.0"
     assert "Not compared" not in run("compare", hub, made.path).output
+
+
+def test_nothing_is_compared_with_what_the_kernels_here_would_cut_off(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a hub and a parent, as of a release's own files: its variant says where it may be fused."""
+    monkeypatch.setattr(hardware, "this_machine", lambda: "x86_64+avx2")
+    as_it_is = Session.__init__
+    fused: list[Path] = []
+
+    def noted(self: Session, model: Path, *arguments: Any, as_written: bool = False) -> None:
+        if model.name == "int8-vnni.onnx" and not as_written:
+            fused.append(model)
+        as_it_is(self, model, *arguments, as_written=as_written)
+
+    monkeypatch.setattr(Session, "__init__", noted)
+    recipe = family / "recipe.toml"
+    text = recipe.read_text().replace(
+        'version = "1.0.0"', 'version = "1.0.0"\nvariants = ["int8-vnni", "fp32"]'
+    )
+    edge = text[text.rindex("[[release]]") :]
+    later = edge.replace('version = "1.0.0"', 'version = "1.1.0"\nparent = "1.0.0"')
+    recipe.write_text(text + later)
+    result = build(family)
+    assert result.exit_code == 0, result.output
+    bundles = family.parent / "out/bundles"
+    made = release.read(bundles / "points-1.1.0")
+    assert made.bundle.variants[0].name == "int8-vnni"
+    hub = release.read(bundles / "points-hub-1.0.0")
+    assert hub.bundle.variants[0].name == "int8-vnni"
+    assert [found.variant for found in made.certificates] == ["fp32"]
+    assert fused == []
+    assert run("compare", bundles / "points-1.0.0", made.path).exit_code == 0
+    assert fused == []
 
 
 def test_a_hub_of_other_inputs_is_told_before_anything_is_trained(with_torch: Path) -> None:
