@@ -13,6 +13,7 @@ depend on recipe, data, code and tools alone; timings and certificates lie besid
 import dataclasses
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -159,6 +160,7 @@ class _Build:
             self._check_given(each)
         splits, self._data = made_splits(recipe, self._steps)
         for each in recipe.release:
+            _check_examples(each, splits)
             if each.escalates_to and not self._is_own(each.escalates_to):
                 self._check_foreseen(each, splits)
                 self._check_unseen(each, splits)
@@ -270,8 +272,7 @@ class _Build:
             assert source.onnx is not None
             path = recipe.folder / source.onnx
             facts["onnx"] = digest(path, "source.onnx")
-            beside = graph.external_files(path)
-            facts["weights"] = {each.name: documents.sha256_of_file(each) for each in beside}
+            facts["weights"] = hooks.hashed(_weights(path))
         return self._steps.make(
             each.title,
             "export",
@@ -479,7 +480,7 @@ class _Build:
             for name, path, what in (
                 *((name, path, "code of the recipe") for name, path in code.items()),
                 *((name, path, "read by it") for name, path in read.items()),
-                *((path.name, path, what) for path, what in _given(recipe, each)),
+                *_given(recipe, each),
             )
         ]
         return (*found, *self._data)
@@ -504,6 +505,16 @@ def _check_pair(
         raise BadInput(f"release {each.title}: escalates_to: {problem}")
 
 
+def _check_examples(each: ReleaseRecipe, splits: Mapping[str, Items]) -> None:
+    """Check that a release's hard examples are told from the splits among its sources."""
+    file = each.examples
+    if file is not None and file.stem in splits and file.suffix == ".npz":
+        raise BadInput(
+            f"release {each.title}: examples: {file} is called like the split {file.stem}, so a "
+            "bundle could list only one of the two: rename the file"
+        )
+
+
 def _planned(recipe: Recipe) -> Iterator[str]:
     """Yield the names of the steps of a build."""
     yield "data"
@@ -513,18 +524,29 @@ def _planned(recipe: Recipe) -> Iterator[str]:
         yield from ("run", "measure")
 
 
-def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[Path, str]]:
-    """Yield the files that the recipe names as what a release is made from."""
+def _given(recipe: Recipe, each: ReleaseRecipe) -> Iterator[tuple[str, Path, str]]:
+    """Yield the files that the recipe names as what a release is made from.
+
+    What belongs to a model is called by its path in the model's folder.
+    """
     source = each.source
     if source.onnx is not None:
-        yield (path := recipe.folder / source.onnx), "the model"
-        yield from ((beside, "weights of the model") for beside in graph.external_files(path))
+        path = recipe.folder / source.onnx
+        yield path.name, path, "the model"
+        for name, beside in _weights(path).items():
+            yield name, beside, "weights of the model"
     if source.huggingface:
-        for path in sorted((recipe.folder / source.huggingface).rglob("*")):
+        place = recipe.folder / source.huggingface
+        for path in sorted(place.rglob("*")):
             if path.is_file():
-                yield path, "the model"
+                yield path.relative_to(place).as_posix(), path, "the model"
     if each.examples is not None:
-        yield recipe.folder / each.examples, "hard examples"
+        yield each.examples.name, recipe.folder / each.examples, "hard examples"
+
+
+def _weights(model: Path) -> dict[str, Path]:
+    """Return the files that hold the weights of a model, by their paths from its folder."""
+    return {os.path.relpath(path, model.parent): path for path in graph.external_files(model)}
 
 
 def _did(

@@ -152,6 +152,47 @@ def test_another_file_of_the_same_name_is_another_release(family: Path) -> None:
     assert len(files) == 2
 
 
+def with_weights_of_one_name(family: Path) -> list[Path]:
+    """Keep the hub's weights in two files of one name, and return them."""
+    model = small_family.net(0)
+    places = []
+    for tensor, folder in zip(model.graph.initializer, ("a", "b"), strict=True):
+        onnx.external_data_helper.set_external_data(tensor, f"{folder}/w.bin")
+        places.append(family / folder / "w.bin")
+        places[-1].parent.mkdir()
+        places[-1].write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+    (family / "hub.onnx").write_bytes(model.SerializeToString())
+    return places
+
+
+def test_weights_of_one_name_in_two_folders_are_told_apart(family: Path) -> None:
+    places = with_weights_of_one_name(family)
+    files = {fp32(family, "points-hub-1.0.0")}
+    hub = release.read(family.parent / "out/bundles/points-hub-1.0.0")
+    listed = json.loads(hub.file("sources.json").read_text())["inputs"]
+    for place, name in zip(places, ("a/w.bin", "b/w.bin"), strict=True):
+        assert listed[name]["sha256"] == documents.sha256_of_file(place)
+    for place in places:
+        weights = np.frombuffer(place.read_bytes(), np.float32)
+        place.write_bytes((weights * np.float32(0.9)).tobytes())
+        files.add(fp32(family, "points-hub-1.0.0"))
+    assert len(files) == 3
+
+
+def test_hard_examples_cannot_be_called_like_a_split(family: Path) -> None:
+    """Or one of the two is missing among what the bundle says it was made from."""
+    (family / "hard").mkdir()
+    items(family / "hard", "training", 9)
+    change(family / "recipe.toml", "[[release]]", '[[release]]\nexamples = "hard/training.npz"')
+    result = build(family)
+    assert sentence(result) == (
+        "release points-hub 1.0.0: examples: hard/training.npz is called like the split training, "
+        "so a bundle could list only one of the two: rename the file"
+    )
+    assert "export" not in result.stderr
+
+
 def test_another_function_of_the_same_file_is_another_release(with_torch: Path) -> None:
     change(with_torch / "recipe.toml", "min_agreement = 0.9", "min_agreement = 0")
     change(with_torch / "recipe.toml", "max_accuracy_loss = 0.05", "max_accuracy_loss = 1")

@@ -1,6 +1,7 @@
 """The Hugging Face source on tiny models made from a config: skipped where optimum is missing."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from fogline_models.data import Items  # noqa: E402
 from fogline_models.errors import BadInput, MissingExtra  # noqa: E402
 from fogline_models.recipe import Data, Recipe, ReleaseRecipe, Source, read  # noqa: E402
 from fogline_models.session import Session  # noqa: E402
+from fogline_protocol import documents  # noqa: E402
 from fogline_protocol.tensors import Array  # noqa: E402
 
 pytestmark = pytest.mark.workshop
@@ -390,7 +392,9 @@ def test_optimum_quantizes_weights_and_leaves_products_of_activations(tmp_path: 
 
 
 def test_a_whole_build_ships_the_tokenizer_and_bounds_the_sequence(tmp_path: Path) -> None:
-    saved(tmp_path / "model", bert(), tokenizer())
+    folder = saved(tmp_path / "model", bert(), tokenizer())
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
     for name, start in (("training", 0), ("evaluation", 100), ("calibration", 200)):
         numbered = texts(*(f"the pump {n} is {n % 3}" for n in range(start, start + 80)))
         data.save(tmp_path / f"{name}.npz", replace(numbered, scenes=np.arange(start, start + 80)))
@@ -425,3 +429,6 @@ def test_a_whole_build_ships_the_tokenizer_and_bounds_the_sequence(tmp_path: Pat
     golden = np.load(built.directory.file(bundle.self_test.path))
     text = data.read(tmp_path / "training.npz").raw["text"][0]
     np.testing.assert_array_equal(client.encode(text).ids, golden["input.input_ids"][0])
+    listed = json.loads(built.directory.file("sources.json").read_text())["inputs"]
+    for name in ("config.json", "1_Pooling/config.json"):
+        assert listed[name]["sha256"] == documents.sha256_of_file(folder / name)
