@@ -417,8 +417,11 @@ class _Build:
         for key, file in (("source.onnx", source.onnx), ("examples", each.examples)):
             if file is not None:
                 digest(recipe.folder / file, f"{where}: {key}")
-        named = str(source.huggingface or "")  # a folder, unless it is a function
-        if named and ".py:" not in named and not (recipe.folder / named).is_dir():
+        named = source.huggingface
+        if hooks.is_function(named):
+            require("torch", "onnx", "optimum", "transformers", extra="hf")
+            hooks.load(recipe.folder, named, f"{where}: source.huggingface")
+        elif named and not (recipe.folder / named).is_dir():
             raise BadInput(
                 f"{where}: source.huggingface: there is no folder {recipe.folder / named}"
             )

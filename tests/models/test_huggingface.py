@@ -30,6 +30,8 @@ from fogline_models.recipe import Data, Recipe, ReleaseRecipe, Source, read  # n
 from fogline_models.session import Session  # noqa: E402
 from fogline_protocol import documents  # noqa: E402
 from fogline_protocol.tensors import Array  # noqa: E402
+from tests.models import small_family  # noqa: E402
+from tests.models.small_family import change  # noqa: E402
 
 pytestmark = pytest.mark.workshop
 
@@ -360,6 +362,29 @@ def test_what_cannot_be_used_is_said_in_one_sentence(
     with pytest.raises(BadInput, match=sentence):
         made(wrong(tmp_path / "model"), {"self_test": texts(*TEXTS)}, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("nets.py:egde", "nets.py has no function egde"),
+        ("stem.py:edge", "there is no stem.py beside the recipe"),
+        ("nets.py:", "'nets.py:' must name a function as file.py:function"),
+        ("model", "there is no folder"),
+    ],
+)
+def test_a_source_that_is_not_there_is_told_before_anything_is_made(
+    named: str, says: str, tmp_path: Path
+) -> None:
+    family = small_family.write(tmp_path / "points", torch=True)
+    change(
+        family / "recipe.toml",
+        'torch = "nets.py:edge", outputs = ["y"]',
+        f'huggingface = "{named}"',
+    )
+    result = small_family.build(family)
+    assert f"Error: release points 1.0.0: source.huggingface: {says}" in result.stderr
+    assert not (tmp_path / "steps").exists()
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(
