@@ -46,13 +46,12 @@ from fogline_models.graph import Signature
 from fogline_models.measure import Cost
 from fogline_models.pairing import Contract, by_name
 from fogline_models.quantize import DynamicQuantizer
-from fogline_models.reading import check_head, check_inputs, check_tokens, reading
+from fogline_models.reading import check_head, check_inputs, check_tokens, mask_for, reading
 from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.splits import TRAINED_ON, made_splits, publish
 from fogline_models.steps import Say, Steps, code, digest, tools
 from fogline_protocol import documents, hardware
-from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.score import PARAMETERS
 from fogline_protocol.tensors import Array, TensorSpec
@@ -118,7 +117,6 @@ def quantize_file(
             raise BadInput("quantize: a sweep measures agreement on training items: give it some")
         if mask and mask not in ranges:
             raise BadInput(f"quantize: mask: there is no input {mask!r}, only {', '.join(ranges)}")
-        mask = mask or (ATTENTION_MASK if ATTENTION_MASK in ranges else "")
         choice, _ = sensitivity.mixed(
             model,
             form,
@@ -126,7 +124,7 @@ def quantize_file(
             ranges,
             sweep,
             clock=time.monotonic,
-            mask=mask,
+            mask=mask_for(mask, ranges),
             progress=_sweeping(say),
         )
         say(f"{len(choice.keep)} nodes stay fp32")
@@ -187,8 +185,7 @@ class _Build:
         hub, parent = self._hub(each), self._parent(each)
         labels = recipe.labels or exported.labels
         _check_pair(each, by_name(signature.inputs), by_name(signature.outputs), labels, hub)
-        if read_by.mask:
-            check_tokens(splits, read_by, each)
+        check_tokens(splits, read_by, each)
         files = {FP32: folder / sources.FP32}
         for name in recipe.variants(each):
             if name != FP32:
@@ -284,12 +281,14 @@ class _Build:
         self, each: ReleaseRecipe, form: str, fp32: Path, ranges: Items, mask: str
     ) -> Path:
         props = sources.props(self._recipe, each, form)
+        sweep = each.sweep.get(form)
+        mask = "" if sweep is None else mask_for(mask, ranges.inputs)  # nothing else asks for it
         facts = {
             "props": props,
             "fp32": documents.sha256_of_file(fp32),
             "ranges": ranges.sha256,
             "keep": each.keep.get(form, ()),
-            "sweep": each.sweep.get(form),
+            "sweep": sweep,
             "mask": mask,
             "machine": hardware.this_machine(),  # ranges are read off runs here
             **code(archive, forms, graph, quantize, sensitivity, session),
@@ -307,7 +306,7 @@ class _Build:
                 ranges.inputs,
                 into / f"{form}.onnx",
                 keep=each.keep.get(form, ()),
-                sweep=each.sweep.get(form),
+                sweep=sweep,
                 mask=mask,
                 say=say,
                 props=props,

@@ -46,6 +46,7 @@ from fogline_models.sources import (
     save_golden,
 )
 from fogline_models.steps import Say
+from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.tensors import Array
 
 STEP = "export"
@@ -423,7 +424,7 @@ def _draw(
             shape = [rows, *example.shape[1:]]
             for axis, (_, least, most) in signature.dynamic.get(spec.name, {}).items():
                 shape[axis] = least + round(stretch * (most - least))
-            if spec.name == "attention_mask":
+            if spec.name == ATTENTION_MASK:
                 if lengths is None:
                     lengths = rng.integers(1, shape[1] + 1, (rows, 1))
                 drawn[spec.name] = (np.arange(shape[1]) < lengths).astype(example.dtype)

@@ -33,8 +33,12 @@ def reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
         raise BadInput(
             f"{where}: mask: the model has no input {each.mask!r}, it takes {', '.join(taken)}"
         )
-    mask = each.mask or (ATTENTION_MASK if ATTENTION_MASK in taken else "")
-    return Score(function, output.name, mask=mask)
+    return Score(function, output.name, mask=mask_for(each.mask, taken))
+
+
+def mask_for(named: str, inputs: Collection[str]) -> str:
+    """Return the input that says which tokens count, empty if all do: as named, or by default."""
+    return named or (ATTENTION_MASK if ATTENTION_MASK in inputs else "")
 
 
 def check_inputs(

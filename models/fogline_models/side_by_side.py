@@ -12,9 +12,10 @@ from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.evaluate import Evaluation, HeldOut
 from fogline_models.measure import Cost
+from fogline_models.reading import mask_for
 from fogline_models.session import Session
 from fogline_models.wording import interval, micros, percent
-from fogline_protocol.answers import ATTENTION_MASK, Asked
+from fogline_protocol.answers import Asked
 from fogline_protocol.score import LEAST_SOFTMAX, Score
 from fogline_protocol.tensors import Array, TensorError
 
@@ -108,9 +109,9 @@ def lines(found: SideBySide) -> Iterator[str]:
 
 
 def _asked(logits: Array, items: Items, mask: str) -> Asked:
-    mask = mask or (ATTENTION_MASK if ATTENTION_MASK in items.inputs else "")
+    score = Score(LEAST_SOFTMAX, "logits", mask=mask_for(mask, items.inputs))
     try:
-        return Asked.of(Score(LEAST_SOFTMAX, "logits", mask=mask), logits, items.inputs)
+        return Asked.of(score, logits, items.inputs)
     except TensorError as error:
         raise BadInput(f"evaluate: {error}") from None
 
