@@ -56,17 +56,18 @@ def evaluate(
             "evaluate: two files have the same name, rename one: it is how they are told"
         )
     sessions = {name: Session(path) for name, path in files.items()}
-    outputs = {name: _answers(session, items) for name, session in sessions.items()}
+    found = {name: _answers(session, items) for name, session in sessions.items()}
+    outputs = {name: array for name, (_, array) in found.items()}
     asked = None
     if tokens or mask or (items.labels is not None and items.labels.ndim > 1):
         if vectors:
             raise BadInput("evaluate: outputs are answers for tokens or vectors, not both")
-        asked = _asked(next(iter(outputs.values())), items, mask)
+        asked = _asked(*next(iter(found.values())), items, mask)
     evaluation = figures.evaluate(
         outputs,
         HeldOut(items.scenes, items.labels, items.slices, asked=asked),
         reference=next(iter(files)),
-        hub=None if hub is None else _answers(Session(hub), items),
+        hub=None if hub is None else _answers(Session(hub), items)[1],
         hub_model="hub" if hub is None else hub.stem,
         vectors=vectors,
     )
@@ -108,14 +109,14 @@ def lines(found: SideBySide) -> Iterator[str]:
         yield f"  {name}: {', '.join(said)}"
 
 
-def _asked(logits: Array, items: Items, mask: str) -> Asked:
-    score = Score(LEAST_SOFTMAX, "logits", mask=mask_for(mask, items.inputs))
+def _asked(output: str, logits: Array, items: Items, mask: str) -> Asked:
+    score = Score(LEAST_SOFTMAX, output, mask=mask_for(mask, items.inputs))
     try:
         return Asked.of(score, logits, items.inputs)
     except TensorError as error:
         raise BadInput(f"evaluate: {error}") from None
 
 
-def _answers(session: Session, items: Items) -> Array:
-    """Return the first output for all items."""
-    return next(iter(session.run(items.inputs, session.rows(ROWS)).values()))
+def _answers(session: Session, items: Items) -> tuple[str, Array]:
+    """Return the first output for all items, with its name."""
+    return next(iter(session.run(items.inputs, session.rows(ROWS)).items()))

@@ -140,6 +140,9 @@ def test_files_are_evaluated_by_the_mask_that_is_named(built: Path, tmp_path: Pa
     assert "2,400 tokens of 400 scenes" in without.output  # no mask: all of them count
     said = sentence(run("evaluate", edge, "--data", tmp_path / "bare.npz", "--mask", "mask"))
     assert "there is no input 'mask', which says what tokens count" in said
+    onnx.save(small_tokens.rows(), str(tmp_path / "rows.onnx"))
+    said = sentence(run("evaluate", tmp_path / "rows.onnx", *options))
+    assert "output 'rows' is [400, 3]" in said
     said = sentence(run("evaluate", edge, *options[:2], "--vectors"))
     assert "answers for tokens or vectors, not both" in said
 
