@@ -110,8 +110,11 @@ def quantize_file(
     for tokens, on those where the input ``mask``, by default attention_mask, is not 0.
 
     Raises:
-        BadInput: as ``quantize`` and ``sensitivity.mixed``.
+        BadInput: as ``quantize`` and ``sensitivity.mixed``; or a mask is named that is no input, or
+            without a sweep, which alone asks for it.
     """
+    if mask and sweep is None:
+        raise BadInput("quantize: mask: only a sweep asks what counts: add one, or leave it out")
     if sweep is not None:
         if ranges is None:
             raise BadInput("quantize: a sweep measures agreement on training items: give it some")

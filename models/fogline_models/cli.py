@@ -159,11 +159,17 @@ def export(
 @click.option("--form", required=True, help="What to make of it, such as int8-qdq; see 'doctor'.")
 @click.option("--data", type=FILE, help="Training items, an .npz, for the ranges of static forms.")
 @click.option("--keep", multiple=True, metavar="NODE", help="A node that stays fp32.")
-@_mask
 @click.option(
     "--sweep",
     type=click.FloatRange(0, 1),
     help="Find the fewest nodes to keep for this agreement with fp32.",
+)
+@click.option(
+    "--mask",
+    default="",
+    metavar="INPUT",
+    help="For --sweep, where outputs are for tokens: what is not 0 where one counts; by default "
+    "attention_mask.",
 )
 @click.option("--out", required=True, type=FILE, help="The ONNX file to write.")
 def quantize(
@@ -171,8 +177,8 @@ def quantize(
     form: str,
     data: Path | None,
     keep: tuple[str, ...],
-    mask: str,
     sweep: float | None,
+    mask: str,
     out: Path,
 ) -> None:
     """Write one form of the fp32 file MODEL: int8, fp16, or mixed with fp32."""

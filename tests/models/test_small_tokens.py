@@ -192,6 +192,21 @@ def test_a_sweep_looks_at_the_tokens_that_count(family: Path) -> None:
     assert "texts 1.0.0: quantize int8-qdq: 1 nodes stay fp32" in result.stderr
 
 
+def test_the_mask_of_a_sweep_is_one_of_its_inputs(built: Path, tmp_path: Path) -> None:
+    data.save(tmp_path / "training.npz", split(built, "training"))
+    net, out = built / "texts/edge.onnx", tmp_path / "q.onnx"
+    options = (net, "--form", "int8-qdq", "--data", tmp_path / "training.npz", "--out", out)
+    said = sentence(run("quantize", *options, "--sweep", 0.97, "--mask", "count"))
+    assert said == "quantize: mask: there is no input 'count', only counts, x"
+    said = sentence(run("quantize", *options, "--mask", "counts"))
+    assert said == "quantize: mask: only a sweep asks what counts: add one, or leave it out"
+    assert not out.exists()
+    named = run("quantize", *options, "--sweep", 0.97, "--mask", "counts")
+    assert "1 nodes stay fp32" in named.output
+    # No mask, and no attention_mask to take for one: all tokens count.
+    assert "0 nodes stay fp32" in run("quantize", *options, "--sweep", 0.97).output
+
+
 def test_another_mask_is_another_sweep_and_the_same_quantization(family: Path) -> None:
     """Besides, what does not depend on it is kept; so with every other key, in test_facts.py."""
     recipe = family / "recipe.toml"
