@@ -249,7 +249,7 @@ class _Build:
             "arguments": source.arguments,
             "splits": {name: items.sha256 for name, items in seen.items()},
             "machine": hardware.this_machine(),  # weights differ in their last bits elsewhere
-            **code(archive, export, graph, session, sources),
+            **code(archive, data, export, graph, session, sources),
             **tools("onnxruntime", extra="models"),  # answers the self-test, and checks
         }
         if source.torch:

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[models]'")
 pytest.importorskip("torch", reason="needs torch: pip install 'fogline[models]'")
 
+from fogline_models import data, graph, measure, quantize, splits  # noqa: E402
 from fogline_models.gates import Gates  # noqa: E402
 from fogline_models.recipe import Certificate, Data, Recipe, ReleaseRecipe, Source  # noqa: E402
+from fogline_protocol import documents  # noqa: E402
 from tests.models import onnx_nets, small_family  # noqa: E402
 from tests.models.small_family import build, change  # noqa: E402
 
@@ -162,6 +165,14 @@ BESIDE: dict[str, tuple[Change, dict[str, set[str]]]] = {
         {"data": ALL, "export": {EDGE}},
     ),
 }  # fmt: skip
+# A module of the workshop, and what it takes part in.
+WORKSHOP = {
+    data: {"data": ALL, "export": ALL},
+    splits: {"data": ALL},
+    graph: {"export": ALL, "quantize": ALL},
+    quantize: {"quantize": ALL},
+    measure: {"measure": ALL},
+}
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +234,19 @@ def test_every_key_makes_anew_what_depends_on_it_and_nothing_else(
 @pytest.mark.parametrize("what", BESIDE)
 def test_so_does_everything_beside_the_recipe(base: Path, what: str) -> None:
     check(base, *BESIDE[what])
+
+
+@pytest.mark.parametrize("module", WORKSHOP, ids=lambda module: module.__name__)
+def test_so_does_another_version_of_the_workshop(
+    base: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_it_is, changed = documents.sha256_of_file, Path(str(module.__file__))
+
+    def digest(path: Path) -> str:
+        return documents.sha256(b"changed") if path == changed else as_it_is(path)
+
+    monkeypatch.setattr(documents, "sha256_of_file", digest)
+    check(base, lambda family: None, WORKSHOP[module])
 
 
 def test_no_key_is_forgotten() -> None:

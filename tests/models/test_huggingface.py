@@ -290,6 +290,18 @@ def test_a_function_of_the_recipe_may_write_the_folder(tmp_path: Path) -> None:
     assert sources.Exported.read(out).origin == "huggingface"
 
 
+def test_another_file_in_the_folder_is_another_export(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", bert(), tokenizer())
+    data.save(tmp_path / "training.npz", texts(*TEXTS))
+    wanted = replace(recipe(folder), data=Data(files={"training": Path("training.npz")}))
+    kept = steps.Steps(tmp_path / "cache", lambda line: None)
+    made = build.export_only(wanted, kept)
+    assert build.export_only(wanted, kept) == made
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    assert build.export_only(wanted, kept) != made
+
+
 def without_head(folder: Path) -> Recipe:
     return recipe(saved(folder, bert("BertModel"), tokenizer()))
 
