@@ -42,7 +42,6 @@ def made_splits(
         "per token": recipe.per_token,
         "together": recipe.data.together,
         "only_training": only_training,
-        "taken from training": [SELF_TEST_SCENES, RANGE_SCENES],
         **code(archive, data, sys.modules[__name__]),
     }
     if recipe.data.make:
