@@ -27,7 +27,7 @@ class Words:
 
     summary: str  # Markdown, the first paragraph
     pipeline_tag: str = ""  # text-classification, image-classification, ...
-    license: str = ""
+    license: str = ""  # empty: none is claimed
     library_name: str = "onnx"
     tags: tuple[str, ...] = ()
     dataset: str = ""  # what the held-out items are called

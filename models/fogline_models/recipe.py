@@ -198,7 +198,9 @@ class Recipe:
     release: tuple[ReleaseRecipe, ...]  # one or more, built in this order
     labels: tuple[str, ...] = ()  # the names of the classes, in the order of the outputs
     targets: tuple[str, ...] = ("x86_64",)  # classes of hardware that it is quantized for
-    license: str = "apache-2.0"  # of the models, for their cards
+    # Of the models, for their cards, as Hugging Face calls it: apache-2.0, mit, other. By default cards
+    # name none.
+    license: str = ""
     datasets: tuple[str, ...] = ()  # what the data is called, for model cards
     # For every model card, by heading, in Markdown: what the data is, what it does not show.
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -68,7 +68,7 @@ def test_what_it_prints_is_built_with_the_files_it_names(tmp_path: Path) -> None
 
     # Timing may not decide here; an example's calibration set is too small for 1 %.
     text = reference.text().replace("#max_latency_ratio = 1.0", "max_latency_ratio = 1e9")
-    (tmp_path / recipe.FILE).write_text(text.replace("#alpha = 0.01", "alpha = 0.1"))
+    text = text.replace("#alpha = 0.01", "alpha = 0.1")
     for noise, name in ((0, "hub.onnx"), (1, "edge.onnx")):
         onnx.save(small_family.net(noise), str(tmp_path / name))
     rng = np.random.default_rng(0)
@@ -76,10 +76,16 @@ def test_what_it_prints_is_built_with_the_files_it_names(tmp_path: Path) -> None
         labels = rng.integers(0, 3, 400)
         x = np.array([[-1, 0], [1, 0], [0, 1]])[labels] + rng.normal(0, 0.3, (400, 2))
         archive.save(tmp_path / f"{name}.npz", {"input.x": x.astype("f4"), "label": labels})
-    result = CliRunner().invoke(
-        main, ["build", str(tmp_path), "--cache", str(tmp_path / "steps"), "--out", str(tmp_path)]
-    )
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "bundles/pumps-1.0.0/certificates").is_dir()
-    card = (tmp_path / "bundles/pumps-1.0.0/README.md").read_text()
-    assert 'pipeline_tag: "tabular-classification"' in card
+
+    def card(text: str) -> str:
+        (tmp_path / recipe.FILE).write_text(text)
+        options = ("--cache", tmp_path / "steps", "--out", tmp_path)
+        result = CliRunner().invoke(main, ["build", str(tmp_path), *map(str, options)])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "bundles/pumps-1.0.0/certificates").is_dir()
+        return (tmp_path / "bundles/pumps-1.0.0/README.md").read_text()
+
+    found = card(text)
+    assert 'pipeline_tag: "tabular-classification"' in found
+    assert "license" not in found  # which only the author of a model can give
+    assert 'license: "mit"' in card(text.replace('#license = ""', 'license = "mit"'))
