@@ -157,12 +157,12 @@ def export(
 @main.command()
 @click.argument("model", type=FILE)
 @click.option("--form", required=True, help="What to make of it, such as int8-qdq; see 'doctor'.")
-@click.option("--data", type=FILE, help="Training items, an .npz, for the ranges of static forms.")
+@click.option("--data", type=FILE, help="Training items, an .npz, for static forms and --sweep.")
 @click.option("--keep", multiple=True, metavar="NODE", help="A node that stays fp32.")
 @click.option(
     "--sweep",
     type=click.FloatRange(0, 1),
-    help="Find the fewest nodes to keep for this agreement with fp32.",
+    help="Find the fewest nodes to keep for this agreement with fp32 on the items of --data.",
 )
 @click.option(
     "--mask",
@@ -241,7 +241,10 @@ def evaluate(
 @click.option("--labels", default="", help="Names of the classes, separated by commas.")
 @_mask
 @click.option(
-    "--variant", "variants", multiple=True, help="A form, best first; by default int8-qdq and fp32."
+    "--variant",
+    "variants",
+    multiple=True,
+    help="A form, best first; by default int8 for any x86_64, then fp32.",
 )
 @click.option("--escalates-to", type=FOLDER, help="The bundle of the hub's model.")
 @click.option("--parent", type=FOLDER, help="The bundle that it replaces.")

@@ -110,8 +110,8 @@ class Source:
     # file.py:function(splits, progress) beside the recipe. It returns a module in eval mode;
     # splits["training"] holds the items, progress(done, total, note) may tell how far it is.
     torch: str = ""
-    # A folder that transformers wrote, with tokenizer or image processor; or file.py:function,
-    # which trains a model and writes that folder.
+    # A folder that transformers wrote, with tokenizer or image processor; or
+    # file.py:function(splits, progress, into), which trains a model and writes it into that folder.
     huggingface: str = ""
     onnx: Path | None = None  # a file, taken as it is
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the function
@@ -156,7 +156,7 @@ class ReleaseRecipe:
     source: Source  # what it is made from: name one of torch, huggingface and onnx
     description: str = ""  # the first words of its model card
     max_batch: int = 64  # rows in one run; 0: the model has no batch axis
-    # Best first: the form that devices try first. By default fp32 and what the targets call for.
+    # Best first: the form that devices try first. By default what the targets call for, then fp32.
     variants: tuple[str, ...] = ()
     # Nodes that stay fp32, by form: {int8-qdq = ["dense1"]}
     keep: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class ReleaseRecipe:
     # of a bundle. It takes the same inputs, by name, and tells the same classes apart.
     escalates_to: str = ""
     parent: str = ""  # the version that it replaces, of this recipe; or the path of a bundle
-    examples: Path | None = None  # what `fogline data export` wrote: handed to the torch function
+    examples: Path | None = None  # what `fogline data export` wrote: handed to the function
     # How certain an answer is: by default max_softmax, for tokens least_softmax. logistic is fitted
     # to the hub's answers on the split tuning, or on ranges; the report says what that buys.
     score: str = ""

@@ -254,7 +254,8 @@ def mixed(
 ) -> tuple[Choice, tuple[Measurement, ...]]:
     """Sweep ``fp32`` and return what to keep for ``target`` agreement, and the sweep.
 
-    ``items`` are not ``ranges``: what is measured on training inputs flatters. ``mask`` is as in
+    ``items`` may be ``ranges``, which spares held-out ones for the figures: what is measured on
+    training inputs flatters, so a target met there is not one met elsewhere. ``mask`` is as in
     ``Bench``.
 
     Raises:
