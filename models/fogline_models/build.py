@@ -130,7 +130,8 @@ def quantize_file(
             mask=mask_for(mask, ranges),
             progress=_sweeping(say),
         )
-        say(f"{len(choice.keep)} nodes stay fp32")
+        kept = len(choice.keep)
+        say(f"{kept} {'node stays' if kept == 1 else 'nodes stay'} fp32")
         keep = (*keep, *choice.keep)
     quantize.quantize(model, form, ranges, props or {}, path, keep=keep, dynamic=dynamic)
     return keep

@@ -166,7 +166,9 @@ class ReleaseRecipe:
     # of a bundle. It takes the same inputs, by name, and tells the same classes apart.
     escalates_to: str = ""
     parent: str = ""  # the version that it replaces, of this recipe; or the path of a bundle
-    examples: Path | None = None  # what `fogline data export` wrote: handed to the function
+    # What `fogline data export` wrote: handed to the function that trains. Whoever trained a given
+    # model with them names them too: no item of them may measure or certify it.
+    examples: Path | None = None
     # How certain an answer is: by default max_softmax, for tokens least_softmax. logistic is fitted
     # to the hub's answers on the split tuning, or on ranges; the report says what that buys.
     score: str = ""

@@ -189,7 +189,7 @@ def test_a_sweep_looks_at_the_tokens_that_count(family: Path) -> None:
     )
     result = build(family)
     assert result.exit_code == 0, result.output
-    assert "texts 1.0.0: quantize int8-qdq: 1 nodes stay fp32" in result.stderr
+    assert "texts 1.0.0: quantize int8-qdq: 1 node stays fp32" in result.stderr
 
 
 def test_the_mask_of_a_sweep_is_one_of_its_inputs(built: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_the_mask_of_a_sweep_is_one_of_its_inputs(built: Path, tmp_path: Path) -
     assert said == "quantize: mask: only a sweep asks what counts: add one, or leave it out"
     assert not out.exists()
     named = run("quantize", *options, "--sweep", 0.97, "--mask", "counts")
-    assert "1 nodes stay fp32" in named.output
+    assert "1 node stays fp32" in named.output
     # No mask, and no attention_mask to take for one: all tokens count.
     assert "0 nodes stay fp32" in run("quantize", *options, "--sweep", 0.97).output
 
