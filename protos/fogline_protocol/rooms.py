@@ -102,9 +102,11 @@ class Room:
     def forget(self, lease: Lease) -> None:
         """Take somebody out of the queue."""
         self._waiting.remove(lease)
-        if self._queued and not self._waiting:
+        if self._queued and not (self._waiting and self._fits(self.wanted)):
             self._queued = False
             self._pool.forget(self)
+        elif self._queued:
+            self._pool.give()  # whoever is next may ask for less
         self.give()
 
     @property

@@ -102,17 +102,27 @@ def test_what_all_rooms_have_together_stays_within_the_pool_and_nobody_waits_wit
         lent = [lease.size for _, lease in leases if lease.had] + [size for _, size in taken]
         assert pool.used == sum(lent) + sum(held)
         assert sum(lent) <= pool.lendable or sum(size > 0 for size in lent) == 1
+        wanted = []  # from the pool
         for room in rooms:
-            waiting = [
-                lease
+            mine = [lease for owner, lease in leases if owner is room]
+            sizes = [lease.size for lease in mine if lease.had]
+            sizes += [size for owner, size in taken if owner is room]
+            assert room.used == sum(sizes)
+            assert room.used <= LIMIT or sum(size > 0 for size in sizes) == 1
+            asking = [
+                lease.size
                 for n, (owner, lease) in enumerate(leases)
                 if owner is room and n not in left and not lease.had
             ]
-            if waiting and room.used + waiting[0].size <= LIMIT:
-                assert pool.waiting  # for the pool, not for itself
-                assert waits
-        if pool.waiting:
+            if asking and (not room.used or room.used + asking[0] <= LIMIT):
+                wanted.append(asking[0])  # it waits for the pool, not for itself
+        assert pool.waiting == len(wanted)
+        if wanted:
+            assert waits
+            # Whoever is next among them does not fit, so the largest does not.
             assert sum(lent) > 0
+            most = max(wanted)
+            assert sum(lent) + most > pool.lendable or pool.used + most > pool.limit
     for _, lease in leases:
         lease.release()
     for room, size in taken:
@@ -120,6 +130,32 @@ def test_what_all_rooms_have_together_stays_within_the_pool_and_nobody_waits_wit
     for size in held:
         pool.drop(size)
     assert pool.used == pool.waiting == 0
+
+
+def test_who_stops_waiting_for_the_pool_leaves_its_turn_only_to_who_fits_the_room_too():
+    pool = Pool(400, lambda: None)
+    assert Room(LIMIT * 4, pool, "others").take(240)
+    room = Room(LIMIT, pool, "a")
+    assert room.take(50)
+    queued, behind = room.lease(40, lambda: None), room.lease(80, lambda: None)
+    assert pool.waiting == 1
+    queued.release()
+    assert not pool.waiting  # 80 wait for the room itself
+    pool.back(240)
+    assert (room.used, behind.had) == (50, False)
+    room.put(50)
+    assert behind.had
+
+
+def test_who_stops_waiting_for_the_pool_lets_those_in_who_ask_for_less():
+    pool = Pool(LIMIT, lambda: None)
+    assert Room(LIMIT, pool, "others").take(50)
+    room = Room(LIMIT, pool, "a")
+    much, little = room.lease(40, lambda: None), room.lease(20, lambda: None)
+    other = Room(LIMIT, pool, "b").lease(5, lambda: None)
+    assert (little.had, other.had, pool.waiting) == (False, False, 2)
+    much.release()
+    assert (little.had, other.had, pool.waiting) == (True, True, 0)
 
 
 def test_addresses_take_turns_however_many_rooms_one_of_them_has():
