@@ -17,6 +17,8 @@ from fogline_protocol.errors import InferenceError
 from fogline_protocol.grpc_calls import Admit, Method, Methods
 from fogline_protocol.outcomes import (
     CANCELLED,
+    DEADLINE_EXCEEDED,
+    INTERNAL,
     OK,
     UNKNOWN_CALL,
     Books,
@@ -165,7 +167,7 @@ class _Call:
     def left(self) -> str:
         """Return the outcome of a call that the library has ended."""
         remaining = self.time_remaining()
-        return "deadline_exceeded" if remaining is not None and remaining <= 0 else CANCELLED
+        return DEADLINE_EXCEEDED if remaining is not None and remaining <= 0 else CANCELLED
 
 
 class _Handler(grpc.GenericRpcHandler):
@@ -259,13 +261,14 @@ def _stream(
             grpc_messages.check_answer(answer, limit)
             await context.write(answer)
 
-        outcome = OK
+        outcome = INTERNAL
         try:
             await grpc_calls.answer_stream(path, method, arriving(), asked, write, entries)
+            outcome = OK
         except InferenceError as error:
             outcome = outcome_of(error)
             await _abort(context, error)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.BaseError):  # or a write that nobody waits for
             outcome = asked.left()
             raise
         finally:

@@ -22,6 +22,7 @@ from fogline_protocol.errors import InferenceError
 
 OK: Final = "ok"
 CANCELLED: Final = "cancelled"
+DEADLINE_EXCEEDED: Final = "deadline_exceeded"
 UNAVAILABLE: Final = "unavailable"  # of callers whose connection we end
 INTERNAL: Final = "internal"
 

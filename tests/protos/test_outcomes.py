@@ -24,6 +24,7 @@ from tests.protos.echo import EchoServer, grpc_door, rest_door
 from tests.protos.raw_peer import Raw, message
 
 LIMIT = 1 << 16
+LARGE_ROWS = 1 << 18  # 4 MiB of an answer
 
 
 class Ledger:
@@ -157,6 +158,24 @@ async def test_callers_who_leave_and_those_out_of_time_are_counted_apart(channel
     )
     # A client that gives up by its own clock may be quicker than the door.
     assert (await ledger.outcomes(4))[3] in ("deadline_exceeded", "cancelled")
+
+
+@pytest.mark.parametrize("kind", ["http2", "grpcio"])
+async def test_who_leaves_while_a_large_answer_is_written_did_not_get_it(server, ledger, kind):
+    async def large(request, deadline):
+        response = await EchoServer.infer(server, request, deadline)
+        response.outputs = {"x": np.tile(response.outputs["x"], (LARGE_ROWS, 1))}
+        return response
+
+    server.infer = large
+    async with (
+        grpc_door(server, kind=kind, max_message_bytes=1 << 30, books=ledger) as address,
+        Raw.at(address) as raw,
+    ):
+        raw.ask(1, STREAM, data=message(asked()), end=False)
+        await raw.next(Kind.DATA, stream=1)  # and no window for the rest
+        raw.send(frame(Kind.RST_STREAM, 0, 1, (8).to_bytes(4, "big")))  # CANCEL
+        assert await ledger.outcomes(1) == ["cancelled"]
 
 
 @pytest.mark.parametrize("kind", ["http2", "grpcio"])
