@@ -87,9 +87,8 @@ class Bodies:
         self, transport: asyncio.WriteTransport, size: int, writing: Coroutine[Any, Any, None]
     ) -> None:
         """Let an answer of ``size`` bytes leave, unless nobody reads it."""
-        body = _Leaving(transport)
+        body = _Leaving(self._memory, transport, size)
         self._leaving.add(body)
-        self._memory.answers.hold(size)
         task = asyncio.ensure_future(writing)
         try:
             while not (await asyncio.wait({task}, timeout=LOOK_S))[0]:
@@ -98,8 +97,8 @@ class Bodies:
             await task
         finally:
             task.cancel()
-            self._memory.answers.drop(size)
             self._leaving.discard(body)
+            body.release()
 
 
 class _Arriving:
@@ -185,8 +184,11 @@ class _Arriving:
 class _Leaving:
     """One answer that its reader has not read yet."""
 
-    def __init__(self, transport: asyncio.WriteTransport) -> None:
+    def __init__(self, memory: Memory, transport: asyncio.WriteTransport, size: int) -> None:
+        self._memory = memory
         self._transport = transport
+        self._held = size
+        memory.answers.hold(size)
         self._since = time.monotonic()
         self._left = sys.maxsize  # bytes that the transport had then
 
@@ -199,4 +201,12 @@ class _Leaving:
 
     def crowd_out(self) -> None:
         """Give it up: others need the memory."""
-        self._transport.abort()
+        if self._held:
+            self._memory.refusal(UNREAD)  # its peer does not read that either
+            self._transport.abort()
+            self.release()  # at once, so that no more have to go than others need
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._memory.answers.drop(self._held)
+        self._held = 0

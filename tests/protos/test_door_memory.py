@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import os
+import socket
 import time
 
 import aiohttp
@@ -311,3 +313,48 @@ async def test_an_answer_that_is_not_read_is_given_up(monkeypatch):
         await until(lambda: memory.answers.used > 0)
         await until(lambda: memory.answers.used == 0)
         await broken_off(writers)
+
+
+async def unread(address, data):
+    """Send ``data`` on a connection whose answers the kernel keeps little of, and nobody reads."""
+    host, port = address.split(":")
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    small.connect((host, int(port)))
+    _, writer = await asyncio.open_connection(sock=small)
+    writer.transport.pause_reading()
+    writer.write(data)
+    return writer
+
+
+async def test_no_more_unread_rest_answers_end_than_the_next_one_needs(monkeypatch):
+    monkeypatch.setattr(door_memory, "STALL_S", -1.0)  # who is looked at first stalls already
+    memory, size = Memory(128 << 20), 7_500_000  # three of them fill 24 MiB; 4 MiB is the kernel's
+    tensor = {"name": "x", "datatype": "UINT8", "shape": [1, size]}
+    asked_for = {
+        "inputs": [{**tensor, "parameters": {"binary_data_size": size}}],
+        "outputs": [{"name": "x", "parameters": {"binary_data": True}}],
+    }
+    text = json.dumps(asked_for).encode()
+    path, body = "/v2/models/echo/infer", text + bytes(size)
+    headers = {"Inference-Header-Content-Length": str(len(text)), "Accept-Encoding": "identity"}
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += f"Inference-Header-Content-Length: {len(text)}\r\n\r\n"
+    async with (
+        rest_door(EchoServer(), max_bytes=8 << 20, memory=memory) as address,
+        aiohttp.ClientSession(f"http://{address}") as session,
+    ):
+        writers = []
+        try:
+            for _ in range(3):
+                writers.append(await unread(address, head.encode() + body))
+                await until(lambda: memory.answers.used > len(writers) * size)
+            async with session.post(path, data=io.BytesIO(body), headers=headers) as answer:
+                assert answer.status == 200
+                assert (await answer.read()).endswith(bytes(size))
+            assert memory.refusals == 1  # one gave way, and is counted
+            await until(lambda: memory.answers.used < 3 * size)
+            assert memory.answers.used > 2 * size
+        finally:
+            await broken_off(writers)
+    assert memory.answers.used == 0
