@@ -150,9 +150,11 @@ class _Arriving:
     async def _read(self, size: int, limit: int) -> None:
         assert self._timer is not None
         loop, body = asyncio.get_running_loop(), self._body
-        while chunk := await self._request.content.readany():
-            if self._crowded_out:
-                raise TimeoutError  # whose time came after this chunk did
+        while True:
+            chunk = await self._request.content.readany()
+            self._check_time()
+            if not chunk:
+                return
             body += chunk
             if len(body) > limit:
                 raise TooLarge(f"the body is too large: at most {limit} bytes are taken")
@@ -160,10 +162,16 @@ class _Arriving:
                 pool, address = self._memory.arriving, address_of(self._request.transport)
                 self._turn = Turn(Room(sys.maxsize, pool, address), size - AHEAD_BYTES)
                 await self._turn.come()
+                self._check_time()
                 self.since = loop.time()  # Linux: time.monotonic()
             self._timer.reschedule(loop.time() + ARRIVAL_S)
             if len(body) - self._mark >= PROGRESS_BYTES:
                 self.since, self._mark = loop.time(), len(body)
+
+    def _check_time(self) -> None:
+        """Raise ``TimeoutError`` if that is only on its way: what was waited for came before it."""
+        if self._crowded_out:
+            raise TimeoutError
 
     def crowd_out(self) -> None:
         """Give up what has arrived: others need the memory."""

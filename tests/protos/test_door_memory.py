@@ -11,9 +11,12 @@ import time
 import aiohttp
 import grpc
 import pytest
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.test_utils import make_mocked_request
 
 from fogline_protocol import door_memory, http2_frames, rest_bodies
 from fogline_protocol.door_memory import Memory
+from fogline_protocol.errors import Overloaded
 from fogline_protocol.http2_frames import Kind, frame
 from tests.protos.echo import EchoServer, rest_door
 from tests.protos.memory_process import LARGEST_BODY, started
@@ -358,3 +361,52 @@ async def test_no_more_unread_rest_answers_end_than_the_next_one_needs(monkeypat
         finally:
             await broken_off(writers)
     assert memory.answers.used == 0
+
+
+@contextlib.asynccontextmanager
+async def arriving(bodies, size):
+    """What a body of ``size`` bytes is read from, and the task that waits for all of it."""
+    peer = BaseProtocol(asyncio.get_running_loop())
+    peer.connection_made(asyncio.Transport())
+    stream = aiohttp.StreamReader(peer, 1 << 16)
+    headers = {"Content-Length": str(size)}
+    request = make_mocked_request("POST", "/", headers, payload=stream, client_max_size=size)
+
+    async def arrive():
+        async with bodies.arrived(request) as body:
+            return body
+
+    task = asyncio.create_task(arrive())
+    try:
+        yield stream, task
+    finally:
+        task.cancel()
+
+
+async def test_a_body_that_gives_way_as_it_ends_is_refused_and_not_taken_for_an_empty_one():
+    memory = Memory(BUDGET)
+    bodies = rest_bodies.Bodies(memory)
+    async with arriving(bodies, 1000) as (stream, task):
+        await until(lambda: memory.arriving.used)
+        stream.feed_eof()
+        for _, end in bodies.senders():
+            end()
+        with pytest.raises(Overloaded, match="got on least"):
+            await task
+    assert memory.arriving.used == 0
+
+
+async def test_a_body_that_gives_way_as_its_turn_comes_is_refused_at_once():
+    memory = Memory(BUDGET)
+    bodies, pool = rest_bodies.Bodies(memory), memory.arriving
+    assert pool.lend(pool.lendable)
+    async with arriving(bodies, 2 * rest_bodies.AHEAD_BYTES) as (stream, task):
+        stream.feed_data(bytes(1000))
+        await until(lambda: pool.waiting)
+        assert not list(bodies.senders())  # it is not to blame while it waits
+        pool.back(pool.lendable)
+        for _, end in bodies.senders():
+            end()
+        with pytest.raises(Overloaded, match="got on least"):
+            await asyncio.wait_for(task, 10)
+    assert pool.used == 0
