@@ -28,6 +28,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Container
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -286,13 +287,13 @@ def _add_shared_memory(app: web.Application, shared: SharedMemory | None) -> Non
         return web.Response()
 
     async def unregister(request: web.Request) -> web.Response:
-        async with request.app[BODIES].arrived(request):
+        async with _small_body(request):
             pass  # whatever it says
         shared.unregister(request.match_info.get("region", ""))
         return web.Response()
 
     async def no_cuda_regions(request: web.Request) -> web.Response:
-        async with request.app[BODIES].arrived(request):
+        async with _small_body(request):
             pass  # whatever it says
         return web.json_response([])
 
@@ -507,18 +508,15 @@ class _Answer(web.Response):
             await self._bodies.write(request.transport, size, super().write_eof(data))
 
 
+def _small_body(request: web.Request) -> AbstractAsyncContextManager[bytes]:
+    """Return the body of what is no inference request: it is parsed on the loop."""
+    return request.app[BODIES].arrived(request, MAX_DOCUMENT_BYTES)
+
+
 async def _document(request: web.Request) -> dict[str, Any]:
     """Return the JSON object that a body is; clients may leave it out."""
-    async with request.app[BODIES].arrived(request) as body:
-        return _read_document(body)
-
-
-def _read_document(body: bytes) -> dict[str, Any]:
-    if len(body) > MAX_DOCUMENT_BYTES:  # it is parsed on the loop
-        raise TooLarge(
-            f"the body has {len(body)} bytes, at most {MAX_DOCUMENT_BYTES} are read here"
-        )
-    document = rest_codec.parse(body) if body else {}
+    async with _small_body(request) as body:
+        document = rest_codec.parse(body) if body else {}
     if not isinstance(document, dict):
         raise BadRequest(f"the body must be an object, got {type(document).__name__}")
     return document

@@ -13,6 +13,9 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from fogline_protocol.doors import Extras
+from fogline_protocol.settings import LogSettings
+from fogline_protocol.shared_memory import SharedMemory
 from tests.protos.echo import EchoServer, rest_door
 
 ROW = np.array([[0.25, 3.0, -1.0, 3.0]], np.float32)
@@ -252,9 +255,24 @@ async def test_a_request_that_cannot_be_is_refused_by_name(http, change, text):
         assert text in (await answer.json())["error"]
 
 
-async def test_only_inference_may_have_a_large_body(http):
-    large = b'{"settings": {"a": "' + b"x" * 100_000 + b'"}}'
-    for path in ("/v2/repository/index", "/v2/repository/models/echo/load"):
-        async with http.post(path, data=large) as answer:
-            assert answer.status == 413
-            assert "at most 65536" in json.loads(await answer.read())["error"]
+async def test_only_inference_may_have_a_large_body(echo):
+    here = SharedMemory(max_request_bytes=1 << 20)
+    extras = Extras(shared_memory=here, trace=echo, logs=LogSettings("large", "bodies"))
+    head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+    async with rest_door(echo, echo, extras) as address:
+        for path in (
+            "/v2/repository/index",
+            "/v2/repository/models/echo/load",
+            "/v2/repository/models/echo/unload",
+            "/v2/systemsharedmemory/region/r/register",
+            "/v2/systemsharedmemory/unregister",
+            "/v2/cudasharedmemory/unregister",
+            "/v2/trace/setting",
+            "/v2/logging",
+        ):
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(head.format(path).encode() + bytes(65537))  # and no more
+            answer = await asyncio.wait_for(reader.readuntil(b"}"), 10)
+            assert answer.startswith(b"HTTP/1.1 413 "), path
+            assert b"at most 65536 bytes" in answer
+            writer.close()
