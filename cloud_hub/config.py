@@ -58,7 +58,8 @@ class HubConfig:
     max_queue_rows: int = _number(1024, least=1)  # waiting per model; beyond it callers are refused
     threads: int = _number(0, least=0, most=256)  # of one engine; 0: as many as there are cores
     max_message_bytes: int = _number(64 << 20, least=1 << 16, most=1 << 30)
-    # That requests and unread answers of all callers take; 0: a quarter of the machine's memory.
+    # That requests and unread answers of all callers take, shared among the hub and its front
+    # processes; 0: a quarter of the machine's memory.
     door_memory_bytes: int = _number(0, least=0)
     tensorrt: Literal["auto", "off"] = "auto"  # auto: where there is a GPU and TensorRT
     run_limit_s: float = _number(30.0, above=0)  # of one batch; then its engine is replaced
@@ -90,11 +91,13 @@ class HubConfig:
             except ValueError as error:
                 raise ConfigRefused(f"mqtt: {error}") from None
         self._check_files()
-        least = door_memory.LEAST_MESSAGES * self.max_message_bytes
+        processes = 1 + self.front_processes
+        least = door_memory.LEAST_MESSAGES * self.max_message_bytes * processes
         if 0 < self.door_memory_bytes < least:
+            each = f" in each of {processes} processes" if self.front_processes else ""
             raise ConfigRefused(
                 f"door_memory_bytes: must hold {door_memory.LEAST_MESSAGES} requests of "
-                f"max_message_bytes, which are {least} bytes, got {self.door_memory_bytes}"
+                f"max_message_bytes{each}, which are {least} bytes, got {self.door_memory_bytes}"
             )
         if not math.isfinite(self.caller_rate):
             raise ConfigRefused(f"caller_rate: must be finite, got {self.caller_rate}")

@@ -51,6 +51,10 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path, monkeypatc
         ("caller_rate = 1e-9", "caller_rate: 0 is no limit, otherwise it is at least 0.001"),
         ('models = "absent"', "models: absent is not a directory"),
         ("door_memory_bytes = 1000", "door_memory_bytes: must hold 4 requests .* 268435456 bytes"),
+        (
+            "front_processes = 2\nmax_message_bytes = 65536\ndoor_memory_bytes = 786431",
+            "4 requests of max_message_bytes in each of 3 processes, which are 786432 bytes, got",
+        ),
         ("max_batch = ", "hub.toml: "),
     ],
 )
@@ -59,6 +63,12 @@ def test_a_file_with_a_mistake_is_refused_by_name(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(ConfigRefused, match=words):
         config.load({}, file)
+
+
+def test_memory_that_just_suffices_for_every_process_is_taken(tmp_path):
+    file = tmp_path / "hub.toml"
+    file.write_text("front_processes = 2\nmax_message_bytes = 65536\ndoor_memory_bytes = 786432\n")
+    assert config.load({}, file).door_memory_bytes == 12 * 65536
 
 
 def test_a_missing_file_and_an_unknown_variable_are_refused(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ async def test_rest_requests_are_in_the_same_books(tmp_path):
 
 async def test_what_a_front_refuses_by_itself_reaches_the_hubs_books(tmp_path):
     # Its door holds so little that a burst of small calls is too much for it.
-    options = {"front_processes": 1, "door_memory_bytes": 4 * LIMIT}
+    options = {"front_processes": 1, "door_memory_bytes": 8 * LIMIT}
     async with (
         Hub(config(tmp_path, **options)) as hub,
         grpc.aio.insecure_channel(hub.grpc_address) as channel,
