@@ -39,13 +39,12 @@ from fogline_protocol.errors import (
     ServerFault,
     Unavailable,
 )
-from fogline_protocol.grpc_service import SERVICE
+from fogline_protocol.grpc_service import INFER
 from fogline_protocol.inference import InferRequest, Parameter
 from fogline_protocol.tensors import Array
 
 log = logging.getLogger("fogline.agent.uplink")
 
-INFER = f"/{SERVICE}/ModelInfer"
 SMOOTHING = 0.2  # weight of the newest round trip in the estimate
 PROBE_TIMEOUT_S = 1.0  # a probe has no inference in it; LTE round trips stay below half of this
 REFRESH_GAP_S = 1.0  # between probes that only refresh the estimate

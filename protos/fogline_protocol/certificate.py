@@ -3,9 +3,10 @@
     P(disagreement <= alpha) >= 1 - delta     over all requests drawn like the calibration set
 
 ``disagreement`` is the share of requests that were answered locally *and* differently from
-the hub's model: in any token that counts, where a row has an answer for each. The device answers locally iff ``score > threshold``. How the threshold is
-found is the workshop's business (``fogline_models.certify``); what the document says, and
-when it may be relied on, is decided here for everybody.
+the hub's model: in any token that counts, where a row has an answer for each. The device answers
+locally iff ``score > threshold``. How the threshold is found is the workshop's business
+(``fogline_models.certify``); what the document says, and when it may be relied on, is decided
+here for everybody.
 """
 
 import datetime

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fogline_protocol import grpc_calls, inference
 from fogline_protocol.errors import ERRORS, ServerFault, Unavailable
-from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, SERVICE
+from fogline_protocol.grpc_service import DEFAULT_MAX_MESSAGE_BYTES, INFER, SERVICE
 from fogline_protocol.inference import InferRequest, InferResponse, ModelMetadata
 from fogline_protocol.v1 import inference_pb2 as pb
 
@@ -67,7 +67,7 @@ class Client:
             InferenceError: the server refused, failed, or could not be reached in time.
         """
         data = inference.encode_request(request)
-        return inference.decode_response(await self.call(f"/{SERVICE}/ModelInfer", data, timeout_s))
+        return inference.decode_response(await self.call(INFER, data, timeout_s))
 
     async def server_ready(self, timeout_s: float | None = None) -> bool:
         """Return whether the server says it is ready.

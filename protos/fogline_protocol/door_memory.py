@@ -65,8 +65,8 @@ class Memory:
         """Begin empty; ``refused`` is called for every call that is refused or ended for it."""
         self.limit = limit
         self.arriving = Pool(limit // 2, self._look_soon)
-        self.in_hand = Pool(limit // 4, self._look_soon)
-        self.answers = Pool(limit // 4, self._look_soon)
+        self.in_hand = Pool(limit // 4)
+        self.answers = Pool(limit // 4)
         self.refusals = 0  # calls, in all
         self._refused = refused
         self._sources: set[Source] = set()
@@ -127,7 +127,7 @@ class Memory:
                 if not pool.waiting or now - since < STALL_S:
                     break
                 end()
-        if pool.waiting or self.in_hand.waiting:
+        if pool.waiting:
             self._look_soon()
 
     def _relieve_senders(self) -> None:
@@ -200,7 +200,7 @@ def share(limit: int, processes: int, max_message_bytes: int) -> int:
 
 
 def memory_bytes() -> int:
-    """Return the memory of the machine, or of the control group that this process is in."""
+    """Return the bytes of memory of the machine, or of the control group of this process."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in (_CGROUP_2, _CGROUP_1):
         try:

@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
         # Of messages that were unpacked, and of all that streams have in hand.
         self._in_hand = Room(ROOM_MESSAGES * self._limit, memory.in_hand, None)
         # What the memory was told: of half a frame, since when; of answers that nobody has read.
-        self._begun = self._http.received
+        self._half_frame = self._http.received
         self._half, self._half_at = 0, 0.0
         self._unread_bytes = 0
         self._in_turn = 0  # bytes of them that streams have and write later
@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
                 self._fail(data)
             if self._end is not None:
                 return  # what else came along is for nobody
-        half = len(self._begun)
+        half = len(self._half_frame)
         if half != self._half:
             self._arriving.drop(self._half - half)
             self._half, self._half_at = half, now
@@ -254,10 +254,10 @@ class Connection(asyncio.Protocol):
             self._amiss(number)
             return
         books = self._service.books
-        counted = books is not None and head.path in self._service.counted
+        counting = books if head.path in self._service.counted else None
         if head.refusal is not None:
-            if counted and head.problem is not None:
-                books.open_entry().end(outcome_of(head.problem))  # type: ignore[union-attr]
+            if counting is not None and head.problem is not None:
+                counting.open_entry().end(outcome_of(head.problem))
             self._http.end(number, head.refusal)
             return
         method = self._service.methods.get(head.path)
@@ -269,14 +269,13 @@ class Connection(asyncio.Protocol):
             return
         call = self._calls[number] = _Call(number, head, method, now)
         stream = head.path in self._service.streams
-        if counted:
+        if counting is not None:
             if stream:
-                call.entries = Entries(books)  # type: ignore[arg-type]
+                call.entries = Entries(counting)
             else:
-                call.entry = books.open_entry()  # type: ignore[union-attr]
-        arriving = self._arriving
-        arriving.used += head.held
-        if arriving.used > arriving.limit and self._crowded(call):
+                call.entry = counting.open_entry()
+        self._arriving.hold(head.held)
+        if self._arriving.full and self._crowded(call):
             return
         if head.timeout_s is not None:
             call.deadline = now + head.timeout_s
@@ -318,9 +317,8 @@ class Connection(asyncio.Protocol):
                 and length == int.from_bytes(data[1:5], "big")
             ):  # the usual case: a whole message at once
                 call.held += size
-                arriving = self._arriving
-                arriving.used += size
-                if arriving.used > arriving.limit and self._crowded(call):
+                self._arriving.hold(size)
+                if self._arriving.full and self._crowded(call):
                     return
                 call.task = self._loop.create_task(self._unary(call, data[5:], False))
                 return
@@ -330,7 +328,7 @@ class Connection(asyncio.Protocol):
             call.since, call.mark = now, call.have
         if call.coming is None or not call.coming.had:
             call.held += size
-            self._arriving.used += size
+            self._arriving.hold(size)
             if self._arriving.full and self._crowded(call):
                 return
         if type(arrival) is Messages:
@@ -498,10 +496,7 @@ class Connection(asyncio.Protocol):
             call.entry.end(outcome)
         elif call.entries is not None:
             call.entries.end(outcome)
-        arriving = self._arriving
-        arriving.used -= call.held
-        if arriving.waiting:
-            arriving.give()
+        self._arriving.drop(call.held)
         if call.timer is not None:
             call.timer.cancel()
         if call.coming is not None:

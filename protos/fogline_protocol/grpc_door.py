@@ -69,8 +69,7 @@ class GrpcDoor:
         ``admit`` is asked in the task of every call, before anything else of it is done there;
         what it notes in context variables, its method finds. ``memory`` is shared with other
         doors, if there are some. ``books`` are told how each request of a path in ``counted`` ends.
-        Beyond ``max_connections``, by default
-        ``connections_allowed()``, newcomers are closed.
+        Beyond ``max_connections``, by default ``connections_allowed()``, newcomers are closed.
         """
         if memory is None:
             memory = Memory(door_memory.default_limit(max_message_bytes))

@@ -127,7 +127,7 @@ class Room:
 class Pool:
     """So many bytes for all rooms and for what is too small to have one."""
 
-    def __init__(self, limit: int, waits: Callable[[], None]) -> None:
+    def __init__(self, limit: int, waits: Callable[[], None] = lambda: None) -> None:
         """Begin empty; ``limit`` is in bytes, and ``waits`` is called when a room has to wait."""
         self.limit = limit
         self.used = 0  # bytes

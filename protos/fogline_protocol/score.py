@@ -159,9 +159,11 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 
 
 def scorer(score: Score) -> Callable[..., Array]:
-    """Return the function that ``score`` names, with its parameters: ``[n, ...] -> [n]``.
+    """Return the function that ``score`` names, with its parameters.
 
-    Where the score has a mask, that input is the second argument.
+    Of logits, ``[n, classes]`` or ``[n, tokens, classes]``, it makes a score for each row, ``[n]``:
+    a probability, from 0 to 1. Where the score has a mask, ``[n, tokens]``, that input is the
+    second argument.
 
     Raises:
         KeyError: there is none of this name.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fogline_protocol import answers, golden
+from fogline_protocol import golden
 from fogline_protocol.answers import Asked
 from fogline_protocol.golden import Deviates, GoldenVectors, judge
 from fogline_protocol.release import Bundle, SelfTest, Tolerance, Variant
@@ -126,7 +126,3 @@ def test_golden_vectors_whose_mask_is_of_other_tokens_cannot_be_used(tmp_path):
         GoldenVectors.read(a_tagger(0.8), path)
     np.savez(path, **{**arrays, "input.attention_mask": MASK})
     assert GoldenVectors.read(a_tagger(0.8), path).max_batch == 8
-
-
-def test_the_names_are_those_of_transformers():
-    assert (answers.NO_LABEL, answers.ATTENTION_MASK) == (-100, "attention_mask")
