@@ -43,7 +43,7 @@ async def test_a_sure_answer_that_a_coin_chose_is_kept_with_its_reason_and_prope
     async with routed(door.address, release, keep=["double"], device="kiosk", audits=always()) as r:
         assert said(await r.ask(SURE, source="cam")) == HERE
         await until(lambda: len(hub.requests) == 1)  # it learns that this hub keeps examples
-        await until(lambda: r.router._keeping == {"judge": True})
+        await until(lambda: r.router._escalation._keeping == {"judge": True})
         await r.ask(SURE * 2, UNSURE, SURE * 3, source="cam")
         await until(lambda: sum(len(one.scores) for one in hub.kept) == 3)
     rows = sorted(
@@ -96,7 +96,7 @@ async def test_a_hub_that_keeps_nothing_is_asked_once_and_then_left_in_peace(
 ) -> None:
     async with routed(door.address, release, keep=["double"], device="kiosk", audits=always()) as r:
         await r.ask(SURE)
-        await until(lambda: r.router._keeping == {"judge": False})
+        await until(lambda: r.router._escalation._keeping == {"judge": False})
         for _ in range(3):
             await r.ask(SURE)
         await r.ask(UNSURE)
@@ -132,7 +132,7 @@ async def test_what_the_caller_does_to_its_memory_after_the_answer_is_not_audite
 ) -> None:
     hub.keeps = True
     async with routed(door.address, release, keep=["double"], device="kiosk", audits=always()) as r:
-        r.router._keeping["judge"] = True
+        r.router._escalation._keeping["judge"] = True
         mine = SURE.copy()
         await r.router.infer(InferRequest("double", {"x": mine}), None)
         mine[:] = 0
@@ -145,7 +145,7 @@ async def test_what_the_caller_does_to_its_answer_is_not_audited(
 ) -> None:
     hub.keeps = True
     async with routed(door.address, release, keep=["double"], device="kiosk", audits=always()) as r:
-        r.router._keeping["judge"] = True
+        r.router._escalation._keeping["judge"] = True
         response = await r.router.infer(InferRequest("double", {"x": SURE}), None)
         response.outputs["logits"][:] = 0
         await until(lambda: len(hub.kept) == 1)

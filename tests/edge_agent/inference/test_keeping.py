@@ -160,7 +160,9 @@ async def test_a_model_without_rows_is_one_example(
     hub.keeps = True
     made = bundles.make(tmp_path / "b", onnx="double_one.onnx", max_batch=0)
     async with routed(door.address, load(read(made.path)), device="kiosk") as r:
-        r.router._keeping["judge"] = True  # the fake hub knows rows only, and answers nothing else
+        r.router._escalation._keeping["judge"] = (
+            True  # the fake hub knows rows only, and answers nothing else
+        )
         request = InferRequest("double", {"x": UNSURE[0]}, parameters={KEEP: True})
         await r.router.infer(request, None)
     (kept,) = hub.kept
