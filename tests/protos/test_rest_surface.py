@@ -276,3 +276,4 @@ async def test_only_inference_may_have_a_large_body(echo):
             assert answer.startswith(b"HTTP/1.1 413 "), path
             assert b"at most 65536 bytes" in answer
             writer.close()
+            await writer.wait_closed()  # or the door waits for the rest until it has closed

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,7 @@ from fogline_protocol import release
 from tests.edge_agent.update.fakes import Shelf
 
 BUNDLES = Path(__file__).parents[3] / "models/digits/bundles"
+MEMORY, NEEDED_BYTES = Path("/dev/shm"), 64 << 20
 KILLED = -signal.SIGKILL
 MIN_KILLS, RANDOM_KILLS = 240, 60  # 300 in all: the budget of a run in CI
 
@@ -91,6 +93,19 @@ def agents() -> Iterator[Agents]:
     agents = Agents()
     yield agents
     agents.close()
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is room: half of the time would be waiting for syncs.
+
+    A kill takes nothing that was written, synced or not.
+    """
+    if not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < NEEDED_BYTES:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
