@@ -31,6 +31,7 @@ from fogline_protocol.release import (
 )
 from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array, TensorSpec
+from tests.certificates import certificate as a_certificate
 from tests.fakes import HUB_DIGEST, HUB_MODEL
 
 DATA = Path(__file__).parent / "data"
@@ -136,21 +137,11 @@ def certificate(directory: BundleDirectory, variant: str = "", **changes: object
         "hub_sha256": HUB_DIGEST,
         "hardware_class": providers.hardware_class(providers.CPU),
         "score": directory.bundle.score,
-        "alpha": 0.05,
-        "delta": 0.05,
-        "items": 350,
-        "scenes": 350,
-        "allowed_losses": 10,
         "threshold": THRESHOLD,
-        "escalation_rate": 0.2,
-        "escalation_rate_upper": 0.3,
-        "reference_score_quantiles": (0.5,),
-        "calibration_sha256": "d" * 64,
-        "sampling": "by hand",
         "issued_at": NOW - datetime.timedelta(days=1),
         "expires_at": NOW + datetime.timedelta(days=30),
     }
-    return Certificate(**{**fields, **changes})  # type: ignore[arg-type]
+    return a_certificate(**{**fields, **changes})
 
 
 def add_certificate(

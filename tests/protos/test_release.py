@@ -1,7 +1,6 @@
 """The bundle's root document and the way in: an intact directory, or a refusal by name."""
 
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fogline_protocol import certificate, documents, release
-from fogline_protocol.certificate import Certificate
 from fogline_protocol.documents import DocumentError
 from fogline_protocol.release import (
     Bundle,
@@ -26,6 +24,7 @@ from fogline_protocol.release import (
 )
 from fogline_protocol.score import Score
 from fogline_protocol.tensors import TensorSpec
+from tests import certificates
 
 CONTENT = {"variants/fp32.onnx": b"not really a model", "selftest.npz": b"vectors"}
 
@@ -58,31 +57,11 @@ def a_bundle(**changes):
 
 
 def a_certificate(**changes):
-    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     fields = {
-        "model": "digits",
-        "version": "1.0.0",
-        "variant": "fp32",
         "variant_sha256": documents.sha256(CONTENT["variants/fp32.onnx"]),
-        "hub_model": "digits-hub",
-        "hub_sha256": "cd" * 32,
-        "hardware_class": "x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
         "score": Score("max_softmax", "logits"),
-        "alpha": 0.05,
-        "delta": 0.05,
-        "items": 350,
-        "scenes": 350,
-        "allowed_losses": 10,
-        "threshold": 0.75,
-        "escalation_rate": 0.2,
-        "escalation_rate_upper": 0.26,
-        "reference_score_quantiles": (0.1, 0.9),
-        "calibration_sha256": "ef" * 32,
-        "sampling": "one augmented copy per digit",
-        "issued_at": now,
-        "expires_at": now + datetime.timedelta(days=365),
     }
-    return Certificate(**{**fields, **changes})
+    return certificates.certificate(**{**fields, **changes})
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from fogline_protocol.release import Bundle, File, Pairing, SelfTest, Tolerance,
 from fogline_protocol.release_index import MAX_CERTIFICATES
 from fogline_protocol.score import Score
 from fogline_protocol.tensors import TensorSpec
+from tests.certificates import WHEN, certificate
 
-WHEN = datetime.datetime(2026, 10, 1, tzinfo=datetime.UTC)
 NOW = WHEN.timestamp() + 86_400
 HUB_SHA256 = "a" * 64
 
@@ -47,29 +47,7 @@ def _bundle(model: str, artifact: str, pairing: Pairing | None) -> Bundle:
 
 HUB = _bundle("digits-hub", "1", None)
 EDGE = _bundle("digits", "2", Pairing("digits-hub", HUB_SHA256))
-GOOD = Certificate(
-    model="digits",
-    version="1.0.0",
-    variant="fp32",
-    variant_sha256="2" * 64,
-    hub_model="digits-hub",
-    hub_sha256="1" * 64,
-    hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-    score=Score("max_softmax", "y"),
-    alpha=0.05,
-    delta=0.05,
-    items=100,
-    scenes=100,
-    allowed_losses=1,
-    threshold=0.9,
-    escalation_rate=0.1,
-    escalation_rate_upper=0.2,
-    reference_score_quantiles=(0.1, 0.9),
-    calibration_sha256="3" * 64,
-    sampling="all",
-    issued_at=WHEN,
-    expires_at=WHEN + datetime.timedelta(days=90),
-)
+GOOD = certificate()
 
 
 class QuickDisk(Disk):

@@ -36,6 +36,7 @@ from fogline_protocol.release import (
 )
 from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array, TensorSpec
+from tests.certificates import certificate as a_certificate
 
 NOW = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC).timestamp()
 CPU = "CPUExecutionProvider"
@@ -146,31 +147,8 @@ def bundle(
 
 def certificate(edge: bytes = b"1.0005", hub: bytes = b"1", **changes: object) -> Certificate:
     """Return a certificate of the edge bundle's only variant."""
-    when = datetime.datetime(2026, 10, 1, tzinfo=datetime.UTC)
-    found = Certificate(
-        model="digits",
-        version="1.0.0",
-        variant="fp32",
-        variant_sha256=documents.sha256(edge),
-        hub_model="digits-hub",
-        hub_sha256=documents.sha256(hub),
-        hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-        score=Score("max_softmax", "y"),
-        alpha=0.05,
-        delta=0.05,
-        items=100,
-        scenes=100,
-        allowed_losses=1,
-        threshold=0.9,
-        escalation_rate=0.1,
-        escalation_rate_upper=0.2,
-        reference_score_quantiles=(0.1, 0.9),
-        calibration_sha256="2" * 64,
-        sampling="all",
-        issued_at=when,
-        expires_at=when + datetime.timedelta(days=365),
-    )
-    return replace(found, **changes)  # type: ignore[arg-type]
+    fields = {"variant_sha256": documents.sha256(edge), "hub_sha256": documents.sha256(hub)}
+    return a_certificate(**{**fields, **changes})
 
 
 class Hub:

@@ -19,11 +19,10 @@ from edge_agent.update.machine import ModelReport
 from edge_agent.update.slots import Target, certificate_id, release_number
 from edge_agent.update.surroundings import Place, Progress
 from fogline_protocol import certificate, documents, release
-from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import Deviates, GoldenVectors, judge
 from fogline_protocol.release import Bundle, BundleDirectory, File, SelfTest, Tolerance, Variant
-from fogline_protocol.score import Score
 from fogline_protocol.tensors import Array, TensorSpec
+from tests.certificates import certificate as a_certificate
 
 BLOCK = 64
 RIGHT, WRONG = 2.0, -2.0  # what a model multiplies with, and should
@@ -112,28 +111,13 @@ class Shelf:
 
     def certify(self, target: Target, day: int, *, variant: str = "int8", **changes: str) -> str:
         """Issue a certificate of ``target`` on some day; return its target path."""
-        made = Certificate(
+        made = a_certificate(
             model=target.model,
             version=changes.get("version", target.version),
             variant=variant,
-            variant_sha256="a" * 64,
             hub_model="doubler-hub",
-            hub_sha256="b" * 64,
             hardware_class="here",
-            score=Score("max_softmax", "y"),
-            alpha=0.05,
-            delta=0.05,
-            items=100,
-            scenes=100,
-            allowed_losses=1,
-            threshold=0.9,
-            escalation_rate=0.1,
-            escalation_rate_upper=0.2,
-            reference_score_quantiles=(0.5,),
-            calibration_sha256="c" * 64,
-            sampling="by hand",
             issued_at=datetime.datetime(2026, 10, day, tzinfo=datetime.UTC),
-            expires_at=datetime.datetime(2027, 1, 1, tzinfo=datetime.UTC),
         )
         path = f"certificates/{target.model}/{target.release}/{made.id}.json"
         file = self.folder / path

@@ -31,9 +31,8 @@ from edge_agent.update.lifecycle import StepEnded
 from edge_agent.update.marks import Mark, Marks, MetadataRefused
 from edge_agent.update.trust import DocumentRefused, HubAway, Trust
 from fogline_protocol import documents
-from fogline_protocol.certificate import Certificate
 from fogline_protocol.release_index import IndexedFile, ReleaseIndex
-from fogline_protocol.score import Score
+from tests.certificates import certificate
 
 DAY_S = 86_400.0
 YEAR_S = 365 * DAY_S
@@ -47,34 +46,7 @@ def index(version: str = "1.0.0", *, model: str = "digits", number: int = 1) -> 
     return ReleaseIndex(model, number, version, sha256, files).to_json()
 
 
-def certificate(model: str = "digits") -> bytes:
-    when = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
-    return Certificate(
-        model=model,
-        version="1.0.0",
-        variant="fp32",
-        variant_sha256="0" * 64,
-        hub_model="digits-hub",
-        hub_sha256="1" * 64,
-        hardware_class="x86_64+avx2/CPUExecutionProvider/onnxruntime-1.32",
-        score=Score("max_softmax", "logits"),
-        alpha=0.05,
-        delta=0.05,
-        items=100,
-        scenes=100,
-        allowed_losses=1,
-        threshold=0.9,
-        escalation_rate=0.1,
-        escalation_rate_upper=0.2,
-        reference_score_quantiles=(0.1, 0.9),
-        calibration_sha256="2" * 64,
-        sampling="all",
-        issued_at=when,
-        expires_at=when + datetime.timedelta(days=365),
-    ).to_json()
-
-
-CERTIFICATE = f"certificates/digits/1/{documents.sha256(certificate())[:16]}.json"
+CERTIFICATE = f"certificates/digits/1/{documents.sha256(certificate().to_json())[:16]}.json"
 
 
 class QuickDisk(Disk):
@@ -185,7 +157,7 @@ def make_hub(tmp_path: Path) -> Iterator[Callable[[float], Hub]]:
     def make(now: float) -> Hub:
         hub = Hub(tmp_path / f"hub-{len(hubs)}", now)
         hubs.append(hub)
-        hub.repository.publish({TARGET: index(), CERTIFICATE: certificate()}, now=now)
+        hub.repository.publish({TARGET: index(), CERTIFICATE: certificate().to_json()}, now=now)
         return hub
 
     yield make
@@ -242,7 +214,7 @@ async def refused(trust: Trust, target: str = TARGET) -> StepEnded:
 async def test_an_index_comes_as_it_was_signed(hub: Hub, device: Device) -> None:
     found = await device.trust(hub).index(TARGET)
     assert found.to_json() == index()
-    assert (await device.trust(hub).certificate(CERTIFICATE)).to_json() == certificate()
+    assert (await device.trust(hub).certificate(CERTIFICATE)).to_json() == certificate().to_json()
 
 
 async def test_a_new_release_arrives_and_nothing_new_costs_two_requests(
@@ -444,7 +416,7 @@ async def test_thieves_of_the_release_key_cannot_issue_a_certificate(
     version = snapshot.signed.meta[f"{name}.json"].version
     forged = Metadata[Targets].from_bytes(hub.metadata(f"{version}.{name}.json"))
     forged.signed.version += 1
-    forged.signed.targets[path] = TargetFile.from_data(path, certificate())
+    forged.signed.targets[path] = TargetFile.from_data(path, certificate().to_json())
     forged.sign(hub.key("releases"))
     data = forged.to_bytes()
     hub.instead[f"metadata/{version + 1}.{name}.json"] = data
@@ -591,7 +563,7 @@ async def test_a_signed_index_that_lies_is_refused(
 
 async def test_a_signed_certificate_under_another_name_is_refused(hub: Hub, device: Device) -> None:
     path = "certificates/digits/1/00000000000000ff.json"
-    hub.repository.publish({path: certificate()}, now=NOW)
+    hub.repository.publish({path: certificate().to_json()}, now=NOW)
     with pytest.raises(DocumentRefused) as caught:
         await device.trust(hub).certificate(path)
     assert caught.value.code == "certificate/mismatch"
