@@ -38,6 +38,12 @@ MAX_FP16_DIFFERENCE = 0.02  # of the largest output; measured: 1e-3 and less
 # on VNNI and AVX2, and nothing that only passes integers on.
 _DYNAMIC = ("MatMul", "Gemm", "Gather", "Attention", "LSTM", "EmbedLayerNormalization")
 
+# How onnxruntime's quantizer takes a graph that it did not foresee.
+_QUANTIZER_FAILS = (
+    AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+
 # What multiplies with weights or looks them up, by its first two inputs.
 _WEIGHTED = (*_DYNAMIC, "Conv", "ConvTranspose")
 
@@ -176,10 +182,11 @@ class Prepared:
                         model = self._dynamic(chosen, keep, dynamic)
                     case Way.CAST:
                         model = self._cast(keep)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                reason = str(error).strip().splitlines()[0]
+            except _QUANTIZER_FAILS as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise BadInput(
-                    f"{STEP}: onnxruntime cannot give {self._fp32} the form {form}: {reason}"
+                    f"{STEP}: onnxruntime cannot give {self._fp32} the form {form}, leave the form "
+                    f"out: {reason}"
                 ) from None
         made = self._folder / f"made-{form}.onnx"
         graph.finish(model, props, made, step=STEP)
@@ -374,8 +381,42 @@ def _prepare(model: Any, folder: Path, fp32: Path) -> Path:
         if not node.name or node.name in seen:
             node.name = f"{node.name or node.op_type}:{index}"
         seen.add(node.name)
+    _flatten_biases(ready)
     path.write_bytes(ready.SerializeToString())
     return path
+
+
+def _flatten_biases(model: Any) -> None:
+    """Give every Gemm the bias that the quantizer expects: one number for each output.
+
+    ONNX lets it be anything that broadcasts, and preparing itself makes a Gemm of a MatMul and
+    an Add, whose constant TensorFlow writes as ``[1, outputs]``.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    flat: dict[str, Any] = {}
+    for node in model.graph.node:
+        if node.op_type != "Gemm" or len(node.input) < 3 or not node.input[2]:
+            continue
+        weight, bias = (constants.get(name) for name in node.input[1:3])
+        if weight is None or bias is None or any(size != 1 for size in bias.dims[:-1]):
+            continue
+        turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        outputs = weight.dims[0 if turned else 1]
+        if list(bias.dims) == [outputs]:
+            continue
+        name = f"{bias.name}:{outputs}"
+        if name not in flat:
+            values = np.broadcast_to(numpy_helper.to_array(bias).reshape(-1), (outputs,))
+            flat[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        node.input[2] = name
+    model.graph.initializer.extend(flat.values())
+    read = {name for node in model.graph.node for name in graph.reads(node)}
+    read |= {value.name for value in model.graph.output}
+    keep = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(keep)
 
 
 def _own_weights(model: Any) -> None:

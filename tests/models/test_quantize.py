@@ -313,6 +313,48 @@ def test_a_mask_does_not_take_the_steps_of_the_scores(tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() < 0.1
 
 
+@pytest.mark.parametrize("bias", [(1, 3), (1, 1), (1,), ()])
+@pytest.mark.parametrize("form", ["int8-qdq", "int8-trt"])
+def test_a_bias_that_broadcasts_is_quantized(
+    tmp_path: Path, bias: tuple[int, ...], form: str
+) -> None:
+    made = nets.model(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w0"], ["h"]),
+            onnx.helper.make_node("Add", ["h", "b0"], ["a"]),  # as TensorFlow writes a dense layer
+            onnx.helper.make_node("Gemm", ["a", "w1", "b1"], ["y"], transB=1),
+        ],
+        [nets.tensor("x", ["n", 8])],
+        [nets.tensor("y", ["n", 3])],
+        {
+            "w0": nets.random(8, 3),
+            "b0": np.full((1, 3), 0.5, np.float32),
+            "w1": nets.random(3, 3, seed=1),
+            "b1": np.full(bias, 0.5, np.float32),
+        },
+    )
+    fp32 = nets.save(made, tmp_path / "fp32.onnx")
+    written(fp32, form, ROWS)
+    want, found = (
+        Session(tmp_path / name, as_written=True).run(ROWS, 32)["y"]
+        for name in ("fp32.onnx", f"{form}.onnx")
+    )
+    np.testing.assert_allclose(found, want, atol=0.1)
+
+
+def test_what_the_quantizer_cannot_do_is_said_with_what_to_leave_out(tmp_path: Path) -> None:
+    made = nets.model(
+        [onnx.helper.make_node("Gemm", ["x", "w", "b"], ["y"])],
+        [nets.tensor("x", [2, 8])],
+        [nets.tensor("y", [2, 3])],
+        {"w": nets.random(8, 3), "b": nets.random(2, 3)},  # a bias for each row
+    )
+    fp32 = nets.save(made, tmp_path / "fp32.onnx")
+    with pytest.raises(BadInput, match=r"cannot give .* the form int8-qdq, leave the form out: "):
+        written(fp32, "int8-qdq", ROWS)
+    assert [path.name for path in tmp_path.iterdir()] == ["fp32.onnx"]
+
+
 def test_a_model_of_an_old_opset_is_quantized_at_the_first_that_can(tmp_path: Path) -> None:
     net = nets.save(nets.cnn(opset=11), tmp_path / "fp32.onnx")
     assert graph.opset_of(written(net, "int8-qdq", PIXELS)) == quantize.PER_CHANNEL_OPSET
