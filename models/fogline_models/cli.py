@@ -46,6 +46,15 @@ _mask = click.option(
 )
 
 
+_dynamic = click.option(
+    "--dynamic",
+    default="",
+    metavar="TOML",
+    help="Axes besides the batch that vary, and how far, as in a recipe: "
+    "'{tokens = {1 = [\"length\", 1, 128]}}'; equal bounds fix an axis of an ONNX file.",
+)
+
+
 @click.group()
 @click.version_option(package_name="fogline")
 @click.option("--traceback", is_flag=True, help="Show where in a recipe's own Python it failed.")
@@ -125,6 +134,7 @@ def print_recipe() -> None:
     metavar="NAME=VALUE",
     help="Of a torch function; the value as in TOML.",
 )
+@_dynamic
 @_cache
 def export(
     source: str,
@@ -134,6 +144,7 @@ def export(
     outputs: tuple[str, ...],
     max_batch: int,
     arguments: tuple[str, ...],
+    dynamic: str,
     cache: Path | None,
 ) -> None:
     """Turn SOURCE into an fp32 ONNX file that is checked against it.
@@ -147,7 +158,10 @@ def export(
         from fogline_models import build as builder
 
         recipe = _without_a_file(
-            _source(source, outputs, arguments), {"training": data}, task=task, max_batch=max_batch
+            _source(source, outputs, arguments, dynamic),
+            {"training": data},
+            task=task,
+            max_batch=max_batch,
         )
         folder = builder.export_only(recipe, _steps(cache, ()))
         _copy(folder, out)
@@ -249,6 +263,7 @@ def evaluate(
 @click.option("--escalates-to", type=FOLDER, help="The bundle of the hub's model.")
 @click.option("--parent", type=FOLDER, help="The bundle that it replaces.")
 @click.option("--max-batch", default=64, show_default=True, help="Rows in one run; 0: no batch.")
+@_dynamic
 @click.option("--alpha", default=0.01, show_default=True, help="Largest risk of disagreement.")
 @click.option("--out", required=True, type=FOLDER, help="A folder; the bundle goes below it.")
 @_cache
@@ -267,6 +282,7 @@ def bundle(
     escalates_to: Path | None,
     parent: Path | None,
     max_batch: int,
+    dynamic: str,
     alpha: float,
     out: Path,
     cache: Path | None,
@@ -278,7 +294,7 @@ def bundle(
         if calibration is not None:
             splits["calibration"] = calibration
         recipe = _without_a_file(
-            _source(str(model), (), ()),
+            _source(str(model), (), (), dynamic),
             splits,
             task=task,
             labels=tuple(label.strip() for label in labels.split(",") if label.strip()),
@@ -443,26 +459,35 @@ def _steps(cache: Path | None, again: tuple[str, ...]) -> "Steps":
     return steps.Steps(cache or steps.default_cache(), _say, again=frozenset(again))
 
 
-def _source(text: str, outputs: tuple[str, ...], arguments: tuple[str, ...]) -> "Source":
-    import tomllib
-
+def _source(
+    text: str, outputs: tuple[str, ...], arguments: tuple[str, ...], dynamic: str
+) -> "Source":
     from fogline_models.recipe import Source
 
+    vary = _toml(f"dynamic = {dynamic or '{}'}", f"--dynamic {dynamic}", '{x = {1 = ["n", 1, 9]}}')
     if ".py:" in text:
-        try:
-            given = tomllib.loads("\n".join(arguments))
-        except tomllib.TOMLDecodeError as error:
-            raise BadInput(
-                f"--argument {' --argument '.join(arguments)}: {error}; values are TOML's, such "
-                "as width=12, and texts stand in quotes of their own: 'name=\"wide\"'"
-            ) from None
-        return Source(torch=text, arguments=given, outputs=outputs)
+        given = _toml(
+            "\n".join(arguments),
+            f"--argument {' --argument '.join(arguments)}",
+            "width=12, and texts stand in quotes of their own: 'name=\"wide\"'",
+        )
+        return Source(torch=text, arguments=given, outputs=outputs, **vary)
     if text.endswith(".py"):
         raise BadInput(f"{text}: which function returns the torch module? Say {text}:FUNCTION")
     path = Path(text).resolve()
     if path.is_dir():
-        return Source(huggingface=str(path))
-    return Source(onnx=path)
+        return Source(huggingface=str(path), **vary)
+    return Source(onnx=path, **vary)
+
+
+def _toml(text: str, option: str, example: str) -> dict[str, Any]:
+    """Return what options say in TOML."""
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{option}: {error}; values are TOML's, such as {example}") from None
 
 
 def _without_a_file(
@@ -492,9 +517,13 @@ def _without_a_file(
         "data": recipes.Data(files={key: path.resolve() for key, path in splits.items()}),
         "certificate": recipes.Certificate(alpha=alpha),
         "release": [
-            recipes.ReleaseRecipe(
-                model=name, version=version, source=source, max_batch=max_batch, **release
-            )
+            {
+                "model": name,
+                "version": version,
+                "source": dataclasses.asdict(source),
+                "max_batch": max_batch,
+                **release,
+            }
         ],
         "folder": folder,
     }

@@ -13,6 +13,7 @@ Needs ``onnx``, which is imported on use.
 """
 
 import heapq
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ def load(path: Path, *, step: str) -> Any:
         raise BadInput(
             f"{step}: {path}: its external data cannot be read: {_first_line(error)}"
         ) from None
+    for value in (*model.graph.input, *model.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            # What exporters write for "open" where ONNX has nothing written. "?" twice does not
+            # mean that both are of one size, as a name would.
+            if size.dim_param == "?" or (size.HasField("dim_value") and size.dim_value < 1):
+                size.Clear()
     return model
 
 
@@ -130,13 +137,14 @@ def adopt(
     props: Mapping[str, str],
     path: Path,
     *,
-    bounds: Mapping[str, tuple[int, int]] | None = None,
+    dynamic: Dynamic | None = None,
     examples: Mapping[str, Array] | None = None,
 ) -> Signature:
     """Take in a model that somebody else made and write it to ``path``, as one stripped file.
 
-    It keeps its own opset, if onnxruntime runs that. It is run on ``examples``, or on random
-    ones, before it counts.
+    It keeps its own opset, if onnxruntime runs that. ``dynamic`` says how far its open axes go,
+    those of the same name included; one that goes nowhere, ``("height", 48, 48)``, is fixed. It
+    is run on ``examples``, or on random ones, before it counts.
 
     Raises:
         BadInput: the file is not usable, has a variable dimension without bounds, needs what
@@ -144,7 +152,8 @@ def adopt(
     """
     step = "export"
     model = load(source, step=step)
-    found = signature(model, bounds or {}, step=step)
+    bounds = _bound(model, dynamic or {}, step)
+    found = signature(model, bounds, step=step, examples=examples)
     staged = path.with_name(f".{path.name}.staged")
     try:
         finish(model, props, staged, step=step)
@@ -170,14 +179,51 @@ def opset_of(model: Any) -> int | None:
     return None
 
 
+def _bound(model: Any, dynamic: Dynamic, step: str) -> dict[str, tuple[int, int]]:
+    """Name or fix the axes that ``dynamic`` speaks of, and return how far each name goes."""
+    values = {value.name: value for value in model.graph.input}
+    bounds: dict[str, tuple[int, int]] = {}
+    for tensor, axes in dynamic.items():
+        if tensor not in values:
+            raise BadInput(
+                f"{step}: dynamic speaks of an input {tensor!r}, the model takes {', '.join(values)}"
+            )
+        found = _axes(values[tensor], step)
+        for axis, (name, least, most) in axes.items():
+            size = found[axis] if axis < len(found) else "absent"
+            if axis >= len(found) or isinstance(size, int):
+                raise BadInput(
+                    f"{step}: axis {axis} of input {tensor!r} is {size} in the file: leave it out "
+                    "of dynamic"
+                )
+            theirs = size or name
+            if bounds.setdefault(theirs, (least, most)) != (least, most):
+                raise BadInput(
+                    f"{step}: axes named {theirs!r} are of one size, dynamic has them go from "
+                    f"{bounds[theirs][0]} to {bounds[theirs][1]} and from {least} to {most}"
+                )
+            values[tensor].type.tensor_type.shape.dim[axis].dim_param = theirs
+    for value in (*values.values(), *model.graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            least, most = bounds.get(dimension.dim_param, (0, -1))
+            if least == most:
+                dimension.dim_value = most
+    return bounds
+
+
 def signature(
-    model: Any, bounds: Mapping[str, tuple[int, int]] | None = None, *, step: str
+    model: Any,
+    bounds: Mapping[str, tuple[int, int]] | None = None,
+    *,
+    step: str,
+    examples: Mapping[str, Array] | None = None,
 ) -> Signature:
     """Return what a graph takes and gives.
 
     The batch is the first axis where every input and output has it and its size is open,
     under one name or none. Any other open axis needs an entry in ``bounds``, under its own
     name, or ``tensor[axis]`` where it has none: an engine must know how far a shape may go.
+    ``examples`` say which bounds to propose where there are none.
 
     Raises:
         BadInput: a tensor is of a kind that requests cannot carry, or is open without bounds.
@@ -194,20 +240,21 @@ def signature(
         all(shape and not isinstance(shape[0], int) for shape in axes.values()) and len(names) <= 1
     )
     dynamic: dict[str, dict[int, Dimension]] = {}
+    unbound: dict[str, dict[int, str]] = {}
     for value in values:
         for axis, size in enumerate(axes[value.name]):
             if isinstance(size, int) or (axis == 0 and batched):
                 continue
             name = size or f"{value.name}[{axis}]"
             if name not in (bounds or {}):
-                raise BadInput(
-                    f"{step}: axis {axis} of input {value.name!r} is open and has no bounds: "
-                    f"give the smallest and the largest size of {name!r}"
-                )
+                unbound.setdefault(value.name, {})[axis] = size or f"{value.name}{axis}"
+                continue
             least, most = (bounds or {})[name]
             if not 1 <= least <= most:
                 raise BadInput(f"{step}: bounds of {name!r} must rise from 1, got {least}..{most}")
             dynamic.setdefault(value.name, {})[axis] = (name, least, most)
+    if unbound:
+        raise BadInput(f"{step}: {_proposal(unbound, examples or {})}")
 
     def specs(values: Iterable[Any]) -> tuple[TensorSpec, ...]:
         return tuple(
@@ -220,6 +267,33 @@ def signature(
         )
 
     return Signature(specs(values), specs(model.graph.output), batched, dynamic)
+
+
+def _proposal(unbound: Mapping[str, Mapping[int, str]], examples: Mapping[str, Array]) -> str:
+    """Say which axes lack bounds, and what to write to give them some, as far as it is known."""
+
+    def size(tensor: str, axis: int) -> object:
+        example = examples.get(tensor)
+        return example.shape[axis] if example is not None and axis < example.ndim else "SIZE"
+
+    which = ", ".join(
+        f"axis {axis} of input {tensor!r}" for tensor, axes in unbound.items() for axis in axes
+    )
+    lines = ", ".join(
+        f"{json.dumps(tensor)} = {{ "
+        + ", ".join(
+            f"{axis} = [{json.dumps(name)}, {size(tensor, axis)}, {size(tensor, axis)}]"
+            for axis, name in axes.items()
+        )
+        + " }"
+        for tensor, axes in unbound.items()
+    )
+    one = sum(map(len, unbound.values())) == 1
+    return (
+        f"{which} {'is' if one else 'are'} open and {'has' if one else 'have'} no bounds: say "
+        f"dynamic = {{ {lines} }} in the recipe's source, or with --dynamic: the smallest and the "
+        "largest size, equal ones fix an axis"
+    )
 
 
 def unbounded(model: Any) -> dict[str, tuple[int, int]]:

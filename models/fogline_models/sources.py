@@ -49,7 +49,7 @@ class Exported:
     post_processing: tuple[Processing, ...] = ()
     labels: tuple[str, ...] = ()  # of the origin itself; empty: the recipe's
     facts: Mapping[str, str] = field(default_factory=dict)  # further ones, for the report
-    # How far open axes of the graph go, by their names in it; besides the recipe's.
+    # How far open axes of the graph go, by their names in it, which may not be the recipe's.
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -158,7 +158,7 @@ def _from_onnx(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Pat
         recipe.folder / source.onnx,
         props(recipe, release, "fp32"),
         into / FP32,
-        bounds=_bounds(source),
+        dynamic=source.dynamic,
         examples=examples,
     )
     if not found.batched:
@@ -171,7 +171,8 @@ def _from_onnx(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Pat
         examples = {name: array[:1] for name, array in examples.items()}  # the vectors are one run
     answers = Session(into / FP32).run(examples, release.max_batch or 1)
     save_golden(into, examples, answers)
-    Exported("onnx").save(into)
+    bounds = {n: (low, high) for axes in found.dynamic.values() for n, low, high in axes.values()}
+    Exported("onnx", bounds=bounds).save(into)
 
 
 def signature(folder: Path, source: Source) -> graph.Signature:

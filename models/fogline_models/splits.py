@@ -124,7 +124,9 @@ def _check_alike(recipe: Recipe, splits: Mapping[str, Items]) -> None:
     vary: dict[str, set[int]] = {}
     for each in recipe.release:
         for name, axes in each.source.dynamic.items():
-            vary.setdefault(name, set()).update(axes)
+            vary.setdefault(name, set()).update(
+                n for n, (_, low, high) in axes.items() if low < high
+            )
     # What transformers exported has lengths of its own, which the recipe does not name.
     named = not any(each.source.huggingface for each in recipe.release)
     used = {name: splits[name] for name in recipe.data.used if name in splits}

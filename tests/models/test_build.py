@@ -736,6 +736,25 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
     assert "batch 32" not in result.output
 
 
+def test_a_file_with_open_sizes_is_built_from_what_its_refusal_proposes(
+    family: Path, tmp_path: Path
+) -> None:
+    model = small_family.net(0)
+    model.graph.input[0].type.tensor_type.shape.dim[1].Clear()
+    onnx.save(model, str(family / "open.onnx"))
+    training = items(tmp_path, "training", 0)
+    command = (
+        "export", family / "open.onnx", "--data", training, "--out", tmp_path / "exported",
+        "--cache", tmp_path / "steps",
+    )  # fmt: skip
+    proposed = sentence(run(*command)).partition("dynamic = ")[2].partition(" in the recipe")[0]
+    result = run(*command, "--dynamic", proposed)
+    assert result.exit_code == 0, result.output
+    made = onnx.load(str(tmp_path / "exported" / "fp32.onnx"))
+    sizes = [size.dim_value for size in made.graph.input[0].type.tensor_type.shape.dim]
+    assert sizes == [0, archive.read(training)["input.x"].shape[1]]  # the batch stays open
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -751,6 +770,15 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
             "--argument a: Expected '='",
         ),
         (("export", "{family}/data.py", "--data", "{data}", "--out", "{out}"), "data.py:FUNCTION"),
+        (
+            ("export", "{family}/edge.onnx", "--data", "{data}", "--out", "{out}", "--dynamic", "x"),
+            "--dynamic x: Invalid value",
+        ),
+        (
+            ("export", "{family}/edge.onnx", "--data", "{data}", "--out", "{out}",
+             "--dynamic", "{{x = {{0 = ['n', 1, 9]}}}}"),
+            "source.dynamic.x.0: bounds must rise from 1, for an axis after the batch",
+        ),
         (("quantize", "{family}/edge.onnx", "--form", "int8-qdq", "--out", "{out}"), "give it some"),
         (("quantize", "{family}/edge.onnx", "--form", "int9", "--out", "{out}"), "known are int8-qdq"),
         (("quantize", "{family}/data.py", "--form", "fp16", "--out", "{out}"), "data.py"),

@@ -1,5 +1,6 @@
 """Taking in ONNX files that somebody else made, and what every file of ours is stripped of."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ BACKEND = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 PIXELS = np.random.default_rng(0).standard_normal((3, 3, 8, 8)).astype(np.float32)
 
 
-def refusal(made: Any, tmp_path: Path, **bounds: tuple[int, int]) -> str:
+def refusal(made: Any, tmp_path: Path, **dynamic: dict[int, tuple[str, int, int]]) -> str:
     source = nets.save(made, tmp_path / "given.onnx")
     with pytest.raises(BadInput) as refused:
-        graph.adopt(source, {}, tmp_path / "taken.onnx", bounds=bounds)
+        graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=dynamic)
     assert [path.name for path in tmp_path.iterdir()] == ["given.onnx"]  # nothing half-written
     return str(refused.value)
 
@@ -177,12 +178,69 @@ def test_the_batch_is_the_axis_that_everything_has_open(
     assert {axis for axes in found.dynamic.values() for axis in axes} == ({1} if bounds else set())
 
 
-def test_an_open_axis_without_bounds_is_refused_with_the_tensor_named(tmp_path: Path) -> None:
+def test_an_open_axis_without_bounds_is_refused_with_what_to_write(tmp_path: Path) -> None:
     said = refusal(open_axes("n", "sequence"), tmp_path)
     assert said.startswith("export: axis 1 of input 'tokens' is open")
-    assert "'sequence'" in said
-    assert "'tokens[1]'" in refusal(open_axes("n", None), tmp_path)
-    assert "rise from 1" in refusal(open_axes("n", "s"), tmp_path, s=(9, 2))
+    assert 'dynamic = { "tokens" = { 1 = ["sequence", SIZE, SIZE] } }' in said
+    assert '["tokens1", SIZE, SIZE]' in refusal(open_axes("n", None), tmp_path)
+    assert "rise from 1" in refusal(open_axes("n", "s"), tmp_path, tokens={1: ("s", 9, 2)})
+
+
+def pixels(rows: Any, *sizes: Any) -> Any:
+    """The mean of each channel, ``pixels [rows, 3, *sizes] -> y [rows, 3]``."""
+    return nets.model(
+        [onnx.helper.make_node("ReduceMean", ["pixels"], ["y"], axes=[2, 3], keepdims=0)],
+        [nets.tensor("pixels", [rows, 3, *sizes])],
+        [nets.tensor("y", [rows, 3])],
+    )
+
+
+@pytest.mark.parametrize(
+    "open_size", [None, "?", -1, 0], ids=["without a name", "question mark", "minus one", "zero"]
+)
+def test_every_way_to_write_open_is_understood_and_bounded_by_its_axis(
+    tmp_path: Path, open_size: Any
+) -> None:
+    source = nets.save(pixels(open_size, open_size, open_size), tmp_path / "given.onnx")
+    examples = {"pixels": np.zeros((2, 3, 4, 9), np.float32)}
+    with pytest.raises(BadInput) as refused:
+        graph.adopt(source, {}, tmp_path / "taken.onnx", examples=examples)
+    proposed = str(refused.value).partition("say ")[2].partition(" in the recipe")[0]
+    assert tomllib.loads(proposed) == {
+        "dynamic": {"pixels": {"2": ["pixels2", 4, 4], "3": ["pixels3", 9, 9]}}
+    }
+    dynamic = {"pixels": {2: ("height", 4, 4), 3: ("width", 8, 16)}}
+    found = graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=dynamic, examples=examples)
+    assert found.batched
+    assert found.inputs == (TensorSpec("pixels", "FP32", (-1, 3, 4, -1)),)  # equal bounds fix it
+    assert found.dynamic == {"pixels": {3: ("width", 8, 16)}}
+    taken = graph.load(tmp_path / "taken.onnx", step="test")
+    assert graph.signature(taken, {"width": (8, 16)}, step="test") == found
+
+
+def test_bounds_hold_for_every_axis_of_that_name(tmp_path: Path) -> None:
+    made = nets.model(
+        [onnx.helper.make_node("Add", ["tokens", "mask"], ["y"])],
+        [nets.tensor("tokens", ["n", "seq"]), nets.tensor("mask", ["n", "seq"])],
+        [nets.tensor("y", ["n", "seq"])],
+    )
+    source = nets.save(made, tmp_path / "given.onnx")
+    for most, shape in ((9, (-1, -1)), (2, (-1, 2))):
+        dynamic = {"tokens": {1: ("length", 2, most)}}
+        found = graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=dynamic)
+        assert [spec.shape for spec in (*found.inputs, *found.outputs)] == [shape] * 3
+    both = {"tokens": {1: ("length", 2, 9)}, "mask": {1: ("other", 2, 8)}}
+    with pytest.raises(BadInput, match="axes named 'seq' are of one size"):
+        graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=both)
+
+
+def test_bounds_for_what_the_file_does_not_have_open_are_refused(tmp_path: Path) -> None:
+    made = pixels("n", "h", "w")
+    said = refusal(made, tmp_path, image={2: ("h", 1, 4)})
+    assert said == "export: dynamic speaks of an input 'image', the model takes pixels"
+    said = refusal(made, tmp_path, pixels={1: ("c", 1, 4)})
+    assert said == "export: axis 1 of input 'pixels' is 3 in the file: leave it out of dynamic"
+    assert "is absent in the file" in refusal(made, tmp_path, pixels={4: ("d", 1, 4)})
 
 
 def test_two_first_axes_of_different_names_are_no_batch() -> None:
