@@ -183,7 +183,8 @@ class _Build:
             splits = {path.stem: data.read(path) for path in sorted(prepared.glob("*.npz"))}
         exported = sources.Exported.read(folder)
         signature = sources.signature(folder, each.source)
-        read_by = reading(recipe, signature, each)
+        golden = self._golden(each)
+        read_by = reading(recipe, signature, each, golden)
         check_inputs(signature, splits, recipe.data.used, each)
         check_head(recipe, exported, signature, splits, each)
         hub, parent = self._hub(each), self._parent(each)
@@ -203,7 +204,7 @@ class _Build:
             signature=signature,
             reading=read_by,
             extras=sources.extras(folder),
-            golden=self._golden(each),
+            golden=golden,
             files=files,
             splits=splits,
             outputs=self._outputs(each, files, splits, hub, parent, signature),

@@ -350,7 +350,12 @@ def _figures(
     recall: dict[str, Rate] = {}
     if labels is not None and answers is not None:
         known = labels != NO_LABEL
-        bins = metrics.reliability(mine.outputs[known], labels[known])
+        bins = metrics.reliability(
+            mine.outputs[known],
+            labels[known],
+            # Asked of the reference: quantized shares need not sum to 1 any more.
+            probabilities=metrics.are_probabilities(base.outputs),
+        )
         counts = metrics.confusion(labels[known], answers[known], len(classes))
         for index, name in enumerate(classes):
             here = labels == index

@@ -26,6 +26,7 @@ CONFIDENCE = 0.95
 NORMAL_95 = 1.959963984540054  # two-sided, for CONFIDENCE
 BINS = 15  # of equal mass; the customary number
 RESAMPLES = 400  # of a bootstrap, from a fixed seed
+SHARE_ERROR = 1e-3  # of a sum of float16 shares
 MAX_POINTS = 101  # of a risk curve: one for each per cent
 
 
@@ -141,6 +142,18 @@ def macro_f1(counts: Array) -> float:
     return float((2 * counts.diagonal()[occurs] / both[occurs]).mean()) if occurs.any() else 0.0
 
 
+def are_probabilities(outputs: Array) -> bool:
+    """Return whether every row of ``[..., classes]`` holds shares of 1 already, as of a softmax.
+
+    Logits only do so by design: none is negative, none above 1, and they sum to 1.
+    """
+    if outputs.dtype.kind != "f" or outputs.ndim < 2 or outputs.shape[-1] < 2 or not outputs.size:
+        return False
+    rows = outputs.reshape(-1, outputs.shape[-1]).astype(np.float64)
+    within = rows.min() >= -SHARE_ERROR and rows.max() <= 1 + SHARE_ERROR
+    return bool(within and np.abs(rows.sum(axis=1) - 1).max() <= SHARE_ERROR)
+
+
 def softmax(logits: Array) -> Array:
     """Return the probabilities of each row, float64: ``[n, ...] -> [n, classes]``."""
     rows = logits.reshape(len(logits), -1).astype(np.float64)
@@ -149,14 +162,16 @@ def softmax(logits: Array) -> Array:
     return shares
 
 
-def reliability(logits: Array, labels: Array, bins: int = BINS) -> tuple[Bin, ...]:
-    """Return how confidence and accuracy go together: ``[n, classes], [n]``.
+def reliability(
+    outputs: Array, labels: Array, bins: int = BINS, *, probabilities: bool = False
+) -> tuple[Bin, ...]:
+    """Return how confidence and accuracy go together: logits ``[n, classes]``, ``[n]``.
 
-    Bins hold equally many items, except that items of equal confidence share one.
+    Or the outputs are ``probabilities`` already. Bins hold equally many items, except that items of equal confidence share one.
     """
-    shares = softmax(logits)
+    shares = _flat(outputs) if probabilities else softmax(outputs)
     confidence = shares.max(axis=1)
-    hits = top(logits) == labels
+    hits = top(outputs) == labels
     edges = np.quantile(confidence, np.arange(1, bins) / bins)
     place = np.searchsorted(edges, confidence, side="left")
     return tuple(

@@ -2,17 +2,23 @@
 
 from collections.abc import Collection, Mapping
 
-from fogline_models import data, graph, sources
+from fogline_models import data, graph, metrics, sources
 from fogline_models.data import Items
 from fogline_models.errors import BadInput
 from fogline_models.graph import Signature
 from fogline_models.recipe import VECTORS, Recipe, ReleaseRecipe
 from fogline_protocol.answers import ATTENTION_MASK
-from fogline_protocol.score import Score
+from fogline_protocol.score import LEAST_PROBABILITY, MAX_PROBABILITY, Score
+from fogline_protocol.tensors import Array
 
 
-def reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
+def reading(
+    recipe: Recipe, signature: Signature, each: ReleaseRecipe, golden: Mapping[str, Array]
+) -> Score:
     """Return how the answers of a release are read: from its first output.
+
+    A recipe that names no score gets one for probabilities, if that is what ``golden``, the
+    vectors of the self-test, shows the output to be.
 
     Raises:
         BadInput: the recipe names a mask that the model does not take, or the output of a token
@@ -20,6 +26,8 @@ def reading(recipe: Recipe, signature: Signature, each: ReleaseRecipe) -> Score:
     """
     output = signature.outputs[0]
     function = recipe.score(each)
+    if not each.score and metrics.are_probabilities(golden[f"output.{output.name}"]):
+        function = LEAST_PROBABILITY if recipe.per_token else MAX_PROBABILITY
     if not recipe.per_token:
         return Score(function, output.name)
     where = f"export: release {each.title}"

@@ -169,8 +169,9 @@ class ReleaseRecipe:
     # What `fogline data export` wrote: handed to the function that trains. Whoever trained a given
     # model with them names them too: no item of them may measure or certify it.
     examples: Path | None = None
-    # How certain an answer is: by default max_softmax, for tokens least_softmax. logistic is fitted
-    # to the hub's answers on the split tuning, or on ranges; the report says what that buys.
+    # How certain an answer is: by default max_softmax, for tokens least_softmax; max_probability and
+    # least_probability where outputs are probabilities already. logistic is fitted to the hub's
+    # answers on the split tuning, or on ranges; the report says what that buys.
     score: str = ""
     # Of a token classifier: the input that says which tokens count. By default attention_mask, if
     # the model takes one, else every token does.

@@ -5,8 +5,10 @@ has one for each token, and those count that the score's mask says: padding gets
 nobody asked for.
 
     score                     answers                             that count
-    max_softmax, logistic     [n]          top of the row         all
-    least_softmax             [n, tokens]  top of each token      where the mask is not 0
+    max_softmax, logistic,    [n]          top of the row         all
+    max_probability
+    least_softmax,            [n, tokens]  top of each token      where the mask is not 0
+    least_probability
 
 Whoever scores, compares or certifies answers asks here, so that the bound of a certificate speaks
 of what devices do. Labels say less: transformers leaves special tokens and inner pieces of words

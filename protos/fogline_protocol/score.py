@@ -9,6 +9,12 @@ that calibrated must compute it identically, to the last bit.
     least_softmax of a row with an answer for each of its tokens: the largest softmax probability
                   of the token that is least certain, among those that count
 
+Models that end in a softmax give probabilities, and a softmax of those again would call every
+answer uncertain; of such outputs,
+
+    max_probability    is the largest of a row
+    least_probability  is the largest of the row's least certain token, as ``least_softmax``
+
 A row is answered as certainly as its least certain token, because it is one request: a device
 keeps all of its answers or none. Which tokens count it learns from an input, the score's ``mask``,
 as applications send it, and from nothing else (``answers.py``).
@@ -26,7 +32,9 @@ from fogline_protocol.tensors import Array
 MAX_SOFTMAX = "max_softmax"
 LOGISTIC = "logistic"
 LEAST_SOFTMAX = "least_softmax"
-PER_TOKEN = frozenset({LEAST_SOFTMAX})  # of rows with many answers
+MAX_PROBABILITY = "max_probability"
+LEAST_PROBABILITY = "least_probability"
+PER_TOKEN = frozenset({LEAST_SOFTMAX, LEAST_PROBABILITY})  # of rows with many answers
 
 FEATURES = ("log_odds", "spread")
 FINEST = 2.0**-52  # how far a sum of shares is above 1, at the least
@@ -86,6 +94,17 @@ def max_softmax(logits: Array) -> Array:
     return scores
 
 
+def max_probability(probabilities: Array) -> Array:
+    """Return the largest probability of each row: ``[n, classes] -> [n]`` float32.
+
+    A row with a value that is not finite scores 0: nothing is certain about it.
+    """
+    rows = probabilities.reshape(len(probabilities), -1).astype(np.float32, copy=False)
+    scores: Array = rows.max(axis=1)
+    scores[~np.isfinite(rows).all(axis=1)] = 0.0
+    return scores
+
+
 def features(logits: Array) -> list[tuple[float, float]]:
     """Return what ``logistic`` weighs, for each row of ``[n, classes]``, in the order of FEATURES.
 
@@ -138,10 +157,19 @@ def least_softmax(logits: Array, mask: Array | None = None) -> Array:
     with a counted value that is not finite scores 0. A row in which nothing counts scores 1:
     nothing was asked, so nothing can be answered differently.
     """
-    counts = np.ones(logits.shape[:-1], bool) if mask is None else mask != 0
+    return _least(max_softmax, logits, mask)
+
+
+def least_probability(probabilities: Array, mask: Array | None = None) -> Array:
+    """Return ``max_probability`` of each row's least certain token, as ``least_softmax`` does."""
+    return _least(max_probability, probabilities, mask)
+
+
+def _least(of_tokens: Callable[[Array], Array], outputs: Array, mask: Array | None) -> Array:
+    counts = np.ones(outputs.shape[:-1], bool) if mask is None else mask != 0
     scores = np.ones(counts.shape, np.float32)
     if counts.any():
-        scores[counts] = max_softmax(logits[counts])
+        scores[counts] = of_tokens(outputs[counts])
     least: Array = scores.min(axis=tuple(range(1, scores.ndim)), initial=1.0)
     return least
 
@@ -150,11 +178,15 @@ FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     MAX_SOFTMAX: max_softmax,
     LOGISTIC: logistic,
     LEAST_SOFTMAX: least_softmax,
+    MAX_PROBABILITY: max_probability,
+    LEAST_PROBABILITY: least_probability,
 }
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     MAX_SOFTMAX: (),
     LOGISTIC: ("bias", *FEATURES),
     LEAST_SOFTMAX: (),
+    MAX_PROBABILITY: (),
+    LEAST_PROBABILITY: (),
 }
 
 

@@ -17,6 +17,7 @@ from fogline_models import archive  # noqa: E402
 from fogline_models.cli import main  # noqa: E402
 from fogline_models.session import Session  # noqa: E402
 from fogline_protocol import documents, hardware, release  # noqa: E402
+from fogline_protocol.score import Score  # noqa: E402
 from tests.models import onnx_nets, small_family  # noqa: E402
 from tests.models.small_family import build, change  # noqa: E402
 
@@ -734,6 +735,32 @@ def test_a_file_that_takes_one_item_at_a_time_is_built_as_it_is(
     assert result.exit_code == 0, result.output
     assert "batch 1 " in result.output
     assert "batch 32" not in result.output
+
+
+def test_a_net_that_ends_in_a_softmax_is_as_certain_as_it_says(family: Path, built: Path) -> None:
+    for noise, name in enumerate(("hub.onnx", "edge.onnx")):
+        model = small_family.net(noise)
+        model.graph.node[-1].output[0] = "logits"
+        model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["y"]))
+        onnx.save(model, str(family / name))
+    result = build(family)
+    assert result.exit_code == 0, result.output
+    logits, shares = (
+        release.read(folder / "out" / "bundles" / "points-1.0.0")
+        for folder in (built, family.parent)
+    )
+    assert shares.bundle.score == Score("max_probability", "y")
+    # The same net, so the same items are certain, and as often right as it says.
+    for one, other in zip(logits.certificates, shares.certificates, strict=True):
+        assert other.escalation_rate == pytest.approx(one.escalation_rate, abs=0.03)
+    before, after = (
+        json.loads((each.path / "report.json").read_text())["figures"]["evaluation"]["variants"]
+        for each in (logits, shares)
+    )
+    for variant in ("fp32", "int8-qdq"):
+        assert after[variant]["calibration_error"] == pytest.approx(
+            before[variant]["calibration_error"], abs=0.02
+        )
 
 
 def test_a_file_with_open_sizes_is_built_from_what_its_refusal_proposes(

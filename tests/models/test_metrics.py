@@ -181,6 +181,23 @@ def test_a_model_that_keeps_what_it_claims_has_no_calibration_error() -> None:
     assert sure > 0.1
 
 
+def test_probabilities_are_known_and_believed_as_they_are() -> None:
+    logits = np.random.default_rng(0).normal(0, 2, (500, 5)).astype(np.float32)
+    shares = metrics.softmax(logits).astype(np.float16)
+    labels = np.random.default_rng(1).integers(0, 5, 500)
+    assert metrics.are_probabilities(shares)
+    assert metrics.are_probabilities(shares.reshape(100, 5, 5))  # of tokens
+    found = metrics.reliability(shares, labels, probabilities=True)
+    want = metrics.reliability(logits, labels)
+    assert metrics.calibration_error(found) == pytest.approx(
+        metrics.calibration_error(want), abs=0.01
+    )
+    off = shares.copy()
+    off[3, 2] += 0.01
+    for outputs in (logits, np.abs(logits), off, shares[:, :1], shares > 0, shares[:0], shares[0]):
+        assert not metrics.are_probabilities(outputs)
+
+
 def test_items_of_equal_confidence_share_a_bin() -> None:
     logits = np.tile([[2.0, 0.0]], (30, 1))
     (only,) = metrics.reliability(logits, np.arange(30) % 2)

@@ -208,6 +208,31 @@ def test_nothing_is_certain_about_a_text_with_a_counted_token_that_is_not_finite
     assert scores[1] > 0.99
 
 
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+        elements=st.floats(-20, 20, width=32),
+    ),
+    st.integers(0, 5),
+)
+def test_probabilities_score_as_the_softmax_they_came_from(logits, counted):
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    shares = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
+    mask = np.broadcast_to(np.arange(logits.shape[1]) < counted, logits.shape[:2])
+    np.testing.assert_allclose(
+        score.least_probability(shares, mask), score.least_softmax(logits, mask), rtol=1e-5
+    )
+    for rows, same in zip(shares, logits, strict=True):
+        np.testing.assert_allclose(score.max_probability(rows), score.max_softmax(same), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nor_are_probabilities_that_are_not_finite(bad):
+    shares = np.array([[0.5, bad], [0.25, 0.75]], np.float32)
+    assert score.max_probability(shares).tolist() == [0, 0.75]
+
+
 def test_a_score_with_parameters_is_the_function_with_them():
     logits = np.array([[1, 3, 2]], np.float32)
     ready = score.scorer(score.Score("logistic", "y", HEAD))
