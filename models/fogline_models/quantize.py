@@ -29,6 +29,7 @@ from fogline_protocol.tensors import Array
 
 RANGE_BATCH = 64
 PER_CHANNEL_OPSET = 13  # of ONNX, where QuantizeLinear learnt to have an axis
+ORT_WARNINGS, ORT_ERRORS = 2, 3  # of its log; the first is what it begins with
 MAX_FP16 = 65504.0
 # Masks of attention add the lowest float32, for want of -inf: it is meant to saturate.
 MASK = -1e30
@@ -188,6 +189,7 @@ class Prepared:
                     f"{STEP}: onnxruntime cannot give {self._fp32} the form {form}, leave the form "
                     f"out: {reason}"
                 ) from None
+        graph.sort_nodes(model)  # its own sorting does not look into branches, nor at casts
         made = self._folder / f"made-{form}.onnx"
         graph.finish(model, props, made, step=STEP)
         self._check(chosen, made, model)
@@ -234,7 +236,6 @@ class Prepared:
         model = graph.load(self._path, step=STEP)
         cast = float16.convert_float_to_float16(model, keep_io_types=True, node_block_list=keep)
         _join(cast.graph)
-        graph.sort_nodes(cast)  # it appends its casts at the end
         return cast
 
     def _check_fits_fp16(self, keep: Collection[str]) -> None:
@@ -531,13 +532,17 @@ def _float16() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the quantizer's advice, which its caller cannot follow."""
+    """Hold back the quantizer's advice, and its sessions', which its caller cannot follow."""
+    import onnxruntime
+
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
+    onnxruntime.set_default_logger_severity(ORT_ERRORS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         root.setLevel(level)
+        onnxruntime.set_default_logger_severity(ORT_WARNINGS)

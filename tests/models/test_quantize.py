@@ -381,6 +381,43 @@ def test_models_with_graphs_inside_are_quantized(tmp_path: Path, make: Any, form
     assert np.abs(want - found).max() < 0.1 * np.abs(want).max()
 
 
+@pytest.mark.parametrize("form", ["int8-qdq", "int8-dynamic", "fp16"])
+def test_what_only_a_branch_reads_is_computed_before_it(tmp_path: Path, form: str) -> None:
+    branches = {
+        f"{name}_branch": onnx.helper.make_graph(
+            [onnx.helper.make_node(operator, ["h"], [f"{name}_y"])],
+            name,
+            [],
+            [nets.tensor(f"{name}_y", None)],
+        )
+        for name, operator in (("then", "Relu"), ("else", "Neg"))
+    }
+    made = nets.model(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w0"], ["h"], name="dense0"),
+            onnx.helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            onnx.helper.make_node("Greater", ["most", "zero"], ["positive"]),
+            onnx.helper.make_node("If", ["positive"], ["chosen"], **branches),
+            onnx.helper.make_node("MatMul", ["chosen", "w1"], ["y"], name="dense1"),
+        ],
+        [nets.tensor("x", ["n", 8])],
+        [nets.tensor("y", ["n", 3])],
+        {
+            "w0": nets.random(8, 8),
+            "w1": nets.random(8, 3, seed=1),
+            "zero": np.zeros((), np.float32),
+        },
+    )
+    fp32 = nets.save(made, tmp_path / "fp32.onnx")
+    rows = {"x": np.abs(ROWS["x"])}  # far from where the branches part
+    written(fp32, form, rows)
+    want, found = (
+        Session(tmp_path / name, as_written=True).run(rows, 32)["y"]
+        for name in ("fp32.onnx", f"{form}.onnx")
+    )
+    np.testing.assert_allclose(found, want, atol=0.2)
+
+
 def test_a_model_of_onnx_itself_is_quantized(tmp_path: Path) -> None:
     net = (
         Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / "light_squeezenet.onnx"
