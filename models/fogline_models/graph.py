@@ -158,6 +158,9 @@ def adopt(
     try:
         finish(model, props, staged, step=step)
         inputs = examples or random_inputs(found, rows=EXAMPLE_ROWS)
+        if examples and not found.batched and _fixed_rows(found) is None:
+            shapes = {spec.name: spec.shape for spec in (*found.inputs, *found.outputs)}
+            raise BadInput(f"{step}: {_without_rows(shapes)}")
         check_inputs(found, inputs, step=step, what="an example")
         try:
             session = Session(staged)
@@ -254,7 +257,9 @@ def signature(
                 raise BadInput(f"{step}: bounds of {name!r} must rise from 1, got {least}..{most}")
             dynamic.setdefault(value.name, {})[axis] = (name, least, most)
     if unbound:
-        raise BadInput(f"{step}: {_proposal(unbound, examples or {})}")
+        rowless = not batched and any(0 in open_axes for open_axes in unbound.values())
+        said = _without_rows(axes) if rowless else _proposal(unbound, examples or {})
+        raise BadInput(f"{step}: {said}")
 
     def specs(values: Iterable[Any]) -> tuple[TensorSpec, ...]:
         return tuple(
@@ -293,6 +298,19 @@ def _proposal(unbound: Mapping[str, Mapping[int, str]], examples: Mapping[str, A
         f"{which} {'is' if one else 'are'} open and {'has' if one else 'have'} no bounds: say "
         f"dynamic = {{ {lines} }} in the recipe's source, or with --dynamic: the smallest and the "
         "largest size, equal ones fix an axis"
+    )
+
+
+def _without_rows(axes: Mapping[str, Sequence[int | str | None]]) -> str:
+    """Say that items are no rows of these tensors, and what to do: recurrent nets with states."""
+    shapes = ", ".join(
+        f"{tensor} [{', '.join(str(size or '?') for size in shape)}]"
+        for tensor, shape in axes.items()
+    )
+    return (
+        f"an item is a row of every input and output, but these tensors have no first axis in "
+        f"common: {shapes}. Transpose what has its batch elsewhere, such as a state, and make "
+        "constants of inputs that are no part of an item, in nodes around the model"
     )
 
 

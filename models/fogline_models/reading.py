@@ -87,6 +87,12 @@ def check_head(
     if recipe.task in VECTORS or width < 0:
         return
     labels = recipe.labels or exported.labels
+    if width == 1 and len(labels) != 1:
+        raise BadInput(
+            f"export: release {each.title}: output {output.name!r} is one number, which is no "
+            "choice among classes: let the model give one for each, of yes and no for instance "
+            "1 - p and p"
+        )
     if labels and len(labels) != width:
         raise BadInput(
             f"export: release {each.title}: output {output.name!r} has {width} classes, but "

@@ -452,7 +452,7 @@ BAD: dict[str, tuple[Change, str, str]] = {
     ),
     "a shape without bounds": (
         open_without_bounds, "points 1.0.0: export: axis 1 of input 'x' is open and has no bounds",
-        "give the smallest and the largest size of 'width'",
+        'dynamic = { "x" = { 1 = ["width", 2, 2] } }',
     ),
     "answers that are NaN": (
         answering_nan, "points 1.0.0: export: ", "output 'y' is NaN or infinite in",
@@ -761,6 +761,13 @@ def test_a_net_that_ends_in_a_softmax_is_as_certain_as_it_says(family: Path, bui
         assert after[variant]["calibration_error"] == pytest.approx(
             before[variant]["calibration_error"], abs=0.02
         )
+
+
+def test_a_single_output_is_no_choice_among_classes(family: Path) -> None:
+    onnx.save(onnx_nets.mlp(onnx_nets.random(2, 1)), str(family / "hub.onnx"))
+    said = sentence(build(family))
+    assert "output 'y' is one number, which is no choice among classes" in said
+    assert "1 - p and p" in said
 
 
 def test_a_file_with_open_sizes_is_built_from_what_its_refusal_proposes(

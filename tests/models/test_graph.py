@@ -218,6 +218,32 @@ def test_every_way_to_write_open_is_understood_and_bounded_by_its_axis(
     assert graph.signature(taken, {"width": (8, 16)}, step="test") == found
 
 
+@pytest.mark.parametrize(
+    ("sound", "state"),
+    [(["n", 8], [2, "n", 8]), ([None, None], [2, None, 8]), ([1, 8], [2, 1, 8])],
+    ids=["named", "without names", "fixed"],
+)
+def test_a_state_whose_batch_is_not_in_front_is_refused_with_what_to_transpose(
+    tmp_path: Path, sound: list[Any], state: list[Any]
+) -> None:
+    made = nets.model(
+        [
+            onnx.helper.make_node("Add", ["sound", "state"], ["next"]),
+            onnx.helper.make_node("ReduceSum", ["next"], ["y"], keepdims=0),
+        ],
+        [nets.tensor("sound", sound), nets.tensor("state", state)],
+        [nets.tensor("next", state), nets.tensor("y", [])],
+    )
+    source = nets.save(made, tmp_path / "given.onnx")
+    examples = {"sound": PIXELS[:, 0, 0], "state": np.zeros((2, 1, 8), np.float32)}
+    with pytest.raises(BadInput) as refused:
+        graph.adopt(source, {}, tmp_path / "taken.onnx", examples=examples)
+    said = str(refused.value)
+    assert "no first axis in common: sound [" in said
+    assert f"state [2, {state[1] or '?'}, 8], next [2, {state[1] or '?'}, 8], y []" in said
+    assert "Transpose what has its batch elsewhere, such as a state" in said
+
+
 def test_bounds_hold_for_every_axis_of_that_name(tmp_path: Path) -> None:
     made = nets.model(
         [onnx.helper.make_node("Add", ["tokens", "mask"], ["y"])],
