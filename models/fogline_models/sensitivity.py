@@ -3,10 +3,13 @@
 ``sweep`` quantizes one layer at a time, or all but one, and compares each answer with fp32's;
 ``fewest`` keeps the worst of them until a target is met. A *layer* is a node with weights and
 what follows it up to the next one; where there are more layers than measurements are allowed,
-neighbors are measured together. That bound is a number and not a time, so that the same model
+neighbors are measured together. Where most layers would have to stay, it is often the arithmetic
+between weights that quantization hurts, a normalization or an activation written out in plain
+operators; ``mixed`` then leaves that in fp32 and asks for layers again. That bound is a number and not a time, so that the same model
 and items give the same list on every machine.
 """
 
+import dataclasses
 import enum
 import math
 import tempfile
@@ -166,23 +169,27 @@ def sweep(
     progress: Progress | None = None,
     ask: Ask = Ask.ONLY,
     most: int = MOST,
+    kept: Sequence[str] = (),
 ) -> tuple[Measurement, ...]:
     """Measure every layer and return them, those that hurt most first.
+
+    Nodes in ``kept`` are part of no layer and stay fp32.
 
     Raises:
         BadInput: the form quantizes nothing in this file, or a mixed file is not usable.
     """
     if most < 1:
         raise BadInput(f"{STEP}: at least one measurement must be allowed, got {most}")
-    groups = layers(bench.nodes, most)
+    nodes = [node for node in bench.nodes if node.name not in kept]
+    groups = layers(nodes, most)
     if not groups:
         raise BadInput(f"{STEP}: the form quantizes nothing in this file: leave it out")
     started = clock()
     found: list[Measurement] = []
     for done, group in enumerate(groups, 1):
         names = tuple(node.name for node in group)
-        others = tuple(node.name for node in bench.nodes if node.name not in names)
-        loss = bench.loss(others if ask is Ask.ONLY else names)
+        others = tuple(node.name for node in nodes if node.name not in names)
+        loss = bench.loss((*kept, *(others if ask is Ask.ONLY else names)))
         found.append(Measurement(names, tuple(node.operator for node in group), loss))
         if progress is not None:
             progress(done, len(groups), (clock() - started) / done * (len(groups) - done))
@@ -267,4 +274,28 @@ def mixed(
         if whole.agreement >= target:
             return Choice((), 0, whole), ()
         ranked = sweep(bench, clock=clock, progress=progress, most=most)
-        return fewest(ranked, target, bench.loss), ranked
+        choice: Choice | None
+        try:
+            choice = fewest(ranked, target, bench.loss)
+        except BadInput:
+            choice = None
+        if choice is not None and choice.layers <= len(ranked) / 2:
+            return choice, ranked
+        between = tuple(node.name for node in bench.nodes if not node.weighs)
+        if len(between) == len(bench.nodes):
+            return fewest(ranked, target, bench.loss), ranked  # it holds no weights
+        again = sweep(bench, clock=clock, progress=progress, most=most, kept=between)
+        try:
+            found = fewest(again, target, lambda keep: bench.loss((*between, *keep)))
+        except BadInput:
+            if choice is None:
+                raise
+            return choice, ranked
+        if choice is not None and _weights(bench, choice.keep) <= _weights(bench, found.keep):
+            return choice, ranked
+        return dataclasses.replace(found, keep=(*between, *found.keep)), again
+
+
+def _weights(bench: Bench, keep: Sequence[str]) -> int:
+    """Return how many of the nodes to keep have weights."""
+    return sum(node.weighs for node in bench.nodes if node.name in keep)

@@ -763,6 +763,22 @@ def test_a_net_that_ends_in_a_softmax_is_as_certain_as_it_says(family: Path, bui
         )
 
 
+def test_a_form_that_loses_answers_is_refused_with_how_to_mend_it(family: Path) -> None:
+    lost = onnx_nets.random(2, 16)
+    lost[:, :2] *= 1e-4  # of the steps that the others need, none is left for what decides
+    decides = np.zeros((16, 3), np.float32)
+    decides[0, 1] = decides[1, 2] = 1e4
+    onnx.save(onnx_nets.mlp(lost, decides), str(family / "edge.onnx"))
+    change(family / "recipe.toml", "min_agreement = 0.9", "min_agreement = 1")
+    result = build(family)
+    assert result.exit_code == 0, result.output
+    assert "points 1.0.0: int8-qdq refused: " in result.stderr
+    assert "give the release of a recipe sweep = { int8-qdq = 0.99 }" in result.stderr
+    change(family / "recipe.toml", 'model = "points"', 'sweep = { int8-qdq = 1 }\nmodel = "points"')
+    result = build(family)
+    assert "give the release of a recipe sweep" not in result.stderr
+
+
 def test_a_single_output_is_no_choice_among_classes(family: Path) -> None:
     onnx.save(onnx_nets.mlp(onnx_nets.random(2, 1)), str(family / "hub.onnx"))
     said = sentence(build(family))

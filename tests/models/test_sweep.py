@@ -1,16 +1,18 @@
 """The sweep on real files: a layer that quantization hurts is found, and keeping it helps."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[models]'")
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[models]'")
 
-from fogline_models.errors import BadInput
-from fogline_models.quantize import prepared
-from fogline_models.sensitivity import Ask, Bench, Loss, mixed, sweep
-from tests.models import onnx_nets as nets
+from fogline_models.errors import BadInput  # noqa: E402 - only after onnx is known to be there
+from fogline_models.quantize import prepared  # noqa: E402
+from fogline_models.sensitivity import Ask, Bench, Loss, mixed, sweep  # noqa: E402
+from fogline_protocol.tensors import Array  # noqa: E402
+from tests.models import onnx_nets as nets  # noqa: E402
 
 pytestmark = pytest.mark.workshop
 
@@ -85,6 +87,47 @@ def test_keeping_the_layer_that_hurts_reaches_the_target(net: Path) -> None:
         bench = Bench(ready, "int8-qdq", net, ITEMS)
         assert bench.loss(()).agreement < 0.95
         assert bench.loss(choice.keep) == choice.loss
+
+
+def written_out(*weights: Array) -> Any:
+    """Dense layers, and after each a normalization in plain operators, as exporters write it."""
+    nodes, x = [], "x"
+    for index in range(len(weights)):
+        h = f"h{index}"
+        nodes += [
+            onnx.helper.make_node("MatMul", [x, f"w{index}"], [h], name=f"dense{index}"),
+            onnx.helper.make_node("Mul", [h, h], [f"{h}_squares"], name=f"squares{index}"),
+            onnx.helper.make_node("Mul", [f"{h}_squares", f"{h}_squares"], [f"{h}_fourth"]),
+            onnx.helper.make_node("Mul", [f"{h}_fourth", f"{h}_fourth"], [f"{h}_eighth"]),
+            onnx.helper.make_node("Add", [f"{h}_eighth", "tiny"], [f"{h}_more"]),
+            onnx.helper.make_node("Pow", [f"{h}_more", "root"], [f"{h}_size"]),
+            onnx.helper.make_node("Div", [h, f"{h}_size"], [f"y{index}"]),
+            onnx.helper.make_node("Mul", [f"y{index}", f"{h}_size"], [f"z{index}"]),
+        ]
+        x = f"z{index}"
+    last = f"z{len(weights) - 1}"
+    constants = {"tiny": np.float32(1e-9), "root": np.float32(1 / 8)}
+    return nets.model(
+        nodes,
+        [nets.tensor("x", ["n", 16])],
+        [nets.tensor(last, ["n", 16])],
+        {f"w{index}": array for index, array in enumerate(weights)}
+        | {name: np.array(value) for name, value in constants.items()},
+    )
+
+
+def test_where_arithmetic_hurts_it_stays_and_the_weights_are_quantized(tmp_path: Path) -> None:
+    weights = [nets.random(16, 16, seed=seed) for seed in range(4)]
+    fp32 = nets.save(written_out(*weights), tmp_path / "fp32.onnx")
+    choice, ranked = mixed(fp32, "int8-qdq", RANGES, ITEMS, 0.9, clock=Clock())
+    assert choice.loss.agreement >= 0.9
+    assert len(ranked) == 4
+    with prepared(fp32, RANGES) as ready:
+        bench = Bench(ready, "int8-qdq", fp32, ITEMS)
+        assert bench.loss(()).agreement < 0.9
+        assert bench.loss(choice.keep) == choice.loss
+        weighing = {node.name for node in bench.nodes if node.weighs}
+    assert len(weighing & {*choice.keep}) == choice.layers <= 1
 
 
 def test_nothing_is_kept_and_nothing_swept_where_the_target_is_met(net: Path) -> None:
