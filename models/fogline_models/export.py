@@ -58,8 +58,7 @@ def export(
     """
     import torch
 
-    if module.training:
-        raise BadInput(f"{STEP}: the module is in train mode, call .eval() first")
+    _check_eval(module)
     asked = graph.Signature(inputs, outputs, batched=True, dynamic=dynamic or {})
     graph.check_inputs(asked, examples, step=STEP, what="the examples")
     arguments = tuple(torch.from_numpy(examples[spec.name]) for spec in inputs)
@@ -98,6 +97,18 @@ def export(
     finally:
         staged.unlink(missing_ok=True)
     return expected
+
+
+def _check_eval(module: Any) -> None:
+    """Refuse what is in train mode, at the top or below: a part replaced later forgets ``eval``."""
+    if module.training:
+        raise BadInput(f"{STEP}: the module is in train mode, call .eval() first")
+    for name, part in module.named_modules():
+        if part.training:
+            raise BadInput(
+                f"{STEP}: {name} ({type(part).__name__}), a part of the module, is in train mode: "
+                "call .eval() on the whole module last, before it is returned"
+            )
 
 
 def _name_by_module(model: Any) -> None:
@@ -139,7 +150,14 @@ def _torch(module: Any, asked: graph.Signature, given: Mapping[str, Array]) -> d
 
     with torch.no_grad():
         results = module(*(torch.from_numpy(given[spec.name]) for spec in asked.inputs))
-    results = results if isinstance(results, tuple) else (results,)
+    results = tuple(results) if isinstance(results, tuple | list) else (results,)
+    for result in results:
+        if not isinstance(result, torch.Tensor):
+            raise BadInput(
+                f"{STEP}: the module returns {type(result).__name__}, not tensors: wrap it in a "
+                "module whose forward returns a tensor or a tuple of tensors, such as "
+                "net(x)['logits'], and name them in source.outputs"
+            )
     if len(results) != len(asked.outputs):
         raise BadInput(
             f"{STEP}: the module returns {len(results)} tensors, {len(asked.outputs)} outputs "

@@ -121,6 +121,31 @@ def test_a_net_in_train_mode_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_net_with_a_part_in_train_mode_is_refused_with_its_name(tmp_path: Path) -> None:
+    module = net()
+    module[1].train()
+    with pytest.raises(BadInput, match=r"1 \(\w+\), a part of the module, is in train mode"):
+        export_to(tmp_path, module)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Named(torch.nn.Module):  # type: ignore[misc]
+    """Answers as models of transformers do: by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, image: Any) -> Any:
+        return {"logits": self.net(image)}
+
+
+def test_a_net_that_answers_with_a_dictionary_is_told_to_return_tensors(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"returns dict, not tensors: wrap it in a module"):
+        export_to(tmp_path, Named().eval())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_net_that_answers_nan_is_refused(tmp_path: Path) -> None:
     module = net()
     with torch.no_grad():
