@@ -133,7 +133,7 @@ def quantize_file(
         kept = len(choice.keep)
         say(f"{kept} {'node stays' if kept == 1 else 'nodes stay'} fp32")
         keep = (*keep, *choice.keep)
-    quantize.quantize(model, form, ranges, props or {}, path, keep=keep, dynamic=dynamic)
+    quantize.quantize(model, form, ranges, props or {}, path, keep=keep, dynamic=dynamic, say=say)
     return keep
 
 

@@ -6,6 +6,7 @@ one sentence and exit code 1. Nothing heavy is imported before a command runs.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from fogline_models.errors import BadInput, MissingExtra, require
 
 if TYPE_CHECKING:
     from fogline_models.recipe import Recipe, Source
-    from fogline_models.steps import Steps
+    from fogline_models.steps import Say, Steps
     from fogline_protocol.release import BundleDirectory
 
 PROVIDER = "CPUExecutionProvider"  # repeated from session.py, which imports numpy
@@ -203,7 +204,7 @@ def quantize(
 
         ranges = None if data is None else datasets.read(data).inputs
         kept = builder.quantize_file(
-            model, form, ranges, out, keep=keep, sweep=sweep, mask=mask, say=_say
+            model, form, ranges, out, keep=keep, sweep=sweep, mask=mask, say=_speaking()
         )
         click.echo(f"{out}: {out.stat().st_size / model.stat().st_size:.2f} x the bytes of {model}")
         for node in kept:
@@ -365,7 +366,7 @@ def certify(
         calibration = datasets.read(data)
         for side in (edge, peer):
             if caution := provenance.check_unseen(side, calibration, str(data)):
-                _say(f"Warning: {caution}")
+                click.echo(f"Warning: {caution}", err=True)
         # All are found before any is written: a refusal leaves the folder as it was.
         found = [
             step.certify(
@@ -449,14 +450,14 @@ def _build(recipe: "Recipe", out: Path | None, cache: Path | None, again: tuple[
     require(*torch, "onnx", "onnxruntime", "jinja2", extra="models")
     from fogline_models import build as builder
 
-    for built in builder.build(recipe, out or recipe.folder, _steps(cache, again), _say):
+    for built in builder.build(recipe, out or recipe.folder, _steps(cache, again), _speaking()):
         click.echo(str(built.directory.path))
 
 
 def _steps(cache: Path | None, again: tuple[str, ...]) -> "Steps":
     from fogline_models import steps
 
-    return steps.Steps(cache or steps.default_cache(), _say, again=frozenset(again))
+    return steps.Steps(cache or steps.default_cache(), _speaking(), again=frozenset(again))
 
 
 def _source(
@@ -549,8 +550,14 @@ def _copy(step: Path, out: Path) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
+def _speaking() -> "Say":
+    """Return what tells progress on the stderr of now.
+
+    Not on what is in its place when a line comes: while torch and optimum are at work theirs is
+    thrown away.
+    """
+    stream = sys.stderr
+    return lambda line: click.echo(line, file=stream)
 
 
 @contextmanager

@@ -41,11 +41,10 @@ from fogline_models.sources import (
     PREPARED,
     Exported,
     Splits,
-    paced,
     props,
     save_golden,
 )
-from fogline_models.steps import Say
+from fogline_models.steps import Say, paced
 from fogline_protocol.answers import ATTENTION_MASK
 from fogline_protocol.tensors import Array
 

@@ -25,9 +25,11 @@ from fogline_models import forms, graph
 from fogline_models.errors import BadInput
 from fogline_models.forms import STEP, Form, Way
 from fogline_models.session import ALL_ROWS, Session
+from fogline_models.steps import Say, paced
 from fogline_protocol.tensors import Array
 
 RANGE_BATCH = 64
+RANGE_BYTES = 2**30  # of what lies between the nodes, which observing ranges holds all at once
 PER_CHANNEL_OPSET = 13  # of ONNX, where QuantizeLinear learnt to have an axis
 ORT_WARNINGS, ORT_ERRORS = 2, 3  # of its log; the first is what it begins with
 MAX_FP16 = 65504.0
@@ -66,6 +68,10 @@ class DynamicQuantizer(Protocol):
         ...
 
 
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
 def with_onnxruntime(
     model: Path,
     target: Path,
@@ -98,16 +104,17 @@ def quantize(
     *,
     keep: Collection[str] = (),
     dynamic: DynamicQuantizer = with_onnxruntime,
+    say: Say = _silent,
 ) -> None:
     """Write one form of ``fp32`` to ``path``; ``ranges`` are training inputs, ``{name: [n, ...]}``.
 
-    ``dynamic`` does what is dynamic; by default onnxruntime itself.
+    ``dynamic`` does what is dynamic; by default onnxruntime itself. ``say`` hears how far it is.
 
     Raises:
         BadInput: the form is unknown or lacks training inputs, the file or the inputs do not fit
             it, ``keep`` names a node that the file does not have, or the result is not finite.
     """
-    with prepared(fp32, ranges) as ready:
+    with prepared(fp32, ranges, say) as ready:
         ready.write(form, props, path, keep=keep, dynamic=dynamic)
 
 
@@ -123,10 +130,17 @@ class Node:
 class Prepared:
     """An fp32 file made ready to be quantized again and again; its ranges are measured once."""
 
-    def __init__(self, folder: Path, fp32: Path, ranges: Mapping[str, Array] | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fp32: Path,
+        ranges: Mapping[str, Array] | None,
+        say: Say = _silent,
+    ) -> None:
         """Fold constants and name every node of ``fp32`` in a copy below ``folder``."""
         self._folder = folder
         self._fp32 = fp32
+        self._say = say
         model = graph.load(fp32, step=STEP)
         self.signature = _signature(model)
         self._path = _prepare(model, folder, fp32)
@@ -204,7 +218,7 @@ class Prepared:
         quantization.quantize_static(
             str(self._path),
             str(target),
-            _Batches(self.signature, self._ranges or {}),
+            self._batches(self._ranges or {}),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             reduce_range=form.weights_of_7_bits,
@@ -292,9 +306,40 @@ class Prepared:
         observer = quantization.create_calibrator(
             self._path, None, augmented_model_path=str(self._folder / "observed.onnx")
         )
-        observer.collect_data(_Batches(self.signature, inputs))
+        observer.collect_data(self._batches(inputs))
         found = observer.compute_data()
         return {name: np.array(found[name].range_value, np.float64) for name in found.keys()}  # noqa: SIM118 - no mapping
+
+    def _batches(self, inputs: Mapping[str, Array]) -> "_Batches":
+        return _Batches(self.signature, inputs, self._rows, self._say)
+
+    @functools.cached_property
+    def _rows(self) -> int:
+        """How many rows are observed at once.
+
+        Observing keeps all that lies between the nodes until the run is over. A row of digits is
+        some kilobytes of that, one text of 512 tokens in a small BERT 360 MB.
+        """
+        import onnx
+
+        inputs = self._ranges or graph.random_inputs(self.signature, 1)
+        one = next(graph.runs(self.signature, inputs, 1), None)
+        if one is None or not self.signature.batched:
+            return RANGE_BATCH
+        model = graph.load(self._path, step=STEP)
+        there = {value.name for value in model.graph.output}
+        model.graph.output.extend(
+            onnx.ValueInfoProto(name=name)
+            for node in model.graph.node
+            for name in node.output
+            if name and name not in there
+        )
+        whole = self._folder / "whole-outputs.onnx"
+        whole.write_bytes(model.SerializeToString())
+        kept = Session(whole, as_written=True).run(one, ALL_ROWS)
+        whole.unlink()
+        each = sum(array.nbytes for array in kept.values())
+        return max(1, min(RANGE_BATCH, RANGE_BYTES // max(each, 1)))
 
     def _check(self, form: Form, made: Path, model: Any) -> None:
         """Refuse a file that has nothing quantized, takes or gives something else, or NaN."""
@@ -336,23 +381,35 @@ class Prepared:
 
 
 @contextlib.contextmanager
-def prepared(fp32: Path, ranges: Mapping[str, Array] | None) -> Iterator[Prepared]:
+def prepared(
+    fp32: Path, ranges: Mapping[str, Array] | None, say: Say = _silent
+) -> Iterator[Prepared]:
     """Yield ``fp32`` made ready for several forms, or for one with different nodes kept.
+
+    ``say`` hears how far it is, of every form.
 
     Raises:
         BadInput: the file cannot be read or run, or ``ranges`` are not what it takes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        yield Prepared(Path(folder), fp32, ranges)
+        yield Prepared(Path(folder), fp32, ranges, say)
 
 
 class _Batches:
     """Feeds inputs to the quantizer, in its own words."""
 
-    def __init__(self, signature: graph.Signature, inputs: Mapping[str, Array]) -> None:
-        self._left = graph.runs(signature, inputs, RANGE_BATCH)
+    def __init__(
+        self, signature: graph.Signature, inputs: Mapping[str, Array], rows: int, say: Say
+    ) -> None:
+        self._left = graph.runs(signature, inputs, rows)
+        self._rows, self._given = rows, 0
+        self._total = max((len(array) for array in inputs.values() if array.ndim), default=1)
+        self._progress = paced(say)
 
     def get_next(self) -> dict[str, Array] | None:
+        if self._given < self._total:
+            self._progress(self._given, self._total, "reading ranges")
+        self._given += self._rows
         return next(self._left, None)
 
 

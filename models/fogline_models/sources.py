@@ -12,8 +12,7 @@ Each becomes a folder that the rest of a build works on and that knows nothing o
 import dataclasses
 import inspect
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from fogline_models.errors import BadInput, require
 from fogline_models.export import export
 from fogline_models.recipe import Recipe, ReleaseRecipe, Source
 from fogline_models.session import Session
-from fogline_models.steps import Say
+from fogline_models.steps import Say, paced
 from fogline_protocol.release import Processing
 from fogline_protocol.tensors import Array, TensorError, TensorSpec, datatype_of
 
@@ -33,10 +32,8 @@ FP32 = "fp32.onnx"
 RECORD = "exported.json"
 FILES = "files"
 PREPARED = "prepared"
-SAY_EVERY_S = 2.0
 
 Splits = Mapping[str, Items]
-Progress = Callable[[int, int, str], None]  # done, of how many, what to say of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,16 +220,3 @@ def foreseen(inputs: Mapping[str, Array], source: Source) -> tuple[TensorSpec, .
         TensorSpec(name, datatype(name, array), shape(name, array))
         for name, array in inputs.items()
     )
-
-
-def paced(say: Say, clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Return a progress callback that speaks every two seconds at most, and at the end."""
-    last = clock()
-
-    def progress(done: int, total: int, note: str) -> None:
-        nonlocal last
-        if done >= total or clock() - last >= SAY_EVERY_S:
-            last = clock()
-            say(f"{note}, {done} of {total}")
-
-    return progress

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -28,10 +29,13 @@ from fogline_models.errors import BadInput, MissingExtra
 from fogline_protocol import documents
 
 Say = Callable[[str], None]
+Progress = Callable[[int, int, str], None]  # done, of how many, what to say of it
 Facts = Mapping[str, object]  # JSON-ready
 
 RECORD = "step.json"
 CACHE = "FOGLINE_MODELS_CACHE"
+SAY_EVERY_S = 2.0
+LONGEST_SILENCE_S = 32.0
 
 
 def default_cache() -> Path:
@@ -41,6 +45,19 @@ def default_cache() -> Path:
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fogline-models"
+
+
+def paced(say: Say, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Return a progress callback that speaks every two seconds at most, and at the end."""
+    last = clock()
+
+    def progress(done: int, total: int, note: str) -> None:
+        nonlocal last
+        if done >= total or clock() - last >= SAY_EVERY_S:
+            last = clock()
+            say(f"{note}, {done} of {total}")
+
+    return progress
 
 
 def code(*modules: ModuleType) -> dict[str, str]:
@@ -137,9 +154,9 @@ class Steps:
                 self._say(f"{at}: what was kept is damaged ({damage}), made again")
             self._say(at)
             started = self._clock()
-            with _unfinished(target) as folder:
+            with _unfinished(target) as folder, _never_silent(self._say, at) as say:
                 try:
-                    do(folder, lambda line: self._say(f"{at}: {line}"))
+                    do(folder, say)
                 except BadInput as error:
                     named = str(error).startswith(f"{step.split()[0]}: ")
                     where = title if named else f"{title}: {step}"
@@ -165,6 +182,41 @@ class Steps:
                 self._say(f"{at}: another build is at it, waiting")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@contextlib.contextmanager
+def _never_silent(say: Say, at: str) -> Iterator[Say]:
+    """Yield what a step says its progress with, and say how long it takes where it is silent.
+
+    What torch, optimum and onnxruntime do in one call cannot say how far it is; a BERT takes them
+    half a minute. Silence is broken after two seconds, then ever less often.
+    """
+    started = time.monotonic()
+    last, spoken = at, started
+    done = threading.Event()
+
+    def told(line: str) -> None:
+        nonlocal last, spoken
+        last, spoken = f"{at}: {line}", time.monotonic()
+        say(last)
+
+    def watch() -> None:
+        heard, due, pause = spoken, spoken + SAY_EVERY_S, SAY_EVERY_S
+        while not done.wait(max(due - time.monotonic(), 0.0)):
+            if heard != spoken:  # it has spoken itself meanwhile
+                heard, due, pause = spoken, spoken + SAY_EVERY_S, SAY_EVERY_S
+                continue
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe is the step's to find
+                say(f"{last}, {time.monotonic() - started:.0f} s so far")
+            due, pause = due + pause, min(2 * pause, LONGEST_SILENCE_S)
+
+    watcher = threading.Thread(target=watch, name="progress", daemon=True)
+    watcher.start()
+    try:
+        yield told
+    finally:
+        done.set()
+        watcher.join()
 
 
 @contextlib.contextmanager

@@ -144,6 +144,30 @@ def test_ranges_measured_once_give_the_same_file(net: Path, tmp_path: Path) -> N
     assert (tmp_path / "second.onnx").read_bytes() == alone
 
 
+def test_ranges_of_large_tensors_are_read_off_a_few_rows_at_once_with_the_same_result(
+    net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = written(net, "int8-qdq", PIXELS).SerializeToString(deterministic=True)
+    asked: list[int] = []
+    runs = graph.runs
+
+    def recorded(found: Any, inputs: Any, rows: int) -> Any:
+        asked.append(rows)
+        return runs(found, inputs, rows)
+
+    monkeypatch.setattr(graph, "runs", recorded)
+    monkeypatch.setattr(quantize, "RANGE_BYTES", 100_000)
+    said: list[str] = []
+    monkeypatch.setattr("fogline_models.steps.SAY_EVERY_S", 0.0)
+    few = written(net, "int8-qdq", PIXELS, say=said.append)
+    assert few.SerializeToString(deterministic=True) == whole
+    assert max(rows for rows in asked if rows != quantize.RANGE_BATCH) > 1
+    assert "reading ranges, 0 of 70" in said
+    monkeypatch.setattr(quantize, "RANGE_BYTES", 1)
+    written(net, "int8-qdq", PIXELS, say=said.append)
+    assert "reading ranges, 1 of 70" in said
+
+
 @pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.needs_inputs])
 def test_forms_that_read_ranges_say_so_when_they_get_none(net: Path, form: str) -> None:
     with pytest.raises(BadInput, match=f"^quantize: form {form} reads ranges off training inputs"):

@@ -65,6 +65,33 @@ def test_steps_say_which_one_of_how_many_they_are(tmp_path: Path) -> None:
     ]
 
 
+def test_a_silent_step_is_said_to_be_at_it_and_one_that_speaks_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = threading.Event()
+    said: list[str] = []
+
+    def hear(line: str) -> None:
+        said.append(line)
+        if line.endswith("so far"):
+            heard.set()
+
+    def work(into: Path, say: Say) -> None:
+        say("exporting")
+        assert heard.wait(20)  # in silence
+
+    monkeypatch.setattr("fogline_models.steps.SAY_EVERY_S", 0.01)
+    Steps(tmp_path, hear).make("digits 1.0.0", "export", {}, work)
+    assert said[1:3] == [
+        "[1/1] digits 1.0.0: export: exporting",
+        "[1/1] digits 1.0.0: export: exporting, 0 s so far",
+    ]
+    assert not any(thread.name == "progress" for thread in threading.enumerate())
+    quick = Bench(tmp_path / "quick")
+    quick.make()
+    assert not any("so far" in line for line in quick.said)
+
+
 def test_a_step_that_is_asked_for_again_is_worked_on_again(tmp_path: Path) -> None:
     made = Bench(tmp_path).make()
     (made / "deep" / "result.txt").write_text("41")
