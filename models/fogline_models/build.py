@@ -30,6 +30,7 @@ from fogline_models import (
     huggingface,
     measure,
     pairing,
+    pooling,
     preprocess,
     provenance,
     quantize,
@@ -259,7 +260,7 @@ class _Build:
             facts |= {"torch": source.torch, **functions}
         elif source.huggingface:
             packages = ["torch", "onnx", "transformers", "tokenizers", "optimum-onnx", "numpy"]
-            facts |= {"huggingface": source.huggingface, **code(huggingface, preprocess)}
+            facts |= {"huggingface": source.huggingface, **code(huggingface, pooling, preprocess)}
             if hooks.is_function(source.huggingface):
                 facts |= functions
             else:

@@ -2,7 +2,9 @@
 
 On disk a split is an npz archive:
 
-    input.<name>   [n, ...]   what the model takes; or raw.<name>, what its pre-processing takes
+    input.<name>   [n, ...]   what the model takes
+    raw.<name>     [n, ...]   instead, what a Hugging Face folder's pre-processing takes: text, with
+                              text_pair if there are two, or image, uint8 [n, height, width, channels]
     label          [n]        class numbers, optional; for a token classifier [n, tokens], with -100
                               where a token has none: padding, special tokens, inner pieces of words
     scene          [n]        items of one scene are copies of one thing, not evidence; optional

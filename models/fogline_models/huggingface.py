@@ -1,7 +1,7 @@
 """Makes a release from a folder that transformers wrote: weights, config, tokenizer or processor.
 
     folder ─► load ─► optimum ─► fold image pre-processing ─► strip ─► compare with torch
-                │                                                        on real and random inputs
+                │                and pooling of sentences                on real and random inputs
                 └ tokenizer ─► files/tokenizer.json ─► prepared/<split>.npz of raw.text
 
 The folder lies beside the recipe, or a function of the recipe trains and writes it. Nothing is
@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from fogline_models import data, graph, hooks, preprocess
+from fogline_models import data, graph, hooks, pooling, preprocess
 from fogline_models.errors import BadInput, require
 from fogline_models.export import compare
+from fogline_models.pooling import Pooling
 from fogline_models.preprocess import OPSET, Preprocessing
 from fogline_models.recipe import Recipe, ReleaseRecipe, Source
 from fogline_models.session import ALL_ROWS, Session
@@ -81,7 +82,11 @@ def make(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path, say
             net = _load(folder, recipe.task)
             labels = _labels(net.config, recipe)
             model = _exported(net, recipe.task, folder)
-            front = _preprocessing(folder, net.config, model, release, splits, into)
+            pooled = _pooling(folder, recipe, release)
+            if pooled is not None:
+                pooled.fold(model, keep_tokens=pooling.HIDDEN in release.source.outputs)
+            most = None if pooled is None else pooled.max_tokens
+            front = _preprocessing(folder, net.config, model, release, splits, into, most)
         examples = front.prepare(splits["self_test"])
         front.fold(model)
         _close(model, examples, front.bounds)
@@ -89,7 +94,7 @@ def make(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path, say
         graph.finish(model, props(recipe, release, "fp32"), into / FP32, opset=OPSET)
         signature = graph.signature(model, front.bounds, step=STEP)
         graph.check_inputs(signature, examples, step=STEP, what="the self-test")
-        answers = _checked(net, signature, front, examples, into / FP32, release.max_batch)
+        answers = _checked(net, pooled, signature, front, examples, into / FP32, release.max_batch)
         save_golden(into, examples, answers)
         _prepare(splits, front, into / PREPARED, say)
         Exported(
@@ -97,7 +102,11 @@ def make(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path, say
             sum(part.numel() for part in net.parameters()),
             front.steps,
             labels=labels,
-            facts={"architecture": type(net).__name__, "model_type": net.config.model_type},
+            facts={
+                "architecture": type(net).__name__,
+                "model_type": net.config.model_type,
+                **({} if pooled is None else {"pooling": str(pooled)}),
+            },
             bounds=front.bounds,
         ).save(into)
 
@@ -275,8 +284,24 @@ def _exported(net: Any, task: str, folder: Path) -> Any:
         return graph.load(files[0], step=STEP)
 
 
+def _pooling(folder: Path, recipe: Recipe, release: ReleaseRecipe) -> Pooling | None:
+    """Return what makes one vector of a text's, if the folder says so and the recipe wants it."""
+    if recipe.task != "feature-extraction":
+        return None
+    outputs = release.source.outputs
+    if outputs != Source().outputs and pooling.EMBEDDING not in outputs:
+        return None
+    return pooling.read(folder)
+
+
 def _preprocessing(
-    folder: Path, config: Any, model: Any, release: ReleaseRecipe, splits: Splits, into: Path
+    folder: Path,
+    config: Any,
+    model: Any,
+    release: ReleaseRecipe,
+    splits: Splits,
+    into: Path,
+    most: int | None,
 ) -> Preprocessing:
     """Return what becomes of raw items: by what the splits hold and the net takes."""
     examples = splits["self_test"]
@@ -288,7 +313,8 @@ def _preprocessing(
         return preprocess.none(bounds)
     if names == [preprocess.PIXELS]:
         return preprocess.image(folder, examples, into / FILES)
-    length = _positions(config, release, _tokenizer_length(folder))
+    lengths = [n for n in (_tokenizer_length(folder), most) if n is not None]
+    length = _positions(config, release, min(lengths, default=None))
     return preprocess.text(folder, names, length, examples, into / FILES)
 
 
@@ -366,6 +392,7 @@ def _order(model: Any, asked: tuple[str, ...]) -> None:
 
 def _checked(
     net: Any,
+    pooled: Pooling | None,
     signature: graph.Signature,
     front: Preprocessing,
     examples: Mapping[str, Array],
@@ -375,16 +402,18 @@ def _checked(
     """Compare the file with torch and return torch's answers for the examples."""
     session = Session(file)
     names = [spec.name for spec in signature.outputs]
-    answers = _torch(net, front.inner(examples), names)
+    answers = _torch(net, pooled, front.inner(examples), names)
     graph.check_finite(answers, step=STEP, what="torch")
     compare(session.run(examples, max_batch or ALL_ROWS), answers, "the self-test")
     for drawn in _draw(net.config, signature, examples, max_batch):
-        expected = _torch(net, front.inner(drawn), names)
+        expected = _torch(net, pooled, front.inner(drawn), names)
         compare(session.run(drawn, ALL_ROWS), expected, "random inputs")
     return answers
 
 
-def _torch(net: Any, tensors: Mapping[str, Array], names: Collection[str]) -> dict[str, Array]:
+def _torch(
+    net: Any, pooled: Pooling | None, tensors: Mapping[str, Array], names: Collection[str]
+) -> dict[str, Array]:
     import torch
 
     parts: dict[str, list[Array]] = {name: [] for name in names}
@@ -403,7 +432,11 @@ def _torch(net: Any, tensors: Mapping[str, Array], names: Collection[str]) -> di
                     f"{STEP}: torch cannot run this model on inputs {shapes}: {_first_line(error)}"
                 ) from None
             for name in names:
-                parts[name].append(found[name].numpy())
+                if name == pooling.EMBEDDING and pooled is not None:
+                    hidden = found[pooling.HIDDEN].numpy()
+                    parts[name].append(pooled.apply(hidden, rows[ATTENTION_MASK].numpy()))
+                else:
+                    parts[name].append(found[name].numpy())
     return {name: np.concatenate(part) for name, part in parts.items()}
 
 

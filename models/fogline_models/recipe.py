@@ -112,11 +112,16 @@ class Source:
     torch: str = ""
     # A folder that transformers wrote, with tokenizer or image processor; or
     # file.py:function(splits, progress, into), which trains a model and writes it into that folder.
+    # One of Sentence Transformers answers with sentence_embedding, pooled as the folder says.
     huggingface: str = ""
     onnx: Path | None = None  # a file, taken as it is
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones of the function
-    outputs: tuple[str, ...] = ("logits",)  # names for what a torch module returns
-    # Axes besides the batch that vary, by input, with their bounds: {tokens = {1 = ["length", 1, 128]}}
+    # Names for what a torch module returns; or which of a Hugging Face model's outputs come first:
+    # a release is judged by the very first.
+    outputs: tuple[str, ...] = ("logits",)
+    # Axes besides the batch that vary, by input, with their bounds: {tokens = {1 = ["length", 1, 128]}}.
+    # Texts of a Hugging Face model are padded and cut to the largest sequence_length, by default what
+    # the folder allows: {input_ids = {1 = ["sequence_length", 1, 128]}} makes that 128 tokens.
     dynamic: Mapping[str, Mapping[int, tuple[str, int, int]]] = field(default_factory=dict)
 
 

@@ -30,7 +30,7 @@ from fogline_models.recipe import Data, Recipe, ReleaseRecipe, Source, read  # n
 from fogline_models.session import Session  # noqa: E402
 from fogline_protocol import documents  # noqa: E402
 from fogline_protocol.tensors import Array  # noqa: E402
-from tests.models import small_family  # noqa: E402
+from tests.models import small_family, test_pooling  # noqa: E402
 from tests.models.small_family import change  # noqa: E402
 
 pytestmark = pytest.mark.workshop
@@ -259,6 +259,59 @@ def test_what_the_graph_cannot_do_is_left_to_the_application_and_said(
         want = net(**original(list(pixels.raw["image"]), return_tensors="pt")).logits.numpy()
     found = Session(out / sources.FP32).run(prepared, 4)["logits"]
     np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [(), ("sentence_embedding", "last_hidden_state")])
+def test_a_sentence_transformer_answers_with_one_vector_for_a_text(
+    outputs: tuple[str, ...], tmp_path: Path
+) -> None:
+    net, words = bert("BertModel"), tokenizer()
+    folder = test_pooling.folder(
+        saved(tmp_path / "model", net, words),
+        {"pooling_mode_mean_tokens": True},
+        "Pooling",
+        "Normalize",
+        length=LENGTH - 2,
+    )
+    wanted = recipe(
+        folder, "feature-extraction", labels=(), source={"outputs": outputs} if outputs else {}
+    )
+    out = made(wanted, {"self_test": texts(*TEXTS)}, tmp_path / "out")
+    exported = sources.Exported.read(out)
+    assert exported.facts["pooling"] == "mean, normalized"
+    assert exported.pre_processing[0].parameters["max_length"] == str(LENGTH - 2)
+    encoded = words(
+        list(TEXTS), padding=True, truncation=True, max_length=LENGTH - 2, return_tensors="pt"
+    )
+    with torch.no_grad():
+        hidden = net(**encoded).last_hidden_state
+    mean = [
+        each[mask != 0].mean(0)
+        for each, mask in zip(hidden, encoded["attention_mask"], strict=True)
+    ]
+    want = torch.nn.functional.normalize(torch.stack(mean)).numpy()
+    given = {name: array.numpy() for name, array in encoded.items()}
+    found = Session(out / sources.FP32).run(given, 3)
+    assert list(found) == list(outputs or ("sentence_embedding",))
+    np.testing.assert_allclose(found["sentence_embedding"], want, atol=1e-5)
+
+
+def test_a_sentence_transformer_gives_vectors_of_tokens_to_who_asks_for_them(
+    tmp_path: Path,
+) -> None:
+    folder = test_pooling.folder(
+        saved(tmp_path / "model", bert("BertModel"), tokenizer()), {}, "Pooling", "Dense"
+    )
+    wanted = recipe(
+        folder, "feature-extraction", labels=(), source={"outputs": ("last_hidden_state",)}
+    )
+    out = made(wanted, {"self_test": texts(*TEXTS)}, tmp_path / "out")
+    (spec,) = graph.signature(
+        graph.load(out / sources.FP32, step="test"),
+        sources.Exported.read(out).bounds,
+        step="test",
+    ).outputs
+    assert (spec.name, spec.shape) == ("last_hidden_state", (-1, -1, 16))
 
 
 def test_inputs_that_are_ready_pass_as_they_are(tmp_path: Path) -> None:
