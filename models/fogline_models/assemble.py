@@ -213,6 +213,11 @@ def _asked(found: Measured, split: str) -> Asked:
 
 def _evaluate(found: Measured, split: str, held_out: HeldOut) -> Evaluation:
     outputs = found.outputs[split]
+    if not found.is_classifier:
+        inputs = found.splits[split].inputs
+        outputs = {
+            name: evaluate.without_padding(vectors, inputs) for name, vectors in outputs.items()
+        }
     return evaluate.evaluate(
         {name: outputs[name] for name in found.files},
         held_out,

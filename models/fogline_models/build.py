@@ -51,7 +51,7 @@ from fogline_models.reading import check_head, check_inputs, check_tokens, mask_
 from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.splits import TRAINED_ON, made_splits, publish
-from fogline_models.steps import Say, Steps, code, digest, tools
+from fogline_models.steps import Progress, Say, Steps, code, digest, paced, tools
 from fogline_protocol import documents, hardware
 from fogline_protocol.release import BundleDirectory
 from fogline_protocol.score import PARAMETERS
@@ -136,6 +136,10 @@ def quantize_file(
         keep = (*keep, *choice.keep)
     quantize.quantize(model, form, ranges, props or {}, path, keep=keep, dynamic=dynamic, say=say)
     return keep
+
+
+def _noting(progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(done, total, what)
 
 
 class _Build:
@@ -364,10 +368,12 @@ class _Build:
 
         def make(into: Path, say: Say) -> None:
             arrays: dict[str, Array] = {}
+            progress = paced(say)
             for name, path in sessions.items():
                 running = Session(path, as_written=name in as_written)
                 for split in wanted:
-                    answers = running.run(splits[split].inputs, rows)
+                    heard = _noting(progress, f"{name} on {split}")
+                    answers = running.run(splits[split].inputs, rows, heard)
                     if output not in answers:
                         raise BadInput(
                             f"{name} gives no output {output!r}, only {', '.join(answers)}: what "
@@ -403,7 +409,7 @@ class _Build:
         }
 
         def make(into: Path, say: Say) -> None:
-            costs = measure.measure(files, items.inputs, batches)
+            costs = measure.measure(files, items.inputs, batches, say=say)
             say("; ".join(f"{name} {_micros(cost)}" for name, cost in costs.items()))
             text = json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()})
             (into / "costs.json").write_text(text, encoding="utf-8")

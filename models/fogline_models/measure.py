@@ -25,11 +25,13 @@ import numpy as np
 from fogline_models import archive
 from fogline_models.errors import BadInput
 from fogline_models.session import CPU, Session, hardware_class
+from fogline_models.steps import Progress, Say, paced, silent
 from fogline_protocol.tensors import Array
 
 TURNS = 9  # of all variants, for each latency
 TURN_S = 0.03  # how long a variant's turn takes about
 MIN_RUNS, MAX_RUNS = 3, 60  # in a turn
+LONG_S = 0.2  # a run that takes longer is timed once in a turn: it warms its caches itself
 STARTS = 3  # child processes for each variant
 START_TIMEOUT_S = 300.0
 STATUS = Path("/proc/self/status")
@@ -62,6 +64,7 @@ def measure(
     *,
     reference: str = "fp32",
     provider: str = CPU,
+    say: Say = silent,
 ) -> dict[str, Cost]:
     """Return what every variant costs.
 
@@ -71,6 +74,7 @@ def measure(
         batches: numbers of rows in a run.
         reference: the variant that the others are compared with.
         provider: where they run.
+        say: hears how far it is.
 
     Raises:
         BadInput: there is no reference, too few rows, or a file does not run here.
@@ -83,9 +87,10 @@ def measure(
     latency: dict[str, dict[int, Spread]] = {name: {} for name in files}
     ratio: dict[str, dict[int, Spread]] = {name: {} for name in files}
     sessions = {name: Session(path, provider) for name, path in files.items()}
+    progress = paced(say)
     for batch in batches:
         cut = {name: array[:batch] for name, array in inputs.items()}
-        turns = _turns(sessions, cut, batch)
+        turns = _turns(sessions, cut, batch, progress)
         for name in files:
             latency[name][batch] = _spread(np.concatenate(turns[name]) * 1e6)
             ratio[name][batch] = _spread(
@@ -105,7 +110,10 @@ def measure(
             archive.to_bytes({name: array[:largest] for name, array in inputs.items()})
         )
         for name, path in files.items():
-            starts = [_start(path, provider, example) for _ in range(STARTS)]
+            starts = []
+            for number in range(STARTS):
+                progress(number, STARTS, f"starting {name}")
+                starts.append(_start(path, provider, example))
             memory = [start["memory_mb"] for start in starts if "memory_mb" in start]
             cost[name] = Cost(
                 latency_us=latency[name],
@@ -162,20 +170,24 @@ def _processor() -> str:
 
 
 def _turns(
-    sessions: Mapping[str, Session], rows: Mapping[str, Array], batch: int
+    sessions: Mapping[str, Session], rows: Mapping[str, Array], batch: int, progress: Progress
 ) -> dict[str, list[Array]]:
     """Return the seconds of every run, by variant and turn."""
     runs = {}
+    what = f"timing {batch} {'row' if batch == 1 else 'rows'}, turn"
     for name, session in sessions.items():
         session.run(rows, batch)  # the first run allocates
         start = time.perf_counter()
         session.run(rows, batch)
         once = time.perf_counter() - start
-        runs[name] = int(min(MAX_RUNS, max(MIN_RUNS, TURN_S / max(once, 1e-9))))
+        least = MIN_RUNS if once < LONG_S else 1
+        runs[name] = int(min(MAX_RUNS, max(least, TURN_S / max(once, 1e-9))))
     turns: dict[str, list[Array]] = {name: [] for name in sessions}
-    for _ in range(TURNS):
+    for turn in range(TURNS):
         for name, session in sessions.items():
-            session.run(rows, batch)  # warm caches again after the others' turn
+            progress(turn, TURNS, what)
+            if runs[name] > 1:
+                session.run(rows, batch)  # warm caches again after the others' turn
             samples = np.empty(runs[name])
             for i in range(runs[name]):
                 start = time.perf_counter()

@@ -25,7 +25,7 @@ from fogline_models import forms, graph
 from fogline_models.errors import BadInput
 from fogline_models.forms import STEP, Form, Way
 from fogline_models.session import ALL_ROWS, Session
-from fogline_models.steps import Say, paced
+from fogline_models.steps import Say, paced, silent
 from fogline_protocol.tensors import Array
 
 RANGE_BATCH = 64
@@ -68,10 +68,6 @@ class DynamicQuantizer(Protocol):
         ...
 
 
-def _silent(line: str) -> None:
-    """Say nothing."""
-
-
 def with_onnxruntime(
     model: Path,
     target: Path,
@@ -104,7 +100,7 @@ def quantize(
     *,
     keep: Collection[str] = (),
     dynamic: DynamicQuantizer = with_onnxruntime,
-    say: Say = _silent,
+    say: Say = silent,
 ) -> None:
     """Write one form of ``fp32`` to ``path``; ``ranges`` are training inputs, ``{name: [n, ...]}``.
 
@@ -135,7 +131,7 @@ class Prepared:
         folder: Path,
         fp32: Path,
         ranges: Mapping[str, Array] | None,
-        say: Say = _silent,
+        say: Say = silent,
     ) -> None:
         """Fold constants and name every node of ``fp32`` in a copy below ``folder``."""
         self._folder = folder
@@ -382,7 +378,7 @@ class Prepared:
 
 @contextlib.contextmanager
 def prepared(
-    fp32: Path, ranges: Mapping[str, Array] | None, say: Say = _silent
+    fp32: Path, ranges: Mapping[str, Array] | None, say: Say = silent
 ) -> Iterator[Prepared]:
     """Yield ``fp32`` made ready for several forms, or for one with different nodes kept.
 

@@ -5,7 +5,7 @@ quietly runs on the CPU. So where each node was placed is read back and compared
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +94,16 @@ class Session:
         }
         return int(firsts.pop()) if len(firsts) == 1 else wanted
 
-    def run(self, inputs: Mapping[str, Array], rows_at_once: int) -> dict[str, Array]:
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        rows_at_once: int,
+        heard: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Array]:
         """Return every output for all rows, computed at most ``rows_at_once`` at a time.
 
         ``{name: [n, ...]} -> {name: [n, ...]}``. A file that mixes rows gets one at a time, as
-        hub and devices run it.
+        hub and devices run it. ``heard`` is told how many rows of how many are done.
 
         Raises:
             BadInput: the model refuses these inputs.
@@ -108,10 +113,12 @@ class Session:
         total = max((len(array) for array in inputs.values() if array.ndim), default=1)
         if total <= rows_at_once:  # also where an input has no rows, because no batch varies
             return dict(zip(self._outputs, self._run(inputs), strict=True))
-        parts = [
-            self._run({name: array[start : start + rows_at_once] for name, array in inputs.items()})
-            for start in range(0, total, rows_at_once)
-        ]
+        parts = []
+        for start in range(0, total, rows_at_once):
+            if heard is not None:
+                heard(start, total)
+            rows = {name: array[start : start + rows_at_once] for name, array in inputs.items()}
+            parts.append(self._run(rows))
         return {
             name: np.concatenate([part[i] for part in parts])
             for i, name in enumerate(self._outputs)

@@ -58,6 +58,10 @@ def evaluate(
     sessions = {name: Session(path) for name, path in files.items()}
     found = {name: _answers(session, items) for name, session in sessions.items()}
     outputs = {name: array for name, (_, array) in found.items()}
+    if vectors:
+        outputs = {
+            name: figures.without_padding(array, items.inputs) for name, array in outputs.items()
+        }
     asked = None
     if tokens or mask or (items.labels is not None and items.labels.ndim > 1):
         if vectors:

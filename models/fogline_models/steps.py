@@ -47,6 +47,10 @@ def default_cache() -> Path:
     return Path(base) / "fogline-models"
 
 
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
 def paced(say: Say, clock: Callable[[], float] = time.monotonic) -> Progress:
     """Return a progress callback that speaks every two seconds at most, and at the end."""
     last = clock()

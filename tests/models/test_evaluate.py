@@ -117,6 +117,31 @@ def test_without_labels_only_agreement_is_told() -> None:
     assert (found.accuracy, found.macro_f1, found.calibration_error) == (None, None, None)
 
 
+def test_what_is_said_of_padding_is_not_held_against_a_variant() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((4, 6, 3))
+    mask = np.arange(6) < np.array([[6], [2], [1], [4]])
+    astray = np.where(mask[..., None], exact, rng.standard_normal(exact.shape))
+    inputs = {"attention_mask": mask.astype(np.int64)}
+    outputs = {
+        name: evaluate.without_padding(array, inputs)
+        for name, array in {"fp32": exact, "int8": astray}.items()
+    }
+    found = evaluate.evaluate(outputs, items(4), vectors=True).variants["int8"]
+    assert found.relative_error_worst == 0.0
+    outputs["int8"][0, 0] += 1.0  # a token that counts
+    found = evaluate.evaluate(outputs, items(4), vectors=True).variants["int8"]
+    assert found.relative_error_worst is not None
+    assert found.relative_error_worst > 0.1
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "other"])
+def test_vectors_without_an_axis_for_tokens_are_compared_whole(name: str) -> None:
+    vectors = np.ones((4, 6))
+    mask = {name: np.zeros((4, 6), np.int64)}
+    assert evaluate.without_padding(vectors, mask) is vectors
+
+
 def test_vectors_get_angles_and_errors_instead_of_answers() -> None:
     outputs = {"fp32": np.ones((4, 5)), "fp16": np.ones((4, 5)) * 1.01}
     found = evaluate.evaluate(outputs, items(4), vectors=True)

@@ -1,6 +1,7 @@
 """What a variant costs: told for every batch, as ratios of one run, in a process of its own."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from fogline_models import measure
 from fogline_models.errors import BadInput
+from fogline_models.session import Session
+from fogline_protocol.tensors import Array
 
 IMAGES = {"image": np.zeros((8, 1, 8, 8), np.float32)}
 
@@ -34,6 +37,28 @@ def test_time_memory_and_loading_are_told_for_every_variant(
     assert found["fp32"].memory_mb is not None
     # Weights of half a megabyte and what the runtime allocates, but never this whole process.
     assert 0.5 < found["fp32"].memory_mb.median < 40
+
+
+def test_how_far_it_is_is_said_and_what_takes_long_is_run_once_in_a_turn(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fogline_models.steps.SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(measure, "LONG_S", 0.0)
+    monkeypatch.setattr(measure, "TURN_S", 0.0)
+    monkeypatch.setattr(measure, "STARTS", 1)
+    runs: list[int] = []
+    run = Session.run
+
+    def counted(session: Session, inputs: Mapping[str, Array], rows: int) -> dict[str, Array]:
+        runs.append(rows)
+        return run(session, inputs, rows)
+
+    monkeypatch.setattr(Session, "run", counted)
+    said: list[str] = []
+    measure.measure(files, IMAGES, (8,), say=said.append)
+    assert len(runs) == 2 * (2 + measure.TURNS)  # to allocate and to know how long it takes
+    assert said[0] == "timing 8 rows, turn, 0 of 9"
+    assert said[-2:] == ["starting int8, 0 of 1", "starting fp32, 0 of 1"]
 
 
 def test_the_size_of_a_model_counts_the_data_beside_it(tmp_path: Path) -> None:

@@ -23,3 +23,11 @@ def test_a_row_comes_alone_where_one_scale_would_be_taken_for_a_whole_run(as_wri
 @pytest.mark.parametrize("file", ["double.onnx", "double_one.onnx", "tokens.onnx"])
 def test_rows_of_other_files_share_a_run(file: str) -> None:
     assert not Session(DATA / file).mixes_rows
+
+
+def test_whoever_runs_many_rows_hears_how_many_are_done() -> None:
+    heard: list[tuple[int, int]] = []
+    Session(DATA / "double.onnx").run(
+        {"x": np.zeros((5, 3), np.float32)}, 2, lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(0, 5), (2, 5), (4, 5)]
