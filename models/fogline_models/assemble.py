@@ -315,7 +315,12 @@ def _root(found: Measured, shipped: Sequence[str]) -> Bundle:
             SELF_TEST,
             {
                 name: _widened(
-                    evaluate.tolerance(known[FP32], known[name], precision_of(name)),
+                    evaluate.tolerance(
+                        known[FP32],
+                        known[name],
+                        precision_of(name),
+                        vectors=not found.is_classifier,
+                    ),
                     providers_of(name),
                 )
                 for name in shipped

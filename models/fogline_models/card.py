@@ -15,7 +15,7 @@ from fogline_models.gates import Decision, Verdict
 from fogline_models.metrics import Rate
 from fogline_models.report import Subject
 from fogline_models.wording import interval, percent, points, size
-from fogline_protocol.release import Bundle
+from fogline_protocol.release import Bundle, Processing
 from fogline_protocol.tensors import TensorSpec
 
 MAX_SLICES = 60  # in the table; a card is read by people
@@ -106,6 +106,10 @@ def _contract(root: Bundle) -> str:
         return f"{what}{'s' if len(specs) > 1 else ''} {listed}."
 
     lines = [told("Input", root.inputs), told("Output", root.outputs)]
+    if root.pre_processing:
+        lines.append(f"Left to the application before it: {_steps(root.pre_processing)}.")
+    if root.post_processing:
+        lines.append(f"Left to the application after it: {_steps(root.post_processing)}.")
     if root.labels and len(root.labels) <= 40:
         lines.append(f"Classes: {', '.join(_plain(label) for label in root.labels)}.")
     elif root.labels:
@@ -117,6 +121,10 @@ def _contract(root: Bundle) -> str:
             f"It escalates to `{root.escalates_to.model}` whatever its certificate does not cover."
         )
     return " ".join(lines)
+
+
+def _steps(steps: Sequence[Processing]) -> str:
+    return ", then ".join(_plain(str(step)) for step in steps)
 
 
 def _variants(subject: Subject, evaluation: Evaluation, decisions: Sequence[Decision]) -> str:

@@ -27,6 +27,8 @@ def document(found: BundleDirectory) -> Mapping[str, Any]:
         "bytes": sum(file.bytes for file in bundle.files.values()),
         "inputs": [_spec(spec) for spec in bundle.inputs],
         "outputs": [_spec(spec) for spec in bundle.outputs],
+        "pre_processing": [str(step) for step in bundle.pre_processing],
+        "post_processing": [str(step) for step in bundle.post_processing],
         "max_batch": bundle.max_batch,
         "labels": list(bundle.labels),
         "score": None if bundle.score is None else dataclasses.asdict(bundle.score),
@@ -71,6 +73,9 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
     for what in ("inputs", "outputs"):
         for spec in told[what]:
             yield f"  {what[:-1]:<11} {spec['name']} {spec['datatype']} {spec['shape']}"
+    for when, step in (("before it", "pre_processing"), ("after it", "post_processing")):
+        for each in told[step]:
+            yield f"  {when:<11} {each}"
     rows = "no batch dimension" if not told["max_batch"] else f"up to {told['max_batch']} rows"
     yield f"  batch       {rows}"
     if told["labels"]:
@@ -88,10 +93,10 @@ def lines(told: Mapping[str, Any]) -> Iterator[str]:
     for v in told["variants"]:
         alone = ", one row in a run" if v["max_rows"] == 1 else ""
         yield f"  {v['name']}  {v['precision']}, {size(v['bytes'])}, for {', '.join(v['providers'])}{alone}"
-        yield (
-            f"      may stray by {v['max_abs_error']:g} from the reference, and must keep its answer "
-            f"on {percent(v['min_agreement'], 0)} of the golden {what}"
-        )
+        stray = f"      may stray by {v['max_abs_error']:g} from the reference"
+        if v["min_agreement"] > 0:
+            stray += f", and must keep its answer on {percent(v['min_agreement'], 0)} of the golden {what}"
+        yield stray
         yield f"      {v['path']}  {v['sha256']}"
     yield from ("", "certificates")
     for each in told["certificates"]:

@@ -59,6 +59,14 @@ class Processing:
     files: tuple[str, ...] = ()  # of the bundle
     parameters: Mapping[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Say it, with what: ``tokenizer (tokenizer.json, max_length 128)``."""
+        known = [
+            *self.files,
+            *(f"{name} {self.parameters[name]}" for name in sorted(self.parameters)),
+        ]
+        return f"{self.kind} ({', '.join(known)})" if known else self.kind
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:

@@ -117,6 +117,12 @@ def test_without_labels_only_agreement_is_told() -> None:
     assert (found.accuracy, found.macro_f1, found.calibration_error) == (None, None, None)
 
 
+def test_a_vector_need_not_keep_its_largest_number_for_the_self_test() -> None:
+    reference, other = np.array([[0.5, 0.49]]), np.array([[0.49, 0.5]])
+    assert evaluate.tolerance(reference, other, "int8", vectors=True).min_agreement == 0.0
+    assert evaluate.tolerance(reference, other, "int8").min_agreement > 0.0
+
+
 def test_what_is_said_of_padding_is_not_held_against_a_variant() -> None:
     rng = np.random.default_rng(0)
     exact = rng.standard_normal((4, 6, 3))

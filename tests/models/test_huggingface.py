@@ -23,7 +23,7 @@ pytest.importorskip("optimum.onnxruntime", reason="needs optimum: pip install 'f
 import onnx  # noqa: E402 - only after torch is known to be there
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
-from fogline_models import build, data, graph, huggingface, sources, steps  # noqa: E402
+from fogline_models import build, data, graph, huggingface, inspection, sources, steps  # noqa: E402
 from fogline_models.data import Items  # noqa: E402
 from fogline_models.errors import BadInput, MissingExtra  # noqa: E402
 from fogline_models.recipe import Data, Recipe, ReleaseRecipe, Source, read  # noqa: E402
@@ -515,6 +515,12 @@ def test_a_whole_build_ships_the_tokenizer_and_bounds_the_sequence(tmp_path: Pat
         ("fp32", 0),
     ]
     (step,) = bundle.pre_processing
+    told = "tokenizer (tokenizer.json, inputs input_ids"
+    assert f"  before it   {told}" in "\n".join(
+        inspection.lines(inspection.document(built.directory))
+    )
+    card = built.directory.file("README.md").read_text()
+    assert r"Left to the application before it: tokenizer \(tokenizer.json" in card
     client = Tokenizer.from_file(str(built.directory.file(step.files[0])))
     golden = np.load(built.directory.file(bundle.self_test.path))
     text = data.read(tmp_path / "training.npz").raw["text"][0]
