@@ -58,6 +58,7 @@ TASKS = (
 )
 SEEN = ("training", "ranges", "self_test", "examples")  # by a function that trains
 EXAMPLE_TOKENS = 16
+MUCH_PADDING = 2  # times the tokens of the longest text: worth a word
 UNNAMED = "LABEL_"  # how transformers calls classes that nobody named
 
 
@@ -96,7 +97,14 @@ def make(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path, say
         graph.check_inputs(signature, examples, step=STEP, what="the self-test")
         answers = _checked(net, pooled, signature, front, examples, into / FP32, release.max_batch)
         save_golden(into, examples, answers)
-        _prepare(splits, front, into / PREPARED, say)
+        longest = _prepare(splits, front, into / PREPARED, say)
+        length = front.bounds.get(preprocess.SEQUENCE, (0, 0))[1]
+        if 0 < longest <= length / MUCH_PADDING:
+            say(
+                f"texts are padded to {length} tokens, the longest here has {longest}: answers get "
+                f"cheaper with source.dynamic = {{ input_ids = {{ 1 = "
+                f'["{preprocess.SEQUENCE}", 1, {longest}] }} }}'
+            )
         Exported(
             "huggingface",
             sum(part.numel() for part in net.parameters()),
@@ -471,15 +479,19 @@ def _draw(
         yield drawn
 
 
-def _prepare(splits: Splits, front: Preprocessing, into: Path, say: Say) -> None:
-    """Write every split of raw items as what the file takes."""
+def _prepare(splits: Splits, front: Preprocessing, into: Path, say: Say) -> int:
+    """Write every split of raw items as what the file takes; return the longest text's tokens."""
     if not any(items.raw and not items.inputs for items in splits.values()):
-        return
+        return 0
+    longest = 0
     into.mkdir()
     for name, items in splits.items():
         say(f"preparing {name}, {len(items)} items")
         ready = items if items.inputs else replace(items, inputs=front.prepare(items), raw={})
         data.save(into / f"{name}.npz", ready)
+        if ATTENTION_MASK in ready.inputs and len(ready):
+            longest = max(longest, int(ready.inputs[ATTENTION_MASK].sum(axis=1).max()))
+    return longest
 
 
 def _first_line(error: BaseException) -> str:

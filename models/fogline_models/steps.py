@@ -35,7 +35,7 @@ Facts = Mapping[str, object]  # JSON-ready
 RECORD = "step.json"
 CACHE = "FOGLINE_MODELS_CACHE"
 SAY_EVERY_S = 2.0
-LONGEST_SILENCE_S = 32.0
+SILENCE_S, LONGEST_SILENCE_S = 3.0, 32.0  # longer than between two that are said
 
 
 def default_cache() -> Path:
@@ -193,7 +193,7 @@ def _never_silent(say: Say, at: str) -> Iterator[Say]:
     """Yield what a step says its progress with, and say how long it takes where it is silent.
 
     What torch, optimum and onnxruntime do in one call cannot say how far it is; a BERT takes them
-    half a minute. Silence is broken after two seconds, then ever less often.
+    half a minute. Silence is broken after three seconds, then ever less often.
     """
     started = time.monotonic()
     last, spoken = at, started
@@ -205,10 +205,10 @@ def _never_silent(say: Say, at: str) -> Iterator[Say]:
         say(last)
 
     def watch() -> None:
-        heard, due, pause = spoken, spoken + SAY_EVERY_S, SAY_EVERY_S
+        heard, due, pause = spoken, spoken + SILENCE_S, SILENCE_S
         while not done.wait(max(due - time.monotonic(), 0.0)):
             if heard != spoken:  # it has spoken itself meanwhile
-                heard, due, pause = spoken, spoken + SAY_EVERY_S, SAY_EVERY_S
+                heard, due, pause = spoken, spoken + SILENCE_S, SILENCE_S
                 continue
             with contextlib.suppress(OSError, ValueError):  # a closed pipe is the step's to find
                 say(f"{last}, {time.monotonic() - started:.0f} s so far")

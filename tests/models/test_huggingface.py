@@ -153,6 +153,25 @@ def test_the_tokenizer_of_a_bundle_needs_neither_transformers_nor_settings(tmp_p
     assert encoded[2].ids[0] == 0  # padded on the left, as its owner wanted
 
 
+def test_much_padding_is_said_with_what_to_write_against_it(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", bert(), tokenizer())
+    for name, longest in (("short", "cold"), ("long", TEXTS[-1])):
+        said: list[str] = []
+        wanted, out = recipe(folder), tmp_path / name
+        out.mkdir()
+        splits = {"self_test": texts("cold"), "training": texts("cold", longest)}
+        huggingface.make(wanted, wanted.release[0], splits, out, said.append)
+        hints = [line for line in said if line.startswith("texts are padded")]
+        assert hints == (
+            [
+                "texts are padded to 10 tokens, the longest here has 3: answers get cheaper with "
+                'source.dynamic = { input_ids = { 1 = ["sequence_length", 1, 3] } }'
+            ]
+            if name == "short"
+            else []
+        )
+
+
 def test_pairs_of_texts_keep_their_types(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", bert(), tokenizer())
     pair = texts(*TEXTS)

@@ -80,7 +80,7 @@ def test_a_silent_step_is_said_to_be_at_it_and_one_that_speaks_is_not(
         say("exporting")
         assert heard.wait(20)  # in silence
 
-    monkeypatch.setattr("fogline_models.steps.SAY_EVERY_S", 0.01)
+    monkeypatch.setattr("fogline_models.steps.SILENCE_S", 0.01)
     Steps(tmp_path, hear).make("digits 1.0.0", "export", {}, work)
     assert said[1:3] == [
         "[1/1] digits 1.0.0: export: exporting",
