@@ -29,6 +29,7 @@ from fogline_models import (
     hooks,
     huggingface,
     measure,
+    metrics,
     pairing,
     pooling,
     preprocess,
@@ -48,7 +49,7 @@ from fogline_models.measure import Cost
 from fogline_models.pairing import Contract, by_name
 from fogline_models.quantize import DynamicQuantizer
 from fogline_models.reading import check_head, check_inputs, check_tokens, mask_for, reading
-from fogline_models.recipe import FP32, Recipe, ReleaseRecipe
+from fogline_models.recipe import FP32, VECTORS, Recipe, ReleaseRecipe
 from fogline_models.session import Session, hardware_class
 from fogline_models.splits import TRAINED_ON, made_splits, publish
 from fogline_models.steps import Progress, Say, Steps, code, digest, paced, tools
@@ -101,6 +102,7 @@ def quantize_file(
     keep: tuple[str, ...] = (),
     sweep: float | None = None,
     mask: str = "",
+    vectors: bool = False,
     say: Say,
     props: Mapping[str, str] | None = None,
     dynamic: DynamicQuantizer = quantize.with_onnxruntime,
@@ -108,7 +110,8 @@ def quantize_file(
     """Write one form of an fp32 file to ``path`` and return the nodes that stayed fp32.
 
     With ``sweep`` the fewest nodes are found for which agreement with fp32 reaches it; of outputs
-    for tokens, on those where the input ``mask``, by default attention_mask, is not 0.
+    for tokens, on those where the input ``mask``, by default attention_mask, is not 0; of
+    ``vectors``, features, it is their mean cosine.
 
     Raises:
         BadInput: as ``quantize`` and ``sensitivity.mixed``; or a mask is named that is no input, or
@@ -129,6 +132,7 @@ def quantize_file(
             sweep,
             clock=time.monotonic,
             mask=mask_for(mask, ranges),
+            vectors=vectors,
             progress=_sweeping(say),
         )
         kept = len(choice.keep)
@@ -293,15 +297,17 @@ class _Build:
         props = sources.props(self._recipe, each, form)
         sweep = each.sweep.get(form)
         mask = "" if sweep is None else mask_for(mask, ranges.inputs)  # nothing else asks for it
+        vectors = self._recipe.task in VECTORS
         facts = {
             "props": props,
+            "vectors": vectors,
             "fp32": documents.sha256_of_file(fp32),
             "ranges": ranges.sha256,
             "keep": each.keep.get(form, ()),
             "sweep": sweep,
             "mask": mask,
             "machine": hardware.this_machine(),  # ranges are read off runs here
-            **code(archive, forms, graph, quantize, sensitivity, session),
+            **code(archive, forms, graph, metrics, quantize, sensitivity, session),
             **tools("onnx", "onnxruntime", extra="models"),
         }
         dynamic: DynamicQuantizer = quantize.with_onnxruntime
@@ -318,6 +324,7 @@ class _Build:
                 keep=each.keep.get(form, ()),
                 sweep=sweep,
                 mask=mask,
+                vectors=vectors,
                 say=say,
                 props=props,
                 dynamic=dynamic,

@@ -186,6 +186,11 @@ def export(
     help="For --sweep, where outputs are for tokens: what is not 0 where one counts; by default "
     "attention_mask.",
 )
+@click.option(
+    "--vectors",
+    is_flag=True,
+    help="For --sweep: outputs are features, which agree as far as their mean cosine says.",
+)
 @click.option("--out", required=True, type=FILE, help="The ONNX file to write.")
 def quantize(
     model: Path,
@@ -194,6 +199,7 @@ def quantize(
     keep: tuple[str, ...],
     sweep: float | None,
     mask: str,
+    vectors: bool,
     out: Path,
 ) -> None:
     """Write one form of the fp32 file MODEL: int8, fp16, or mixed with fp32."""
@@ -201,11 +207,21 @@ def quantize(
         require("onnx", "onnxruntime", extra="models")
         from fogline_models import build as builder
         from fogline_models import data as datasets
+        from fogline_models import steps
 
         ranges = None if data is None else datasets.read(data).inputs
-        kept = builder.quantize_file(
-            model, form, ranges, out, keep=keep, sweep=sweep, mask=mask, say=_speaking()
-        )
+        with steps.never_silent(_speaking(), "quantize") as say:
+            kept = builder.quantize_file(
+                model,
+                form,
+                ranges,
+                out,
+                keep=keep,
+                sweep=sweep,
+                mask=mask,
+                vectors=vectors,
+                say=say,
+            )
         click.echo(f"{out}: {out.stat().st_size / model.stat().st_size:.2f} x the bytes of {model}")
         for node in kept:
             click.echo(f"left fp32: {node}")
@@ -233,9 +249,12 @@ def evaluate(
     """Say what each of MODELS is worth and costs here; the first is what others are compared with."""
     with _one_sentence():
         require("onnxruntime", extra="edge")
-        from fogline_models import side_by_side
+        from fogline_models import side_by_side, steps
 
-        found = side_by_side.evaluate(models, data, hub, vectors=vectors, tokens=tokens, mask=mask)
+        with steps.never_silent(_speaking(), "evaluate"):
+            found = side_by_side.evaluate(
+                models, data, hub, vectors=vectors, tokens=tokens, mask=mask
+            )
         _print(side_by_side.document(found), as_json, side_by_side.lines(found))
 
 

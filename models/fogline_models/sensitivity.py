@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fogline_models import graph
+from fogline_models import graph, metrics
 from fogline_models.errors import BadInput
 from fogline_models.quantize import Node, Prepared, prepared
 from fogline_models.session import ALL_ROWS, Session
@@ -42,7 +42,7 @@ class Ask(enum.StrEnum):
 class Loss:
     """How far a mixed file is from fp32."""
 
-    agreement: float  # share of answers whose top class is fp32's
+    agreement: float  # share of answers whose top class is fp32's; of vectors the mean cosine
     sqnr_db: float  # signal to quantization noise, over all float outputs; infinite: no noise
 
 
@@ -82,9 +82,12 @@ class Bench:
         fp32: Path,
         items: Mapping[str, Array],
         mask: str = "",
+        *,
+        vectors: bool = False,
     ) -> None:
         """Run ``fp32`` on ``items``, ``{name: [n, ...]}``, to compare with.
 
+        ``vectors`` are features, which agree as far as their cosine says.
         ``mask`` is the input that is not 0 where a token counts; what does not, is not compared.
         """
         graph.check_inputs(ready.signature, items, step=STEP, what="the items")
@@ -92,6 +95,7 @@ class Bench:
         self._form = form
         self._items = items
         self._counts = items[mask] != 0 if mask else None
+        self._vectors = vectors
         self._known: dict[frozenset[str], Loss] = {}
         self.nodes = ready.nodes(form)
         self._want = self._answers(fp32)
@@ -105,7 +109,9 @@ class Bench:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "mixed.onnx")
                 self._ready.write(self._form, {}, path, keep=sorted(key))
-                self._known[key] = compare(self._want, self._answers(path), self._counts)
+                self._known[key] = compare(
+                    self._want, self._answers(path), self._counts, vectors=self._vectors
+                )
         return self._known[key]
 
     def _answers(self, path: Path) -> dict[str, Array]:
@@ -121,12 +127,17 @@ class Bench:
 
 
 def compare(
-    want: Mapping[str, Array], found: Mapping[str, Array], counts: Array | None = None
+    want: Mapping[str, Array],
+    found: Mapping[str, Array],
+    counts: Array | None = None,
+    *,
+    vectors: bool = False,
 ) -> Loss:
     """Return how far ``found`` is from ``want``: ``{name: [n, ..., classes]}`` twice.
 
     Every float output counts, each by its own signal; agreement is that of the worst. Of outputs
-    for tokens only those are compared that ``counts``, bool ``[n, tokens]``. Pure.
+    for tokens only those are compared that ``counts``, bool ``[n, tokens]``. Which number of
+    ``vectors`` is the largest says nothing: they agree by their mean cosine. Pure.
     """
     agreements, ratios = [1.0], [math.inf]
     for name, right in want.items():
@@ -139,7 +150,11 @@ def compare(
         signal = float(np.square(right.astype(np.float64)).sum())
         if noise > 0:
             ratios.append(10 * math.log10(max(signal, 1e-300) / noise))
-        if right.ndim > 1 and right.size:
+        if vectors and right.ndim > 1 and right.size:
+            width = right.shape[-1]
+            alike = metrics.cosines(given.reshape(-1, width), right.reshape(-1, width))
+            agreements.append(float(alike.mean()))
+        elif right.ndim > 1 and right.size:
             agreements.append(float((given.argmax(axis=-1) == right.argmax(axis=-1)).mean()))
     return Loss(min(agreements), min(ratios))
 
@@ -256,20 +271,21 @@ def mixed(
     *,
     clock: Callable[[], float],
     mask: str = "",
+    vectors: bool = False,
     progress: Progress | None = None,
     most: int = MOST,
 ) -> tuple[Choice, tuple[Measurement, ...]]:
     """Sweep ``fp32`` and return what to keep for ``target`` agreement, and the sweep.
 
     ``items`` may be ``ranges``, which spares held-out ones for the figures: what is measured on
-    training inputs flatters, so a target met there is not one met elsewhere. ``mask`` is as in
-    ``Bench``.
+    training inputs flatters, so a target met there is not one met elsewhere. ``mask`` and
+    ``vectors`` are as in ``Bench``.
 
     Raises:
         BadInput: the inputs do not fit, or the target is out of reach.
     """
     with prepared(fp32, ranges) as ready:
-        bench = Bench(ready, form, fp32, items, mask)
+        bench = Bench(ready, form, fp32, items, mask, vectors=vectors)
         whole = bench.loss(())
         if whole.agreement >= target:
             return Choice((), 0, whole), ()

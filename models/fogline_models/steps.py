@@ -158,7 +158,7 @@ class Steps:
                 self._say(f"{at}: what was kept is damaged ({damage}), made again")
             self._say(at)
             started = self._clock()
-            with _unfinished(target) as folder, _never_silent(self._say, at) as say:
+            with _unfinished(target) as folder, never_silent(self._say, at) as say:
                 try:
                     do(folder, say)
                 except BadInput as error:
@@ -189,7 +189,7 @@ class Steps:
 
 
 @contextlib.contextmanager
-def _never_silent(say: Say, at: str) -> Iterator[Say]:
+def never_silent(say: Say, at: str) -> Iterator[Say]:
     """Yield what a step says its progress with, and say how long it takes where it is silent.
 
     What torch, optimum and onnxruntime do in one call cannot say how far it is; a BERT takes them

@@ -152,3 +152,13 @@ def test_every_form_says_what_it_is_for_and_where_that_is_known_from() -> None:
         assert name == form.name
         assert form.hardware
         assert form.source
+
+
+def test_vectors_agree_by_their_angle_whichever_number_is_the_largest() -> None:
+    want = {"vectors": np.array([[1.0, 1.01], [3.0, 0.0]])}
+    found = {"vectors": np.array([[1.01, 1.0], [0.0, 3.0]])}
+    assert compare(want, found).agreement == 0.0
+    assert compare(want, found, vectors=True).agreement == pytest.approx(0.5, abs=1e-3)
+    one = np.array([[True], [False]])
+    tokens, others = ({"vectors": each["vectors"][:, None]} for each in (want, found))
+    assert compare(tokens, others, one, vectors=True).agreement > 0.99
