@@ -59,6 +59,7 @@ def export(
     import torch
 
     _check_eval(module)
+    _check_exportable(module)
     asked = graph.Signature(inputs, outputs, batched=True, dynamic=dynamic or {})
     graph.check_inputs(asked, examples, step=STEP, what="the examples")
     arguments = tuple(torch.from_numpy(examples[spec.name]) for spec in inputs)
@@ -108,6 +109,23 @@ def _check_eval(module: Any) -> None:
             raise BadInput(
                 f"{STEP}: {name} ({type(part).__name__}), a part of the module, is in train mode: "
                 "call .eval() on the whole module last, before it is returned"
+            )
+
+
+def _check_exportable(module: Any) -> None:
+    """Refuse what torch would only refuse in words that do not say what to do."""
+    import torch
+
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BadInput(
+            f"{STEP}: torch cannot export TorchScript, what torch.jit made: return the module that "
+            "was scripted or traced, or give an ONNX file of it as source.onnx"
+        )
+    for name, weight in module.named_parameters():
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            raise BadInput(
+                f"{STEP}: {name} is {str(weight.dtype).removeprefix('torch.')}: return the module "
+                "in float32, .float(); which precision a device runs is decided by the variants"
             )
 
 

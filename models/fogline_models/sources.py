@@ -106,8 +106,11 @@ def _from_torch(
     hook = hooks.load(recipe.folder, source.torch, "source.torch", passed=("splits", "progress"))
     module = hook(splits, paced(say), **source.arguments)
     if not isinstance(module, torch.nn.Module):
+        hint = ""
+        if isinstance(module, Mapping):
+            hint = ": make the module, load these weights with load_state_dict, and return it"
         raise BadInput(
-            f"export: {source.torch} returned {type(module).__name__}, expected a torch module"
+            f"export: {source.torch} returned {type(module).__name__}, expected a torch module{hint}"
         )
     say("exporting")
     examples = _as_forward_takes_them(module, splits["self_test"].inputs)

@@ -588,6 +588,9 @@ NOT_EXPORTABLE: dict[str, tuple[str, str, str]] = {
     ),
     "NaN": ("self.dense(x)", "self.dense(x) * float('nan')", "is not finite on the examples"),
     "no module": ("return Net().eval()", "return 7", "export: nets.py:edge returned int, expected a"),
+    "weights alone": (
+        "return Net().eval()", "return Net().state_dict()", "load these weights with load_state_dict",
+    ),
     "a function that raises": (
         "torch.manual_seed(0)", "[][1]",
         "export: source.torch: nets.py:edge raised IndexError: list index out of range (nets.py, line",

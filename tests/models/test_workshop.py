@@ -146,6 +146,17 @@ def test_a_net_that_answers_with_a_dictionary_is_told_to_return_tensors(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_net_is_told_to_come_as_a_module_or_a_file(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot export TorchScript.* or give an ONNX file"):
+        export_to(tmp_path, torch.jit.trace(net(), torch.zeros(1, 1, 8, 8)))
+
+
+def test_a_net_in_half_precision_is_told_to_come_in_float32(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"is float16: return the module in float32, \.float\(\)"):
+        export_to(tmp_path, net().half())
+
+
 def test_a_net_that_answers_nan_is_refused(tmp_path: Path) -> None:
     module = net()
     with torch.no_grad():
