@@ -17,7 +17,7 @@ import numpy as np
 from fogline_models import metrics, pairing, report
 from fogline_models.data import read as read_items
 from fogline_models.errors import BadInput
-from fogline_models.evaluate import HeldOut
+from fogline_models.evaluate import HeldOut, without_padding
 from fogline_models.metrics import Rate
 from fogline_models.session import Session
 from fogline_models.wording import interval, percent
@@ -31,6 +31,7 @@ from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 READ_BYTES = 1 << 20
 MAX_MATRIX = 20  # classes in a printed matrix
+FEATURES = "feature-extraction"  # how the names of tasks end whose outputs are vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,6 +381,8 @@ def _answers(
         return None, f"Not compared: the two take different inputs: {differ}."
     score = b.bundle.score or Score(MAX_SOFTMAX, b.bundle.outputs[0].name)
     output = score.output
+    if b.bundle.task.endswith(FEATURES):
+        return None, _vectors(a, b, data, variant)
     width = {side.path: _width(side.bundle, score) for side in (a, b)}
     if len(set(width.values())) != 1 or width[a.path] < 2:
         return None, f"Not compared: the output {output!r} has no classes in common."
@@ -387,8 +390,7 @@ def _answers(
         return None, "Not compared: one answers for every token, the other once for all of a row."
     if not (a.bundle.max_batch and b.bundle.max_batch):
         return None, "Not compared: a model without a batch dimension has no rows to count."
-    both = [v.name for v in b.bundle.variants if v.name in {w.name for w in a.bundle.variants}]
-    names = [variant or (both[0] if both else side.bundle.variants[0].name) for side in (a, b)]
+    names = _both_run(a, b, variant)
     inputs, scenes, labels, source = _items(b, data)
     logits = [_run(side, name, inputs, output) for side, name in zip((a, b), names, strict=True)]
     try:
@@ -420,6 +422,35 @@ def _answers(
         matrix=tuple(tuple(row) for row in counts.tolist()),
         counted="tokens" if score.per_token else "items",
     ), ""
+
+
+def _vectors(a: BundleDirectory, b: BundleDirectory, data: Path | None, variant: str | None) -> str:
+    """Say how far vectors are from each other: which number of one is the largest is no answer."""
+    outputs = [side.bundle.outputs[0] for side in (a, b)]
+    if outputs[0] != outputs[1]:
+        return "Not compared: the two give different vectors."
+    if not (a.bundle.max_batch and b.bundle.max_batch):
+        return "Not compared: a model without a batch dimension has no rows to count."
+    names = _both_run(a, b, variant)
+    inputs, _, _, source = _items(b, data)
+    before, after = (
+        without_padding(_run(side, name, inputs, outputs[0].name), inputs)
+        for side, name in zip((a, b), names, strict=True)
+    )
+    cosines = metrics.cosines(after, before)
+    strays = percent(float(metrics.relative_errors(after, before).mean()))
+    return (
+        f"No answers but vectors: those of {names[1]} have a cosine of {cosines.mean():.4f} (worst "
+        f"{cosines.min():.4f}) with those of {names[0]} and stray by {strays} of their length, "
+        f"{len(cosines):,} items, {source}"
+    )
+
+
+def _both_run(a: BundleDirectory, b: BundleDirectory, variant: str | None) -> list[str]:
+    """Return which variant of each answers: the one asked for, or B's first that A has, too."""
+    theirs = {each.name for each in a.bundle.variants}
+    both = [each.name for each in b.bundle.variants if each.name in theirs]
+    return [variant or (both[0] if both else side.bundle.variants[0].name) for side in (a, b)]
 
 
 def _width(bundle: Bundle, score: Score) -> int:

@@ -183,6 +183,24 @@ def test_the_matrix_of_a_comparison_counts_every_item(
     assert there.accuracy_a == back.accuracy_b
 
 
+def test_vectors_are_compared_by_their_angle(
+    first: BundleDirectory, better: BundleDirectory
+) -> None:
+    sides = [
+        dataclasses.replace(
+            side, bundle=dataclasses.replace(side.bundle, task="feature-extraction", score=None)
+        )
+        for side in (first, better)
+    ]
+    found = comparison.compare(*sides)
+    assert found.answers is None
+    assert "No answers but vectors: those of int8-qdq have a cosine of 0." in found.answers_missing
+    assert "stray by" in found.answers_missing
+    same = comparison.compare(sides[0], sides[0]).answers_missing
+    assert "a cosine of 1.0000 (worst 1.0000)" in same
+    assert "stray by 0 % of their length" in same
+
+
 def test_without_data_the_self_test_vectors_show_what_is_broken(
     better: BundleDirectory, digits: Path
 ) -> None:
