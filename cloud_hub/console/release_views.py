@@ -256,15 +256,18 @@ def _size(own: float | None, whole: float | None, *, is_reference: bool) -> Said
 
 
 def _tolerances(tolerance: Tolerance) -> Iterator[tuple[str, str]]:
-    yield "", _allowed(tolerance)
+    yield "", allowed(tolerance)
     for provider, own in sorted(tolerance.by_provider.items()):
-        yield provider, _allowed(own)
+        yield provider, allowed(own)
 
 
-def _allowed(tolerance: Tolerance) -> str:
-    least = tolerance.min_agreement
-    share = figures.percent(least) if 0 <= least <= 1 else f"{least:g}"
-    return f"error at most {tolerance.max_abs_error:.4g}, agreement at least {share}"
+def allowed(tolerance: Tolerance) -> str:
+    """Return what a self-test lets pass, in words."""
+    said, least = f"error at most {tolerance.max_abs_error:.4g}", tolerance.min_agreement
+    if not least:
+        return said  # of vectors: they have no answer to agree on
+    share = figures.percent(least) if 0 < least <= 1 else f"{least:g}"
+    return f"{said}, agreement at least {share}"
 
 
 def _measured(values: Mapping[str, float]) -> str:

@@ -34,6 +34,7 @@ from fogline_protocol.score import FUNCTIONS, Score
 from fogline_protocol.tensors import Array, TensorError, TensorSpec
 
 REFERENCE_QUANTILES = 64
+NEXT_TO_ALL = 0.95  # of the requests: an edge model that escalates so many is worth a word
 ESCALATION_DELTA = 0.01  # the drift alarm needs a rate that is hardly ever exceeded by chance
 
 
@@ -170,12 +171,15 @@ def save(certificate: Certificate, folder: Path) -> Path:
 
 def sentence(issued: Certificate) -> str:
     """Return what a certificate says, for people."""
-    return (
+    said = (
         f"{issued.variant} on {issued.hardware_class} answers locally above "
         f"{issued.threshold:.4f}, escalates {issued.escalation_rate:.1%}; disagreement at most "
         f"{issued.alpha:g} with confidence {1 - issued.delta:g}, from {issued.scenes:,} "
         f"independent scenes ({data.drawn(issued.sampling)})"
     )
+    if issued.escalation_rate >= NEXT_TO_ALL:
+        said += "; next to nothing is answered locally: train it further, or accept a larger alpha"
+    return said
 
 
 def folder_of(bundle: BundleDirectory) -> Path:

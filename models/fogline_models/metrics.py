@@ -167,7 +167,8 @@ def reliability(
 ) -> tuple[Bin, ...]:
     """Return how confidence and accuracy go together: logits ``[n, classes]``, ``[n]``.
 
-    Or the outputs are ``probabilities`` already. Bins hold equally many items, except that items of equal confidence share one.
+    Or the outputs are ``probabilities`` already. Bins hold equally many items, except that items
+    of equal confidence share one.
     """
     shares = _flat(outputs) if probabilities else softmax(outputs)
     confidence = shares.max(axis=1)

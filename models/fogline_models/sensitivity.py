@@ -5,8 +5,9 @@
 what follows it up to the next one; where there are more layers than measurements are allowed,
 neighbors are measured together. Where most layers would have to stay, it is often the arithmetic
 between weights that quantization hurts, a normalization or an activation written out in plain
-operators; ``mixed`` then leaves that in fp32 and asks for layers again. That bound is a number and not a time, so that the same model
-and items give the same list on every machine.
+operators; ``mixed`` then leaves that in fp32 and asks for layers again. What bounds the
+measurements is a number and not a time, so that the same model and items give the same list on
+every machine.
 """
 
 import dataclasses
@@ -290,26 +291,29 @@ def mixed(
         if whole.agreement >= target:
             return Choice((), 0, whole), ()
         ranked = sweep(bench, clock=clock, progress=progress, most=most)
-        choice: Choice | None
-        try:
-            choice = fewest(ranked, target, bench.loss)
-        except BadInput:
-            choice = None
-        if choice is not None and choice.layers <= len(ranked) / 2:
-            return choice, ranked
+        choice = _within_reach(bench, ranked, target)
         between = tuple(node.name for node in bench.nodes if not node.weighs)
-        if len(between) == len(bench.nodes):
-            return fewest(ranked, target, bench.loss), ranked  # it holds no weights
-        again = sweep(bench, clock=clock, progress=progress, most=most, kept=between)
-        try:
-            found = fewest(again, target, lambda keep: bench.loss((*between, *keep)))
-        except BadInput:
-            if choice is None:
-                raise
-            return choice, ranked
-        if choice is not None and _weights(bench, choice.keep) <= _weights(bench, found.keep):
-            return choice, ranked
-        return dataclasses.replace(found, keep=(*between, *found.keep)), again
+        few = choice is not None and choice.layers <= len(ranked) / 2
+        if not few and len(between) < len(bench.nodes):
+            again = sweep(bench, clock=clock, progress=progress, most=most, kept=between)
+            found = _within_reach(bench, again, target, between)
+            if found is not None and (
+                choice is None or _weights(bench, found.keep) < _weights(bench, choice.keep)
+            ):
+                return found, again
+        # Where neither reaches it, this says how far one gets.
+        return choice or fewest(ranked, target, bench.loss), ranked
+
+
+def _within_reach(
+    bench: Bench, ranked: Sequence[Measurement], target: float, kept: tuple[str, ...] = ()
+) -> Choice | None:
+    """Return what to keep besides ``kept``, all together; None: the target is out of reach."""
+    try:
+        found = fewest(ranked, target, lambda keep: bench.loss((*kept, *keep)))
+    except BadInput:
+        return None
+    return dataclasses.replace(found, keep=(*kept, *found.keep))
 
 
 def _weights(bench: Bench, keep: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from fogline_protocol import certificate, release
 from fogline_protocol.release import BundleDirectory, Pairing
 from fogline_protocol.score import max_softmax
 from fogline_protocol.tensors import Array
+from tests.certificates import certificate as made_certificate
 
 NOW = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
 TERMS = certify.Terms(alpha=0.05)
@@ -79,6 +80,14 @@ def test_a_certificate_names_the_files_the_machine_and_the_data(
     assert found.sampling == items.sampling
     assert found.expires_at == NOW + datetime.timedelta(days=365)
     assert certificate.parse(found.to_json()) == found
+
+
+def test_an_edge_that_answers_next_to_nothing_is_said_to() -> None:
+    said = [
+        certify.sentence(made_certificate(escalation_rate=rate, escalation_rate_upper=1.0))
+        for rate in (0.94, 0.95, 1.0)
+    ]
+    assert ["next to nothing is answered locally" in each for each in said] == [False, True, True]
 
 
 def test_the_threshold_lets_exactly_the_allowed_losses_through(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cloud_hub.console import model_views, release_pages, release_views, report_views
 from cloud_hub.fleet.callers import Caller
 from cloud_hub.fleet.releases import Release
-from fogline_protocol.release import Parent, Processing
+from fogline_protocol.release import Parent, Processing, Tolerance
 from tests.cloud_hub.console import workshop
 from tests.cloud_hub.console.fleet_stage import HARDWARE, Stage, answers
 from tests.examples import numbered, offer, settled
@@ -60,6 +60,13 @@ async def test_releases_are_listed_with_the_devices_that_run_and_want_them(
     assert '<a href="/devices?wants=digits%402">1 device</a>' in text
     assert text.count(">Forced<") == 1
     assert text.count(">digits-hub</td>") == 3  # who they escalate to
+
+
+def test_a_self_test_of_vectors_asks_for_no_agreement() -> None:
+    assert release_views.allowed(Tolerance(0.5, 0.0)) == "error at most 0.5"
+    assert (
+        release_views.allowed(Tolerance(0.5, 0.9)) == "error at most 0.5, agreement at least 90.0%"
+    )
 
 
 NO_CERTIFICATE = "int8-qdq on CPUExecutionProvider: no certificate was issued for it"
