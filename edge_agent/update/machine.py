@@ -93,6 +93,9 @@ class Machine:
         self._pointer = pointer
         self._committed = committed
         self._candidate: tuple[BundleDirectory, Choice] | None = None  # verified, in its slot
+        # What was activated last, and which release that is. Not always what the state calls for:
+        # while a rollback does not succeed, what it takes back goes on answering.
+        self._answering = self._as_answering()
         self._renewal: BundleDirectory | None = None  # the committed release, in its new slot
         self._gone = around.slots.withdrawn(pointer.model)  # where no wish says otherwise
         self._woken = asyncio.Event()
@@ -113,18 +116,12 @@ class Machine:
 
     def restrict(self) -> None:
         """Answer under no certificate that the hub has taken back, as far as it is known."""
-        p, place = self._pointer, self._around.serving.place(self.model)
-        if place is None:
+        place = self._around.serving.place(self.model)
+        if self._answering is None or place is None:
             return
-        target, serves = p.active, self._committed
-        # While a rollback does not succeed, what it takes back goes on answering.
-        stuck = p.life.state is State.ROLLING_BACK and (
-            target is None or target.release != place.release
-        )
-        if stuck or p.life.state in SERVING_CANDIDATE:
-            target, serves = p.candidate, self._candidate and self._candidate[0]
-        if target is None or serves is None or place.release != target.release:
-            return  # it is being loaded, and restricted then
+        target, serves = self._answering
+        if place.release != target.release:
+            return  # it did not load, and what the device had before answers
         # Also where none is missing: one may be named again before its slot was renewed.
         held = certificates.holding(serves, target, self._wish(), self._gone)
         self._around.serving.certify(self.model, held)
@@ -132,17 +129,22 @@ class Machine:
     async def doubt(self) -> None:
         """Ask the hub about certificates that no wish speaks of, until cancelled.
 
-        That are those of a release that serves although another one is wanted: one that is on its
-        way, or was refused here. The hub raises the generation when it has withdrawn one.
+        That are those of a release that serves, or would after a rollback, although another one is
+        wanted: one that is on its way, or was refused here, or cannot be gone back to. The hub
+        raises the generation when it has withdrawn one.
         """
         around = self._around
         while True:
             self._doubted.clear()
-            held, wish = self._pointer.committed, self._wish()
-            spoken_of = held is None or (wish is not None and wish.is_of_the_release_of(held))
-            if held is not None and held.certificate_targets and not spoken_of:
+            wish = self._wish()
+            here = {self._pointer.committed, self._answering and self._answering[0]} - {None}
+            unspoken = [
+                one for one in here if one and not (wish and wish.is_of_the_release_of(one))
+            ]
+            targets = sorted({path for one in unspoken for path in one.certificate_targets})
+            if targets:
                 try:
-                    gone = await around.fetch.withdrawn(held.certificate_targets)
+                    gone = await around.fetch.withdrawn(targets)
                 except (StepEnded, OSError) as error:
                     _log.info("certificates in doubt", model=self.model, why=str(error))
                 except Exception:
@@ -151,15 +153,18 @@ class Machine:
                 else:
                     await self._believe(gone)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if spoken_of else around.timings.doubt_s):
+                async with asyncio.timeout(around.timings.doubt_s if unspoken else None):
                     await self._doubted.wait()
 
     async def _believe(self, gone: frozenset[str]) -> None:
-        if gone != self._gone:
+        is_new = gone != self._gone
+        if is_new:
             self._gone = gone
             self.restrict()
-            with contextlib.suppress(DiskFull, DiskFault):  # forgotten, it is asked about again
+        if gone != self._around.slots.withdrawn(self.model):
+            with contextlib.suppress(DiskFull, DiskFault):  # then with the next answer
                 await self._around.on_disk(self._around.slots.withdraw, self.model, gone)
+        if is_new:
             await self._around.tell()
 
     def nudge(self) -> None:
@@ -434,6 +439,7 @@ class Machine:
         except VectorsUnusable as error:
             raise StepFailed("trial/vectors", str(error)) from None
         await serving.activate(self.model, bundle)
+        self._answering = self._wanted(), bundle
         self.restrict()  # before the next request: something may have been withdrawn meanwhile
         answers = [
             await serving.run(self.model, inputs) for inputs in golden.batches(choice.variant)
@@ -464,7 +470,13 @@ class Machine:
 
     async def _roll_back(self) -> None:
         await self._around.serving.activate(self.model, self._committed)
+        self._answering = self._as_answering()
         self.restrict()
+
+    def _as_answering(self) -> tuple[Target, BundleDirectory] | None:
+        """Return what is committed, as what answers; None: what the device had before does."""
+        target = self._pointer.committed
+        return None if target is None or self._committed is None else (target, self._committed)
 
     def _wanted(self) -> Target:
         candidate = self._pointer.candidate
@@ -500,6 +512,7 @@ class Machine:
         if event is Event.RENEWED:
             assert self._renewal is not None, "what was renewed was found before: our bug"
             self._committed, self._renewal = self._renewal, None
+            self._answering = self._as_answering()
             self.restrict()
         if now.life.state in RESTING:
             self._candidate = None

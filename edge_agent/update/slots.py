@@ -141,7 +141,9 @@ class Slots:
         self._boot = 0
         self._desired = Desired(0)
         self._pointers: dict[str, Pointer] = {}  # always what the disk says
-        self._withdrawn: dict[str, frozenset[str]] = {}  # by model; as above
+        self._withdrawn: dict[
+            str, frozenset[str]
+        ] = {}  # by model: what the disk says, as far as it took it
         self.damaged: dict[str, str] = {}  # state files that could not be read, and why
 
     @property

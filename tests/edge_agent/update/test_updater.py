@@ -14,7 +14,7 @@ from edge_agent.errors import ReleaseRefused
 from edge_agent.update.disk import DiskFull, LocalDisk
 from edge_agent.update.lifecycle import StepFailed, StepInterrupted, StepRefused
 from edge_agent.update.machine import ModelReport
-from edge_agent.update.slots import Desired, Slots, Target, certificate_id
+from edge_agent.update.slots import WITHDRAWN, Desired, Slots, Target, certificate_id
 from edge_agent.update.surroundings import Timings
 from edge_agent.update.updater import DesiredRefused, Updater
 from fogline_protocol.release import BundleDirectory
@@ -463,6 +463,29 @@ async def test_what_cannot_be_gone_back_from_is_not_answered_under_what_was_with
         await device.reports.until(lambda _: device.serving.history[:3] == back)
 
 
+async def test_what_answers_against_every_wish_is_asked_about(device, shelf, certified) -> None:
+    """The wish is for what cannot be gone back to, so it does not say what is withdrawn."""
+    old = shelf.put(9, "0.9.0")
+    await install(device, old, 1)
+    device.timings = LATER
+    activate = device.serving.activate
+
+    async def refuse(model: str, bundle: BundleDirectory | None) -> None:
+        raise ReleaseRefused("no memory")
+
+    async with device.on() as updater:
+        await updater.apply(desired(2, certified))
+        await device.until_probation()
+        assert ids(*certified.certificate_targets) == [device.serving.certificate()]
+        device.serving.activate = refuse
+        (shelf.folder / certified.certificate_targets[0]).unlink()
+        await updater.apply(desired(3, old))
+        await device.reports.until(lambda _: device.serving.certificate() == "")
+        assert device.version == "1.0.0"
+        device.serving.activate = activate
+        await device.reports.until(lambda _: device.serving.history == ["0.9.0", "1.0.0", "0.9.0"])
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -546,6 +569,26 @@ async def test_what_is_asked_about_is_asked_again_without_a_word_from_the_hub(
         await device.reports.until(phase("rejected"))
         (shelf.folder / certified.certificate_targets[0]).unlink()
         await device.reports.until(lambda _: device.serving.certificate() == "")
+
+
+async def test_what_a_full_disk_did_not_remember_is_remembered_when_there_is_room(
+    device, shelf, certified
+) -> None:
+    await install(device, certified, 1)
+    device.timings = replace(SOON, doubt_s=0.01)
+    async with device.on() as updater:
+        await updater.apply(desired(2, shelf.put(2, "2.0.0", factor=WRONG)))
+        await device.reports.until(phase("rejected"))
+        device.disk.full = True
+        (shelf.folder / certified.certificate_targets[0]).unlink()
+        await device.reports.until(lambda _: device.serving.certificate() == "")
+        device.disk.full = False
+        async with asyncio.timeout(20):
+            while not list(device.root.glob(f"**/{WITHDRAWN}")):
+                await asyncio.sleep(0.005)
+    device.fetch.reachable = False
+    async with device.on():
+        assert device.serving.certificate() == ""
 
 
 async def test_a_certificate_of_something_else_is_refused_and_what_serves_goes_on(
