@@ -7,7 +7,8 @@
     errors.py       what may go wrong, named by what the caller does next
 
     inference/      the story of a request
-      router.py       decides with policy.py, answers with an engine or the uplink, merges rows
+      router.py       answers with the engine, decides with policy.py
+      escalation.py   asks the hub, and merges its rows
       policy.py       pure: answer here or escalate, and what that does to quality
       uplink.py       the connection to the hub: coalesces, retries, probes
       breaker.py      pure: when the hub is asked and when it is left alone

@@ -53,7 +53,7 @@ class Publisher(Protocol):
         """Return when the broker has nothing for this device any more.
 
         Raises:
-            PublishRefused: it never will.
+            ValueError, PublishRefused, PacketTooLarge: it never will.
             MqttError: not this time.
         """
         ...
@@ -74,7 +74,7 @@ Describe = Callable[[str, int], WantedRelease | None]
 
 
 class Outbox:
-    """What is to be sent. Owner of ``twin.published_generation`` once a row exists."""
+    """What is to be sent, and what became of that."""
 
     def __init__(
         self,
@@ -199,8 +199,8 @@ class Outbox:
 
     def _record(self, connection: Connection, sent: Sequence[Due]) -> None:
         # Nobody but this publisher sends, so nothing newer was sent to who departed meanwhile.
-        gone = [device for device, document in sent if document is None]
-        connection.execute(delete(departed).where(departed.c.device.in_(gone)))
+        if gone := [device for device, document in sent if document is None]:
+            connection.execute(delete(departed).where(departed.c.device.in_(gone)))
         for device, document in sent:
             if document is None or device in self._doubted:
                 continue  # the broker may have forgotten it since: it is published again

@@ -165,7 +165,7 @@ certificate = Table(
 )
 
 # --- What the hub wants of each device and what the device says (migration 0003); written by
-# fleet/controller. `published_generation < generation` is the outbox.
+# fleet/controller, arrivals and outbox. `published_generation < generation` is the outbox.
 
 twin = Table(
     "twin",

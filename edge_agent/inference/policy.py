@@ -2,8 +2,7 @@
 
 Pure: it sees the row's score, what the certificate says, and the situation of the request;
 it returns a ``Decision`` with the quality the answer will have and the reason for it.
-``router.py`` carries the decision out, and asks again with the link down when the hub leg
-failed.
+``escalation.py`` carries it out, and asks again with the link down when the hub leg failed.
 
     quality       means
     hub           the hub's answer

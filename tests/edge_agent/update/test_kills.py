@@ -104,8 +104,11 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
     if not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < NEEDED_BYTES:
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        yield Path(folder)
+    folder = Path(tempfile.mkdtemp(prefix="fogline-kills-", dir=MEMORY))
+    try:
+        yield folder
+    finally:
+        shutil.move(folder, tmp_path / "kept")  # where pytest keeps what tells of a failure
 
 
 @pytest.fixture

@@ -252,7 +252,7 @@ def main() -> None:
             try:
                 asyncio.run(live(order))
                 status = 0
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             finally:
                 os._exit(status)
