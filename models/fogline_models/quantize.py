@@ -185,6 +185,8 @@ class Prepared:
             )
         keep = self._kept(form, keep)
         with _quiet():
+            if chosen.way is not Way.DYNAMIC:
+                _ = self._rows  # before what follows blames onnxruntime for any failure
             try:
                 match chosen.way:
                     case Way.STATIC:
@@ -334,7 +336,8 @@ class Prepared:
         whole.write_bytes(model.SerializeToString())
         kept = Session(whole, as_written=True).run(one, ALL_ROWS)
         whole.unlink()
-        each = sum(array.nbytes for array in kept.values())
+        # Sequences come back as lists, absent optionals as None: neither is observed.
+        each = sum(array.nbytes for array in kept.values() if isinstance(array, np.ndarray))
         return max(1, min(RANGE_BATCH, RANGE_BYTES // max(each, 1)))
 
     def _check(self, form: Form, made: Path, model: Any) -> None:

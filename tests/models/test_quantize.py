@@ -442,6 +442,43 @@ def test_what_only_a_branch_reads_is_computed_before_it(tmp_path: Path, form: st
     np.testing.assert_allclose(found, want, atol=0.2)
 
 
+@pytest.mark.parametrize("form", ["int8-qdq", "int8-dynamic", "fp16"])
+def test_sequences_between_nodes_do_not_stop_a_form(tmp_path: Path, form: str) -> None:
+    made = nets.model(
+        [
+            onnx.helper.make_node("SplitToSequence", ["x", "sizes"], ["parts"], axis=1),
+            onnx.helper.make_node("SequenceAt", ["parts", "first"], ["h"]),
+            onnx.helper.make_node("MatMul", ["h", "w"], ["y"]),
+        ],
+        [nets.tensor("x", ["n", 8])],
+        [nets.tensor("y", ["n", 3])],
+        {
+            "sizes": np.array([4, 4], np.int64),
+            "first": np.zeros((), np.int64),
+            "w": nets.random(4, 3),
+        },
+    )
+    fp32 = nets.save(made, tmp_path / "fp32.onnx")
+    written(fp32, form, ROWS)
+    want, found = (
+        Session(tmp_path / name, as_written=True).run(ROWS, 32)["y"]
+        for name in ("fp32.onnx", f"{form}.onnx")
+    )
+    np.testing.assert_allclose(found, want, atol=0.2)
+
+
+def test_a_fault_of_our_own_is_not_said_to_be_onnxruntimes(
+    net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise AttributeError("ours")
+
+    with prepared(net, PIXELS) as ready:
+        monkeypatch.setattr(graph, "runs", broken)  # first of all, to measure a single row
+        with pytest.raises(AttributeError, match="ours"):
+            ready.write("int8-qdq", {}, net.with_name("int8-qdq.onnx"))
+
+
 def test_a_model_of_onnx_itself_is_quantized(tmp_path: Path) -> None:
     net = (
         Path(onnx.__file__).parent / "backend" / "test" / "data" / "light" / "light_squeezenet.onnx"
