@@ -439,10 +439,17 @@ def _fixed_rows(found: Signature) -> int | None:
 
 
 def sort_nodes(model: Any) -> None:
-    """Put the nodes of the main graph after what they read, otherwise in the order they have."""
+    """Put the nodes of the main graph after what they read, otherwise in the order they have.
+
+    Nodes that wait for each other, which no order helps, come last: whoever checks the graph
+    then finds them.
+    """
     nodes = list(model.graph.node)
     makers = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    waits = [{makers[name] for name in reads(node) if name in makers} for node in nodes]
+    waits = [
+        {makers[name] for name in reads(node) if name in makers} - {index}
+        for index, node in enumerate(nodes)
+    ]
     readers: dict[int, list[int]] = {}
     for index, before in enumerate(waits):
         for maker in before:
@@ -456,19 +463,28 @@ def sort_nodes(model: Any) -> None:
             waits[reader].discard(index)
             if not waits[reader]:
                 heapq.heappush(ready, reader)
+    placed = set(order)
+    order.extend(index for index in range(len(nodes)) if index not in placed)
     sorted_nodes = [nodes[index] for index in order]
     model.graph.ClearField("node")
     model.graph.node.extend(sorted_nodes)
 
 
 def reads(node: Any) -> Iterator[str]:
-    """Yield what a node reads, through the graphs inside it as well."""
+    """Yield what a node reads of the graph it is in, also from within the graphs inside it.
+
+    What those make themselves is not read, whatever it is called: a branch may name its output
+    as the node names its own.
+    """
     yield from node.input
     for attribute in node.attribute:
         for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for part in inner.node:
-                yield from reads(part)
-            yield from (value.name for value in inner.output)
+            own = {value.name for value in (*inner.input, *inner.initializer)}
+            own.update(sparse.values.name for sparse in inner.sparse_initializer)
+            own.update(name for part in inner.node for name in part.output)
+            read = [name for part in inner.node for name in reads(part)]
+            read.extend(value.name for value in inner.output)
+            yield from (name for name in read if name not in own)
 
 
 def _strip(model: Any) -> None:

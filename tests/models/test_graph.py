@@ -372,3 +372,49 @@ def test_sorting_sees_what_a_branch_reads() -> None:
     made.graph.node.extend(reversed(nodes))
     graph.sort_nodes(made)
     assert list(made.graph.node) == nodes
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0)])
+def test_sorting_keeps_branches_that_name_their_output_as_the_node_does(
+    order: tuple[int, ...],
+) -> None:
+    node = onnx.helper.make_node
+
+    def branch(operator: str) -> Any:
+        return onnx.helper.make_graph(
+            [node(operator, ["h"], ["y"])], operator, [], [nets.tensor("y", None)]
+        )
+
+    nodes = [
+        node("Neg", ["x"], ["h"]),
+        node("ReduceMax", ["h"], ["most"], keepdims=0),
+        node("Greater", ["most", "zero"], ["positive"]),
+        node("If", ["positive"], ["y"], then_branch=branch("Relu"), else_branch=branch("Neg")),
+        node("Neg", ["y"], ["z"]),
+    ]
+    made = nets.model(
+        [nodes[index] for index in order],
+        [nets.tensor("x", ["n", 8])],
+        [nets.tensor("z", ["n", 8])],
+        {"zero": np.zeros((), np.float32)},
+    )
+    graph.sort_nodes(made)
+    assert list(made.graph.node) == nodes
+
+
+def test_what_a_graph_inside_makes_itself_is_not_read() -> None:
+    (made,) = (node for node in nets.loop().graph.node if node.op_type == "Loop")
+    assert set(graph.reads(made)) == {"three", "", "x", "w"}
+
+
+def test_sorting_loses_no_node_of_a_circle() -> None:
+    node = onnx.helper.make_node
+    nodes = [
+        node("Add", ["x", "b"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("Neg", ["x"], ["c"]),
+        node("Sum", ["a", "c"], ["y"]),
+    ]
+    made = nets.model(nodes, [nets.tensor("x", ["n"])], [nets.tensor("y", ["n"])])
+    graph.sort_nodes(made)
+    assert list(made.graph.node) == [nodes[2], nodes[0], nodes[1], nodes[3]]
