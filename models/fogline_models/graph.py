@@ -15,7 +15,7 @@ Needs ``onnx``, which is imported on use.
 import heapq
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ Dimension = tuple[str, int, int]  # its name, its smallest and its largest size
 Dynamic = Mapping[str, Mapping[int, Dimension]]  # {input: {axis: dimension}}
 
 DEFAULT_DOMAINS = ("", "ai.onnx")  # two spellings of one domain
+UNNAMED = ("?", "None")  # what exporters write where an open axis has no name
 MAX_BYTES = 2**31 - 1  # of one protobuf message: a larger model cannot be one file
 EXAMPLE_ROWS = 2
 
@@ -85,8 +86,10 @@ def load(path: Path, *, step: str) -> Any:
     for value in (*model.graph.input, *model.graph.output):
         for size in value.type.tensor_type.shape.dim:
             # What exporters write for "open" where ONNX has nothing written. "?" twice does not
-            # mean that both are of one size, as a name would.
-            if size.dim_param == "?" or (size.HasField("dim_value") and size.dim_value < 1):
+            # mean that both are of one size, as a name would. A 0 may also be meant, but a tensor
+            # without values is of no use in a request, and many files have it for "open".
+            unnamed = size.dim_param in UNNAMED
+            if unnamed or (size.HasField("dim_value") and size.dim_value < 1):
                 size.Clear()
     return model
 
@@ -185,6 +188,12 @@ def opset_of(model: Any) -> int | None:
 def _bound(model: Any, dynamic: Dynamic, step: str) -> dict[str, tuple[int, int]]:
     """Name or fix the axes that ``dynamic`` speaks of, and return how far each name goes."""
     values = {value.name: value for value in model.graph.input}
+    batch = _part_batch(model, dynamic, step)
+    taken = {
+        *(size.dim_param for value in (*values.values(), *model.graph.output)
+          for size in value.type.tensor_type.shape.dim),
+        *(name for axes in dynamic.values() for name, _, _ in axes.values()),
+    }  # fmt: skip
     bounds: dict[str, tuple[int, int]] = {}
     for tensor, axes in dynamic.items():
         if tensor not in values:
@@ -200,6 +209,11 @@ def _bound(model: Any, dynamic: Dynamic, step: str) -> dict[str, tuple[int, int]
                     "of dynamic"
                 )
             theirs = size or name
+            if axis and theirs == batch:
+                theirs = f"{tensor}{axis}"
+                while theirs in taken:
+                    theirs += "_"
+                taken.add(theirs)
             if bounds.setdefault(theirs, (least, most)) != (least, most):
                 raise BadInput(
                     f"{step}: axes named {theirs!r} are of one size, dynamic has them go from "
@@ -212,6 +226,26 @@ def _bound(model: Any, dynamic: Dynamic, step: str) -> dict[str, tuple[int, int]
             if least == most:
                 dimension.dim_value = most
     return bounds
+
+
+def _part_batch(model: Any, dynamic: Dynamic, step: str) -> str | None:
+    """Return the batch's name, if it has one, and take it off the axes behind the first.
+
+    Files have ``[n, n, 8]`` where an exporter had one name for all that is open: bounds of the
+    second axis would be those of the batch. Who bounds the first axis too means what is written.
+    """
+    inputs = _taken(model)
+    shapes = {value.name: _axes(value, step) for value in (*inputs, *model.graph.output)}
+    firsts = _open_firsts(shapes[value.name] for value in inputs)
+    if not _is_batched(shapes.values(), firsts) or any(0 in axes for axes in dynamic.values()):
+        return None
+    batch = next(iter(firsts), None)
+    if batch is not None and any(batch in shapes[value.name][1:] for value in inputs):
+        for value in (*inputs, *model.graph.output):
+            for size in value.type.tensor_type.shape.dim[1:]:
+                if size.dim_param == batch:
+                    size.Clear()
+    return batch
 
 
 def signature(
@@ -231,17 +265,11 @@ def signature(
     Raises:
         BadInput: a tensor is of a kind that requests cannot carry, or is open without bounds.
     """
-    given = {tensor.name for tensor in model.graph.initializer}  # before IR 4 these are inputs too
-    values = [value for value in model.graph.input if value.name not in given]
+    values = _taken(model)
     if not values:
         raise BadInput(f"{step}: the graph has no inputs: a release answers requests")
     axes = {value.name: _axes(value, step) for value in (*values, *model.graph.output)}
-    inputs = [axes[value.name] for value in values]
-    firsts = {shape[0] for shape in inputs if shape}
-    names = {first for first in firsts if isinstance(first, str)}
-    batched = (
-        all(shape and not isinstance(shape[0], int) for shape in axes.values()) and len(names) <= 1
-    )
+    batched = _is_batched(axes.values(), _open_firsts(axes[value.name] for value in values))
     dynamic: dict[str, dict[int, Dimension]] = {}
     unbound: dict[str, dict[int, str]] = {}
     for value in values:
@@ -425,6 +453,22 @@ def graphs(model: Any) -> Iterator[Any]:
                 waiting.extend(attribute.graphs)
                 if attribute.HasField("g"):
                     waiting.append(attribute.g)
+
+
+def _taken(model: Any) -> list[Any]:
+    """Return the inputs of a graph, without the weights that are listed there before IR 4."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def _open_firsts(inputs: Iterable[Sequence[int | str | None]]) -> set[str]:
+    """Return the names that the first axes of inputs have."""
+    return {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
+
+
+def _is_batched(shapes: Iterable[Sequence[int | str | None]], firsts: Collection[str]) -> bool:
+    """Whether every tensor has an open first axis, and those of the inputs at most one name."""
+    return len(firsts) <= 1 and all(shape and not isinstance(shape[0], int) for shape in shapes)
 
 
 def first_axes(found: Signature) -> set[int]:

@@ -196,7 +196,9 @@ def pixels(rows: Any, *sizes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "open_size", [None, "?", -1, 0], ids=["without a name", "question mark", "minus one", "zero"]
+    "open_size",
+    [None, "?", "None", -1, 0],
+    ids=["without a name", "question mark", "none", "minus one", "zero"],
 )
 def test_every_way_to_write_open_is_understood_and_bounded_by_its_axis(
     tmp_path: Path, open_size: Any
@@ -258,6 +260,52 @@ def test_bounds_hold_for_every_axis_of_that_name(tmp_path: Path) -> None:
     both = {"tokens": {1: ("length", 2, 9)}, "mask": {1: ("other", 2, 8)}}
     with pytest.raises(BadInput, match="axes named 'seq' are of one size"):
         graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=both)
+
+
+@pytest.mark.parametrize("name", ["None", "?", "N"])
+def test_bounds_of_an_axis_that_is_named_as_the_batch_leave_the_batch_open(
+    tmp_path: Path, name: str
+) -> None:
+    made = nets.model(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        [nets.tensor("x", [name, name, 8])],
+        [nets.tensor("y", [name, name, 8])],
+    )
+    said = refusal(made, tmp_path)
+    assert 'dynamic = { "x" = { 1 = ["x1", SIZE, SIZE] } }' in said
+    source = tmp_path / "given.onnx"
+    for own in ("x1", name):  # also in the words of a recipe that took the file's name
+        found = graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic={"x": {1: (own, 4, 4)}})
+        assert found.batched
+        assert found.inputs == (TensorSpec("x", "FP32", (-1, 4, 8)),)
+        found = graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic={"x": {1: (own, 2, 4)}})
+        assert found.inputs == (TensorSpec("x", "FP32", (-1, -1, 8)),)
+        ((_, least, most),) = found.dynamic["x"].values()
+        assert (least, most) == (2, 4)
+
+
+def test_a_new_name_of_an_axis_is_one_that_nothing_else_has(tmp_path: Path) -> None:
+    made = nets.model(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        [nets.tensor("x", ["n", "n", "x1"])],
+        [nets.tensor("y", ["n", "n", "x1"])],
+    )
+    source = nets.save(made, tmp_path / "given.onnx")
+    dynamic = {"x": {1: ("n", 2, 4), 2: ("x1", 3, 9)}}
+    found = graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=dynamic)
+    assert found.dynamic == {"x": {1: ("x1_", 2, 4), 2: ("x1", 3, 9)}}
+
+
+def test_who_bounds_the_first_axis_too_means_what_the_file_says(tmp_path: Path) -> None:
+    made = nets.model(
+        [onnx.helper.make_node("MatMul", ["links", "nodes"], ["y"])],
+        [nets.tensor("links", ["n", "n"]), nets.tensor("nodes", ["n", 8])],
+        [nets.tensor("y", ["n", 8])],
+    )
+    source = nets.save(made, tmp_path / "given.onnx")
+    dynamic = {"links": {0: ("n", 5, 5), 1: ("n", 5, 5)}}
+    found = graph.adopt(source, {}, tmp_path / "taken.onnx", dynamic=dynamic)
+    assert [spec.shape for spec in found.inputs] == [(5, 5), (5, 8)]
 
 
 def test_bounds_for_what_the_file_does_not_have_open_are_refused(tmp_path: Path) -> None:
