@@ -401,15 +401,21 @@ class _Batches:
         self, signature: graph.Signature, inputs: Mapping[str, Array], rows: int, say: Say
     ) -> None:
         self._left = graph.runs(signature, inputs, rows)
-        self._rows, self._given = rows, 0
-        self._total = max((len(array) for array in inputs.values() if array.ndim), default=1)
+        self._given, self._total = 0, _count(inputs)
         self._progress = paced(say)
 
     def get_next(self) -> dict[str, Array] | None:
         if self._given < self._total:
             self._progress(self._given, self._total, "reading ranges")
-        self._given += self._rows
-        return next(self._left, None)
+        batch = next(self._left, None)
+        if batch is not None:
+            self._given += _count(batch)  # not what was asked for: a file may fix its batch
+        return batch
+
+
+def _count(inputs: Mapping[str, Array]) -> int:
+    """Return how many rows arrays have; 1 where none has an axis."""
+    return max((len(array) for array in inputs.values() if array.ndim), default=1)
 
 
 def _prepare(model: Any, folder: Path, fp32: Path) -> Path:
@@ -588,7 +594,11 @@ def _float16() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the quantizer's advice, and its sessions', which its caller cannot follow."""
+    """Hold back the quantizer's advice, and its sessions', which its caller cannot follow.
+
+    onnxruntime's severity is one for the whole process and cannot be read: afterwards it is
+    what it begins with, warnings, whatever the caller had set.
+    """
     import onnxruntime
 
     root = logging.getLogger()

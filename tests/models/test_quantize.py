@@ -392,6 +392,17 @@ def test_a_model_with_a_fixed_batch_is_fed_that_many_at_a_time(tmp_path: Path) -
         written(net, "int8-qdq", {"image": PIXELS["image"][:3]})
 
 
+def test_progress_counts_the_rows_that_a_fixed_batch_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nets.save(nets.cnn(batch=4), tmp_path / "fp32.onnx")
+    said: list[str] = []
+    monkeypatch.setattr("fogline_models.steps.SAY_EVERY_S", 0.0)
+    written(net, "int8-qdq", PIXELS, say=said.append)
+    # The rest of two is left out, as runs does.
+    assert said == [f"reading ranges, {given} of 70" for given in range(0, 70, 4)]
+
+
 @pytest.mark.parametrize("form", ["int8-qdq", "int8-dynamic"])
 @pytest.mark.parametrize("make", [nets.loop, lambda: nets.branches("")])
 def test_models_with_graphs_inside_are_quantized(tmp_path: Path, make: Any, form: str) -> None:
