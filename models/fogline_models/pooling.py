@@ -9,6 +9,7 @@ What the nodes compute is computed once more here, in numpy, to compare with.
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,14 @@ STEP = "export"
 HIDDEN = "last_hidden_state"  # what transformers calls the vectors of tokens
 EMBEDDING = "sentence_embedding"  # what Sentence Transformers calls the vector of a text
 MODULES = "modules.json"
-LENGTH = "sentence_bert_config.json"
+LENGTHS = "sentence_*_config.json"  # bert, roberta and others
+PROMPTS = "config_sentence_transformers.json"
+TOKENIZER = "tokenizer_config.json"
 LEAST_TOKENS = 1e-9  # where a mask counts none; both as in Sentence Transformers
 LEAST_NORM = 1e-12
 NOTHING = float(np.finfo(np.float32).min)
 
+_KEY = "pooling_mode_"
 # By the key of the module's settings, in the order in which several are joined.
 _KEYS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
@@ -154,49 +158,110 @@ def read(folder: Path) -> Pooling | None:
     """Return what a folder of Sentence Transformers does behind its net; None if it is none.
 
     Raises:
-        BadInput: it does something that is not known here; says what to ask for instead.
+        BadInput: it is damaged, or does something that is not known here; says what to ask for
+            instead.
     """
     if not (folder / MODULES).is_file():
         return None
-    modules = _json(folder / MODULES)
     modes: tuple[str, ...] = ()
     normalized = False
-    for module in modules:
-        kind = str(module["type"]).rpartition(".")[2]
+    for kind, path in _modules(folder):
         match kind:
             case "Transformer":
                 pass
             case "Pooling":
-                modes = _modes(folder / str(module["path"]) / "config.json")
+                modes = _modes(path / "config.json")
             case "Normalize":
                 normalized = True
             case _:
                 raise _unknown(folder / MODULES, kind)
     if not modes:
         raise _unknown(folder / MODULES, "no pooling")
-    length = _json(folder / LENGTH).get("max_seq_length") if (folder / LENGTH).is_file() else None
-    return Pooling(modes, normalized, None if length is None else int(length))
+    _check_no_prompt(folder)
+    return Pooling(modes, normalized, _length(folder))
+
+
+def _modules(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the kind of every module and where its settings lie: in the folder, nowhere else."""
+    modules, home = _json(folder / MODULES), folder.resolve()
+    if not isinstance(modules, list):
+        raise _misshapen(folder / MODULES, "a list of modules", modules)
+    for module in modules:
+        named = isinstance(module, dict) and [module.get(key) for key in ("type", "path")]
+        if not (named and all(isinstance(part, str) for part in named)):
+            raise _misshapen(folder / MODULES, "modules with a type and a path, as texts,", module)
+        kind, path = named
+        if "\0" in path or not (home / path).resolve().is_relative_to(home):
+            raise _misshapen(folder / MODULES, "paths within its folder", path)
+        yield kind.rpartition(".")[2], home / path
 
 
 def _modes(path: Path) -> tuple[str, ...]:
-    settings = _json(path)
-    named = settings.get("pooling_mode")  # as later versions write it
-    asked = (
-        [named]
-        if isinstance(named, str)
-        else [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
-    )
+    settings = _settings(path)
+    named = settings.get("pooling_mode")  # as later versions write it: one, or several
+    if named is None:
+        asked = [key for key, on in settings.items() if key.startswith(_KEY) and on is True]
+    else:
+        asked = named if isinstance(named, list) else [named]
     for mode in asked:
-        if mode not in {*_KEYS, *_KEYS.values()}:
-            raise _unknown(path, mode)
-    return tuple(mode for key, mode in _KEYS.items() if {key, mode} & {*asked})
+        if mode not in [*_KEYS, *_KEYS.values()]:
+            raise _unknown(path, str(mode))
+    return tuple(mode for key, mode in _KEYS.items() if key in asked or mode in asked)
+
+
+def _length(folder: Path) -> int | None:
+    """Return how many tokens texts are cut to, and check that nothing else is done to them."""
+    length: int | None = None
+    for path in sorted(folder.glob(LENGTHS)):
+        settings = _settings(path)
+        if settings.get("do_lower_case") and not _tokenizer_lowers(folder):
+            raise _of_application(path, "do_lower_case", "lower-case texts")
+        found = settings.get("max_seq_length")
+        if found is None:
+            continue
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            raise _misshapen(path, "max_seq_length as a whole number above 0", found)
+        length = found if length is None else min(length, found)
+    return length
+
+
+def _tokenizer_lowers(folder: Path) -> bool:
+    path = folder / TOKENIZER
+    return path.is_file() and _settings(path).get("do_lower_case") is True
+
+
+def _check_no_prompt(folder: Path) -> None:
+    path = folder / PROMPTS
+    if path.is_file() and _settings(path).get("default_prompt_name") is not None:
+        raise _of_application(path, "default_prompt_name", "put the prompt before texts")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = _json(path)
+    if not isinstance(settings, dict):
+        raise _misshapen(path, "settings by name", settings)
+    return settings
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{STEP}: {path} cannot be read: {error}") from None
+
+
+def _misshapen(path: Path, wanted: str, found: object) -> BadInput:
+    return BadInput(
+        f"{STEP}: {path} must hold {wanted}, got {reprlib.repr(found)}: fetch the model anew"
+    )
+
+
+def _of_application(path: Path, key: str, task: str) -> BadInput:
+    return BadInput(
+        f"{STEP}: {path} asks for {key}, which no node behind the net can do: {task} in the "
+        "application and for the recipe's data, and remove the key, or ask for the vectors of "
+        f'tokens, source.outputs = ["{HIDDEN}"]'
+    )
 
 
 def _unknown(path: Path, what: str) -> BadInput:

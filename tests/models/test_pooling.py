@@ -110,6 +110,7 @@ def test_vectors_of_tokens_come_behind_if_they_are_asked_for(tmp_path: Path) -> 
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, ("mean",)),
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
         ({"word_embedding_dimension": 4, "pooling_mode": "cls"}, ("cls",)),
+        ({"pooling_mode": ["mean", "cls"]}, ("cls", "mean")),
     ],
 )
 def test_a_folder_says_how_it_pools(
@@ -126,6 +127,7 @@ def test_a_folder_says_how_it_pools(
         ({"pooling_mode_mean_tokens": True}, ("Pooling", "Dense"), "Dense"),
         ({"pooling_mode_lasttoken": True}, ("Pooling",), "pooling_mode_lasttoken"),
         ({"pooling_mode": "lasttoken"}, ("Pooling",), "lasttoken"),
+        ({"pooling_mode": ["mean", {}]}, ("Pooling",), r"\{\}"),
         ({}, ("Pooling",), "no pooling"),
     ],
 )
@@ -147,3 +149,76 @@ def test_a_damaged_description_is_said(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(BadInput, match=r"^export: .*config\.json cannot be read"):
         pooling.read(tmp_path)
+
+
+MEAN = {"pooling_mode_mean_tokens": True}
+BERT = "sentence_bert_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("modules.json", {"a": 1}),
+        ("modules.json", [{}]),
+        ("modules.json", ["Pooling"]),
+        ("modules.json", [{"type": "sentence_transformers.models.Pooling"}]),
+        ("modules.json", [{"type": 1, "path": ""}]),
+        ("modules.json", [{"type": "models.Pooling", "path": "\0"}]),
+        ("1_Pooling/config.json", [1]),
+        (BERT, [1]),
+        (BERT, {"max_seq_length": "abc"}),
+        (BERT, {"max_seq_length": 0}),
+        (BERT, {"max_seq_length": True}),
+        ("sentence_roberta_config.json", {"max_seq_length": 1.5}),
+        ("config_sentence_transformers.json", "prompts"),
+    ],
+)
+def test_a_description_of_another_shape_is_said_with_its_file(
+    file: str, content: object, tmp_path: Path
+) -> None:
+    folder(tmp_path, MEAN, "Pooling")
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=rf"^export: \S*{file} must hold .*, got "):
+        pooling.read(tmp_path)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_folder_does_not_point_outside_itself(absolute: bool, tmp_path: Path) -> None:
+    inside, outside = tmp_path / "model", tmp_path / "outside"
+    folder(inside, MEAN, "Pooling")
+    (inside / "1_Pooling").rename(outside)
+    path = str(outside) if absolute else "../outside"
+    (inside / "modules.json").write_text(json.dumps([{"type": "models.Pooling", "path": path}]))
+    with pytest.raises(BadInput, match="paths within its folder, got"):
+        pooling.read(inside)
+
+
+def test_texts_are_cut_as_any_of_the_length_files_says(tmp_path: Path) -> None:
+    folder(tmp_path, MEAN, "Pooling")
+    (tmp_path / "sentence_roberta_config.json").write_text('{"max_seq_length": 32}')
+    assert pooling.read(tmp_path) == Pooling(("mean",), False, 32)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        (BERT, "do_lower_case", True),
+        ("config_sentence_transformers.json", "default_prompt_name", "query"),
+    ],
+)
+def test_what_only_the_application_can_do_to_a_text_is_refused(
+    file: str, key: str, value: object, tmp_path: Path
+) -> None:
+    folder(tmp_path, MEAN, "Pooling")
+    (tmp_path / file).write_text(json.dumps({key: value}))
+    with pytest.raises(BadInput, match=rf"asks for {key}.*remove the key, or.*last_hidden_state"):
+        pooling.read(tmp_path)
+    (tmp_path / file).write_text(json.dumps({key: None}))
+    assert pooling.read(tmp_path) is not None
+
+
+def test_a_tokenizer_that_lowers_texts_itself_leaves_nothing_to_do(tmp_path: Path) -> None:
+    folder(tmp_path, MEAN, "Pooling")
+    (tmp_path / BERT).write_text('{"do_lower_case": true}')
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert pooling.read(tmp_path) == Pooling(("mean",), False)
