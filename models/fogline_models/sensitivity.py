@@ -10,6 +10,7 @@ measurements is a number and not a time, so that the same model and items give t
 every machine.
 """
 
+import contextlib
 import dataclasses
 import enum
 import math
@@ -30,6 +31,10 @@ from fogline_protocol.tensors import Array
 STEP = "sensitivity"
 MOST = 48  # measurements of one sweep, each a quantization and a pass over the items
 ROWS = 64  # at once
+
+
+class OutOfReach(BadInput):
+    """No choice of layers meets the target: the message says how far one gets."""
 
 
 class Ask(enum.StrEnum):
@@ -138,7 +143,8 @@ def compare(
 
     Every float output counts, each by its own signal; agreement is that of the worst. Of outputs
     for tokens only those are compared that ``counts``, bool ``[n, tokens]``. Which number of
-    ``vectors`` is the largest says nothing: they agree by their mean cosine. Pure.
+    ``vectors`` is the largest says nothing: they agree by their mean cosine, a whole row being one
+    vector, as in ``evaluate``. Pure.
     """
     agreements, ratios = [1.0], [math.inf]
     for name, right in want.items():
@@ -152,9 +158,7 @@ def compare(
         if noise > 0:
             ratios.append(10 * math.log10(max(signal, 1e-300) / noise))
         if vectors and right.ndim > 1 and right.size:
-            width = right.shape[-1]
-            alike = metrics.cosines(given.reshape(-1, width), right.reshape(-1, width))
-            agreements.append(float(alike.mean()))
+            agreements.append(float(metrics.cosines(given, right).mean()))
         elif right.ndim > 1 and right.size:
             agreements.append(float((given.argmax(axis=-1) == right.argmax(axis=-1)).mean()))
     return Loss(min(agreements), min(ratios))
@@ -233,7 +237,8 @@ def fewest(
     of nodes to keep.
 
     Raises:
-        BadInput: everything but one layer is kept and the target is still missed.
+        OutOfReach: everything but one layer is kept and the target is still missed.
+        BadInput: the target is no share.
     """
     if not 0 < target <= 1:
         raise BadInput(f"{STEP}: agreement must be asked for between 0 and 1, got {target:g}")
@@ -249,7 +254,7 @@ def fewest(
         if best.loss.agreement >= target:
             break
         if count == len(ranked) - 1:
-            raise BadInput(
+            raise OutOfReach(
                 f"{STEP}: agreement {target:.1%} is out of reach: with {count} of {len(ranked)} "
                 f"layers in fp32 it is {best.loss.agreement:.1%}: ask for less, or ship fp32"
             )
@@ -295,12 +300,14 @@ def mixed(
         between = tuple(node.name for node in bench.nodes if not node.weighs)
         few = choice is not None and choice.layers <= len(ranked) / 2
         if not few and len(between) < len(bench.nodes):
-            again = sweep(bench, clock=clock, progress=progress, most=most, kept=between)
-            found = _within_reach(bench, again, target, between)
-            if found is not None and (
-                choice is None or _weights(bench, found.keep) < _weights(bench, choice.keep)
-            ):
-                return found, again
+            # Nothing may be left that can be quantized; what was found before then stands.
+            with contextlib.suppress(BadInput):
+                again = sweep(bench, clock=clock, progress=progress, most=most, kept=between)
+                found = _within_reach(bench, again, target, between)
+                if found is not None and (
+                    choice is None or _weights(bench, found.keep) < _weights(bench, choice.keep)
+                ):
+                    return found, again
         # Where neither reaches it, this says how far one gets.
         return choice or fewest(ranked, target, bench.loss), ranked
 
@@ -311,7 +318,7 @@ def _within_reach(
     """Return what to keep besides ``kept``, all together; None: the target is out of reach."""
     try:
         found = fewest(ranked, target, lambda keep: bench.loss((*kept, *keep)))
-    except BadInput:
+    except OutOfReach:
         return None
     return dataclasses.replace(found, keep=(*kept, *found.keep))
 

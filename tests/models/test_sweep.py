@@ -10,7 +10,15 @@ onnx = pytest.importorskip("onnx", reason="needs onnx: pip install 'fogline[mode
 
 from fogline_models.errors import BadInput  # noqa: E402 - only after onnx is known to be there
 from fogline_models.quantize import prepared  # noqa: E402
-from fogline_models.sensitivity import Ask, Bench, Loss, mixed, sweep  # noqa: E402
+from fogline_models.sensitivity import (  # noqa: E402
+    Ask,
+    Bench,
+    Loss,
+    Measurement,
+    compare,
+    mixed,
+    sweep,
+)
 from fogline_protocol.tensors import Array  # noqa: E402
 from tests.models import onnx_nets as nets  # noqa: E402
 
@@ -128,6 +136,47 @@ def test_where_arithmetic_hurts_it_stays_and_the_weights_are_quantized(tmp_path:
         assert bench.loss(choice.keep) == choice.loss
         weighing = {node.name for node in bench.nodes if node.weighs}
     assert len(weighing & {*choice.keep}) == choice.layers <= 1
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What each sweep was asked to keep; one that is, finds nothing to quantize."""
+    asked: list[object] = []
+
+    def listening(bench: Bench, **how: Any) -> tuple[Measurement, ...]:
+        asked.append(how.get("kept", ()))
+        if how.get("kept"):
+            raise BadInput("quantize: finds nothing to quantize")
+        return sweep(bench, **how)
+
+    monkeypatch.setattr("fogline_models.sensitivity.sweep", listening)
+    return asked
+
+
+def test_a_choice_stands_where_the_second_sweep_has_nothing_to_quantize(
+    net: Path, kept: list[object]
+) -> None:
+    choice, ranked = mixed(net, "int8-qdq", RANGES, ITEMS, 0.98, clock=Clock())
+    assert len(kept) == 2
+    assert choice.layers == 3 < len(ranked)
+    assert choice.loss.agreement >= 0.98
+
+
+def test_a_target_that_is_no_share_is_not_taken_for_one_out_of_reach(
+    net: Path, kept: list[object]
+) -> None:
+    with pytest.raises(BadInput, match="between 0 and 1, got 1.5"):
+        mixed(net, "int8-qdq", RANGES, ITEMS, 1.5, clock=Clock())
+    assert len(kept) == 1
+
+
+def test_a_whole_row_is_one_vector() -> None:
+    right = RNG.standard_normal((8, 512, 1, 1)).astype(np.float32)
+    given = right + RNG.standard_normal(right.shape).astype(np.float32) / 10
+    found = compare({"y": right}, {"y": given}, vectors=True)
+    flat = compare({"y": right[..., 0, 0]}, {"y": given[..., 0, 0]}, vectors=True)
+    assert found == flat
+    assert 0.99 < found.agreement < 0.999
 
 
 def test_nothing_is_kept_and_nothing_swept_where_the_target_is_met(net: Path) -> None:
