@@ -187,10 +187,10 @@ def _modules(folder: Path) -> Iterator[tuple[str, Path]]:
     if not isinstance(modules, list):
         raise _misshapen(folder / MODULES, "a list of modules", modules)
     for module in modules:
-        named = isinstance(module, dict) and [module.get(key) for key in ("type", "path")]
-        if not (named and all(isinstance(part, str) for part in named)):
+        named = module if isinstance(module, dict) else {}
+        kind, path = named.get("type"), named.get("path")
+        if not (isinstance(kind, str) and isinstance(path, str)):
             raise _misshapen(folder / MODULES, "modules with a type and a path, as texts,", module)
-        kind, path = named
         if "\0" in path or not (home / path).resolve().is_relative_to(home):
             raise _misshapen(folder / MODULES, "paths within its folder", path)
         yield kind.rpartition(".")[2], home / path

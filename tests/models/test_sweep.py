@@ -165,7 +165,7 @@ def test_a_choice_stands_where_the_second_sweep_has_nothing_to_quantize(
 def test_a_target_that_is_no_share_is_not_taken_for_one_out_of_reach(
     net: Path, kept: list[object]
 ) -> None:
-    with pytest.raises(BadInput, match="between 0 and 1, got 1.5"):
+    with pytest.raises(BadInput, match=r"between 0 and 1, got 1\.5"):
         mixed(net, "int8-qdq", RANGES, ITEMS, 1.5, clock=Clock())
     assert len(kept) == 1
 
