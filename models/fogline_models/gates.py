@@ -52,7 +52,9 @@ class Gates:
                 raise BadInput(f"gates: {name} must be a number above 0, got {value:g}")
 
 
-AGAINST_FP32 = frozenset({"max_accuracy_loss", "max_slice_loss", "min_agreement"})
+AGAINST_FP32 = frozenset(
+    {"max_accuracy_loss", "max_slice_loss", "min_agreement", "max_relative_error"}
+)
 _SHARES = ("max_accuracy_loss", "max_slice_loss", "min_accuracy", "min_agreement")
 _RATIOS = ("max_relative_error", "max_latency_ratio", "max_size_ratio", "latency_batch")
 

@@ -103,7 +103,7 @@ def make(recipe: Recipe, release: ReleaseRecipe, splits: Splits, into: Path, say
             say(
                 f"texts are padded to {length} tokens, the longest here has {longest}: answers get "
                 f"cheaper with source.dynamic = {{ input_ids = {{ 1 = "
-                f'["{preprocess.SEQUENCE}", 1, {longest}] }} }}'
+                f'["{preprocess.SEQUENCE}", 1, {longest}] }} }}, and longer texts are cut'
             )
         Exported(
             "huggingface",

@@ -193,7 +193,8 @@ def never_silent(say: Say, at: str) -> Iterator[Say]:
     """Yield what a step says its progress with, and say how long it takes where it is silent.
 
     What torch, optimum and onnxruntime do in one call cannot say how far it is; a BERT takes them
-    half a minute. Silence is broken after three seconds, then ever less often.
+    half a minute. Silence is broken after three seconds, then ever less often: by another thread,
+    so ``say`` must bear that.
     """
     started = time.monotonic()
     last, spoken = at, started

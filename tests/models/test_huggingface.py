@@ -165,7 +165,7 @@ def test_much_padding_is_said_with_what_to_write_against_it(tmp_path: Path) -> N
         assert hints == (
             [
                 "texts are padded to 10 tokens, the longest here has 3: answers get cheaper with "
-                'source.dynamic = { input_ids = { 1 = ["sequence_length", 1, 3] } }'
+                'source.dynamic = { input_ids = { 1 = ["sequence_length", 1, 3] } }, and longer texts are cut'
             ]
             if name == "short"
             else []
