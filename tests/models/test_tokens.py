@@ -142,7 +142,7 @@ def test_its_certificate_lets_exactly_the_allowed_texts_differ(built: Built) -> 
 def command(*arguments: object) -> str:
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 def test_the_commands_take_its_files(built: Built, tmp_path: Path) -> None:
