@@ -137,7 +137,7 @@ class Machine:
         while True:
             self._doubted.clear()
             wish = self._wish()
-            here = {self._pointer.committed, self._answering and self._answering[0]} - {None}
+            here = {self._pointer.committed, self._answering and self._answering[0]}
             unspoken = [
                 one for one in here if one and not (wish and wish.is_of_the_release_of(one))
             ]

@@ -439,20 +439,20 @@ async def test_what_was_withdrawn_is_not_gone_back_to(device, shelf, certified) 
         assert device.serving.certificate() == ""
 
 
+async def without_memory(model: str, bundle: BundleDirectory | None) -> None:
+    raise ReleaseRefused("no memory")
+
+
 async def test_what_cannot_be_gone_back_from_is_not_answered_under_what_was_withdrawn(
     device, shelf, certified
 ) -> None:
     await install(device, shelf.put(9, "0.9.0"), 1)
     device.timings = LATER
     activate = device.serving.activate
-
-    async def refuse(model: str, bundle: BundleDirectory | None) -> None:
-        raise ReleaseRefused("no memory")
-
     async with device.on() as updater:
         await updater.apply(desired(2, certified))
         await device.until_probation()
-        device.serving.activate = refuse
+        device.serving.activate = without_memory
         device.serving.engine_faults = 1
         await device.reports.until(lambda m: "going back failed" in m.sentence)
         assert ids(*certified.certificate_targets) == [device.serving.certificate()]
@@ -469,15 +469,11 @@ async def test_what_answers_against_every_wish_is_asked_about(device, shelf, cer
     await install(device, old, 1)
     device.timings = LATER
     activate = device.serving.activate
-
-    async def refuse(model: str, bundle: BundleDirectory | None) -> None:
-        raise ReleaseRefused("no memory")
-
     async with device.on() as updater:
         await updater.apply(desired(2, certified))
         await device.until_probation()
         assert ids(*certified.certificate_targets) == [device.serving.certificate()]
-        device.serving.activate = refuse
+        device.serving.activate = without_memory
         (shelf.folder / certified.certificate_targets[0]).unlink()
         await updater.apply(desired(3, old))
         await device.reports.until(lambda _: device.serving.certificate() == "")
